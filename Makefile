@@ -1,0 +1,56 @@
+# make setup | demo | test | lint | types | format | bench | wheel | clean
+# Everything is installed into .venv; a second run finds it there.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+FORMATTED := $(SOURCES)
+
+.PHONY: setup demo test lint types format bench wheel clean assets
+.DELETE_ON_ERROR:
+
+setup: .venv/.installed assets
+
+# torch first and by its exact version, so that nothing else chooses a build of it.
+.venv/.torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel pybind11 ninja
+	touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+assets: .venv/.installed
+	@$(BIN)/python -m ghosted_fast.assets
+
+demo: setup
+	$(BIN)/ghosted-fast demo --output demo
+
+test: setup
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+types: .venv/.installed
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+bench: setup
+	for bench in gram_update ghost_apply ghost_solve calibration generate; do \
+	  $(BIN)/python benchmarks/bench_$$bench.py || exit 1; done
+
+wheel: .venv/.installed
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf .venv build dist *.egg-info ghosted_fast/*.so demo

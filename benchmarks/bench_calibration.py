@@ -1,0 +1,171 @@
+"""Calibration: its time over the bare forward passes, and its memory over the statistics.
+
+Gate first: the statistics are compared with those of hidden states that transformers itself
+recorded. Then, interleaved batch by batch in one process: the bare layers up to the last boundary,
+and the same with statistics. Memory is measured in new processes, one per number of tokens, as the
+peak of the resident set above the model and one bare forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ghosted_fast.assets import fetch_demo_assets
+from ghosted_fast.batches import iterate_batches
+from ghosted_fast.boundaries import visit_boundaries
+from ghosted_fast.calibration import (
+    GhostOptions,
+    collect_statistics,
+    interval_bytes,
+    norm_eps_of,
+    token_weights,
+)
+from ghosted_fast.families import hidden_size, num_layers
+from ghosted_fast.fitting import fit_ghost
+from ghosted_fast.machine import machine_facts
+from ghosted_fast.selection import candidate_intervals
+from ghosted_fast.sources import cast_parameters, load_model, load_texts, token_batches
+from ghosted_fast.testing import relative_rms
+
+RESULTS = Path(__file__).parent / "results" / "bench_calibration.jsonl"
+INTERVAL = (14, 19)
+OPTIONS = GhostOptions(first_state="off")
+
+
+def dense_model(dtype: str) -> tuple[Any, Any]:
+    """Return the demo's model in a dtype, and its tokenizer."""
+    model, tokenizer = load_model(fetch_demo_assets().model, torch.float32)
+    return cast_parameters(model, getattr(torch, dtype)), tokenizer
+
+
+def calibration_tokens(tokenizer: Any, count: int) -> list[torch.Tensor]:
+    """Return `count` tokens of the demo's calibration text, in batches of 8 x 512."""
+    return token_batches(tokenizer, load_texts(fetch_demo_assets().calibration), count)
+
+
+@torch.inference_mode()
+def gate(model: Any, batch: torch.Tensor) -> float:
+    """Return the error of G against recorded hidden states, after checking it.
+
+    Raises:
+        SystemExit: The error is above 1e-6.
+    """
+    start, stop = INTERVAL
+    collected = collect_statistics(model, [batch], [INTERVAL], OPTIONS)[0].gram.total()
+    states = model(batch, output_hidden_states=True).hidden_states
+    x, y = states[start], states[stop]
+    eps = norm_eps_of(model, OPTIONS)
+    weight = token_weights(x, y, OPTIONS, eps).double()[..., None]
+    x64 = x.double()
+    features = x64 if eps is None else x64 / (x64.square().mean(-1, keepdim=True) + eps).sqrt()
+    exact = (weight * features).flatten(0, 1).mT @ features.flatten(0, 1)
+    error = relative_rms(collected.gram.tril(), exact.tril())
+    if not error <= 1e-6:
+        raise SystemExit(f"the Gram is off by {error:.1e}, above 1e-6")
+    return error
+
+
+def overheads(model: Any, batches: list[torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Return the time of calibration over that of the bare layers, median over the batches."""
+    count = num_layers(model)
+    every = candidate_intervals(INTERVAL[1] - INTERVAL[0], count)
+    result = {}
+    for name, intervals in (("one interval", [INTERVAL]), ("all intervals", every)):
+        last = max(stop for _, stop in intervals)
+        ratios, bare_ms = [], []
+        for batch in batches:
+            began = time.perf_counter()
+            for item in iterate_batches([batch]):
+                visit_boundaries(model, item, [last], lambda *_: None)
+            bare = time.perf_counter() - began
+            began = time.perf_counter()
+            collect_statistics(model, [batch], intervals, OPTIONS)
+            ratios.append((time.perf_counter() - began) / bare)
+            bare_ms.append(1e3 * bare)
+        low, middle, high = statistics.quantiles(ratios, n=5)[0], statistics.median(ratios), 0.0
+        high = statistics.quantiles(ratios, n=5)[-1]
+        result[name] = {
+            "ratio": middle,
+            "ratio_p20": low,
+            "ratio_p80": high,
+            "bare_ms": statistics.median(bare_ms),
+            "intervals": len(intervals),
+        }
+    return result
+
+
+def peak_bytes() -> int:
+    """Return the peak of this process's resident set."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure_memory(dtype: str, tokens: int) -> None:
+    """Print the bytes that calibrating and fitting took above one bare forward pass."""
+    model, tokenizer = dense_model(dtype)
+    batches = calibration_tokens(tokenizer, tokens)
+    for item in iterate_batches(batches[:1]):
+        visit_boundaries(model, item, [INTERVAL[1]], lambda *_: None)
+    before = peak_bytes()
+    options = GhostOptions()
+    fit_ghost(collect_statistics(model, batches, [INTERVAL], options)[0], options)
+    needed = interval_bytes(hidden_size(model), options)
+    sys.stdout.write(json.dumps({"above": peak_bytes() - before, "statistics": needed}))
+
+
+def main() -> None:
+    """Run the gate, the times and the memory; append the rows to the results."""
+    parser = argparse.ArgumentParser(description="Cost of calibration in time and memory")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--batches", type=int, default=5)
+    parser.add_argument("--memory-tokens", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure_memory:
+        measure_memory(options.dtype[0], options.measure_memory)
+        return
+    rows: list[dict[str, Any]] = []
+    console = Console(highlight=False, soft_wrap=True)
+    for dtype in options.dtype:
+        model, tokenizer = dense_model(dtype)
+        batches = calibration_tokens(tokenizer, options.batches * 4096)
+        error = gate(model, batches[0])
+        for name, found in overheads(model, batches).items():
+            rows.append({"what": name, "dtype": dtype, "error": error, **found})
+            console.print(
+                f"{dtype:9} {name:13} ({found['intervals']:2.0f}): {found['ratio']:.3f} x the bare "
+                f"layers ({found['ratio_p20']:.3f} to {found['ratio_p80']:.3f})"
+            )
+    for tokens in options.memory_tokens:
+        command = [sys.executable, __file__, "--dtype", options.dtype[0]]
+        done = subprocess.run(
+            [*command, "--measure-memory", str(tokens)], capture_output=True, check=True, text=True
+        )
+        memory = json.loads(done.stdout)
+        rows.append({"what": "memory", "dtype": options.dtype[0], "tokens": tokens, **memory})
+        console.print(
+            f"{options.dtype[0]:9} {tokens:6} tokens: peak {memory['above'] / 2**20:.0f} MiB above "
+            f"a bare forward pass = {memory['above'] / memory['statistics']:.2f} x the statistics"
+        )
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("a", encoding="utf-8") as file:
+        for row in rows:
+            facts = {"benchmark": "calibration", **row, "machine": machine_facts(), "date": date}
+            file.write(json.dumps(facts) + "\n")
+
+
+if __name__ == "__main__":
+    main()

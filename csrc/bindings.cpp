@@ -1,0 +1,39 @@
+// Registers the operators' CPU kernels with torch's stable ABI, and builds the module
+// ghosted_fast._C, which only tells how it was built and which path is in use.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/operators.h"
+
+// The schemas are defined in ghosted_fast/ops/_schemas.py.
+STABLE_TORCH_LIBRARY_IMPL(ghosted_fast, CPU, m) {
+  m.impl("gram_update", TORCH_BOX(&ghosted_fast::gram_update_cpu));
+  m.impl("ghost_apply", TORCH_BOX(&ghosted_fast::ghost_apply_cpu));
+  m.impl("ghost_apply_rms_norm", TORCH_BOX(&ghosted_fast::ghost_apply_rms_norm_cpu));
+  m.impl("ghost_solve", TORCH_BOX(&ghosted_fast::ghost_solve_cpu));
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of ghosted_fast; loading this registers them with torch.";
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["kind"] = GHOSTED_FAST_BUILD_KIND;
+    info["compiler"] = GHOSTED_FAST_COMPILER;
+    info["torch"] = GHOSTED_FAST_TORCH_VERSION;
+    info["paths"] = GHOSTED_FAST_COMPILED_PATHS;
+    return info;
+  }, "Return how the extension was built: kind, compiler, torch version, compiled paths.");
+  m.def("cpu_paths", &ghosted_fast::cpu_paths,
+        "Return the instruction-set paths that this processor can run, the best first.");
+  m.def("cpu_path", [] { return std::string(ghosted_fast::kernel_table().name); },
+        "Return the path in use.");
+  m.def("set_cpu_path", [](const std::string& name) {
+    if (!ghosted_fast::set_cpu_path(name)) {
+      std::string known = "auto";
+      for (const std::string& path : ghosted_fast::cpu_paths()) known += ", " + path;
+      throw pybind11::value_error("expected one of " + known + ", got " + name);
+    }
+  }, pybind11::arg("name"), "Use a path from now on; \"auto\" for the best.");
+}

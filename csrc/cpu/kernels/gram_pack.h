@@ -1,0 +1,233 @@
+// The part of gram_update that touches every token once: checks, scales, panels and moments.
+#pragma once
+
+#include "gram_kernel.h"
+#include "rows.h"
+
+namespace ghosted_fast {
+namespace {
+
+// Columns that one packing task takes: eight panels.
+constexpr int64_t kGroupColumns = 128;
+// Scaled activations outside 2^-40 .. 2^40 are shifted by a power of two: their products stay in
+// fp32's range, and vdpbf16ps, which flushes denormals, never sees one that matters.
+constexpr int kSafeExponent = 40;
+
+// The tokens that count, and what each is multiplied with.
+struct Tokens {
+  int64_t count = 0;
+  int64_t* index = nullptr;        // row of x and y
+  float* feature_scale = nullptr;  // sqrt(w), or sqrt(w) / rms, times 2^feature_shift
+  float* target_scale = nullptr;   // sqrt(w) times 2^target_shift
+  double* weight = nullptr;        // w
+  double* feature_weight = nullptr;  // w, or w / rms
+  int feature_shift = 0;
+  int target_shift = 0;
+  bool feature_scales_are_exact = true;  // powers of two: bf16 stays bf16
+  bool target_scales_are_exact = true;
+
+  static size_t bytes(int64_t count) {
+    return Scratch::bytes_for<int64_t>(count) + 4 * Scratch::bytes_for<float>(count) +
+           2 * Scratch::bytes_for<double>(count);
+  }
+};
+
+inline const char* row_of(const Rows& rows, int64_t token) {
+  return static_cast<const char*>(rows.data) + token * rows.stride * bytes_of(rows.dtype);
+}
+
+inline bool is_power_of_two(double value) {
+  int exponent;
+  return std::frexp(value, &exponent) == 0.5;
+}
+
+inline int safe_shift(double largest) {
+  if (largest == 0.0) return 0;
+  int exponent;
+  std::frexp(largest, &exponent);
+  return exponent > kSafeExponent || exponent < -kSafeExponent ? -exponent : 0;
+}
+
+// Fills `tokens`, or returns what is wrong with which token.
+inline GramStatus prepare_tokens(const GramArgs& args, int64_t threads, Scratch& scratch,
+                                 Tokens& tokens) {
+  tokens.index = scratch.take<int64_t>(args.num_tokens);
+  tokens.feature_scale = scratch.take<float>(args.num_tokens);
+  tokens.target_scale = scratch.take<float>(args.num_tokens);
+  float* x_largest = scratch.take<float>(args.num_tokens);
+  float* y_largest = scratch.take<float>(args.num_tokens);
+  tokens.weight = scratch.take<double>(args.num_tokens);
+  tokens.feature_weight = scratch.take<double>(args.num_tokens);
+  for (int64_t token = 0; token < args.num_tokens; ++token) {
+    const float weight = args.token_weight == nullptr ? 1.0f : args.token_weight[token];
+    if (!(weight >= 0.0f) || std::isinf(weight)) return {GramProblem::kWeight, token};
+    if (weight == 0.0f) continue;
+    tokens.index[tokens.count] = token;
+    tokens.weight[tokens.count] = weight;
+    ++tokens.count;
+  }
+  constexpr int64_t kRowsPerTask = 32;
+  double* inverse_rms = tokens.feature_weight;
+  for_each_task((tokens.count + kRowsPerTask - 1) / kRowsPerTask, threads,
+                [&](int64_t task, int64_t) {
+                  const int64_t end = min64(tokens.count, (task + 1) * kRowsPerTask);
+                  for (int64_t i = task * kRowsPerTask; i < end; ++i) {
+                    const char* x = row_of(args.x, tokens.index[i]);
+                    x_largest[i] = largest_magnitude(x, args.x.dtype, args.hidden_size);
+                    y_largest[i] = 0.0f;
+                    if (args.y.data != nullptr) {
+                      y_largest[i] = largest_magnitude(row_of(args.y, tokens.index[i]),
+                                                       args.y.dtype, args.num_outputs);
+                    }
+                    inverse_rms[i] = 1.0;
+                    if (args.normed && x_largest[i] <= 3.4e38f) {
+                      const double squares = sum_of_squares(x, args.x.dtype, args.hidden_size);
+                      const double size = static_cast<double>(args.hidden_size);
+                      inverse_rms[i] = 1.0 / std::sqrt(squares / size + args.norm_eps);
+                    }
+                  }
+                });
+  for (int64_t i = 0; i < tokens.count; ++i) {
+    if (!std::isfinite(x_largest[i])) return {GramProblem::kX, tokens.index[i]};
+  }
+  for (int64_t i = 0; i < tokens.count; ++i) {
+    if (!std::isfinite(y_largest[i])) return {GramProblem::kY, tokens.index[i]};
+  }
+  double feature_largest = 0.0, target_largest = 0.0;
+  for (int64_t i = 0; i < tokens.count; ++i) {
+    const double root = std::sqrt(tokens.weight[i]);
+    const double target =
+        root * (static_cast<double>(y_largest[i]) + (args.delta ? x_largest[i] : 0.0f));
+    feature_largest = std::fmax(feature_largest, root * inverse_rms[i] * x_largest[i]);
+    target_largest = std::fmax(target_largest, target);
+  }
+  tokens.feature_shift = safe_shift(feature_largest);
+  tokens.target_shift = safe_shift(target_largest);
+  for (int64_t i = 0; i < tokens.count; ++i) {
+    const double root = std::sqrt(tokens.weight[i]);
+    const double feature = root * inverse_rms[i];
+    tokens.feature_scales_are_exact &= is_power_of_two(feature);
+    tokens.target_scales_are_exact &= is_power_of_two(root);
+    tokens.feature_scale[i] = static_cast<float>(std::ldexp(feature, tokens.feature_shift));
+    tokens.target_scale[i] = static_cast<float>(std::ldexp(root, tokens.target_shift));
+    tokens.feature_weight[i] = tokens.weight[i] * inverse_rms[i];
+  }
+  return {};
+}
+
+// What to pack: rows times a scale, less other rows if `minus` is given.
+struct PackSource {
+  Rows rows;
+  const Rows* minus = nullptr;
+  int64_t columns = 0;
+  const float* scale = nullptr;
+};
+
+// Packs 128 columns of one slab of tokens [begin, end) into fp32 panels.
+inline void pack_floats(const PackSource& source, const int64_t* index, int64_t begin, int64_t end,
+                        int64_t column, float* slab) {
+  const int64_t count = min64(kGroupColumns, source.columns - column);
+  const int64_t padded = round_up(count, kPanel);
+  float* panels = slab + column / kPanel * kPanelStride;
+  float values[kGroupColumns], other[kGroupColumns];
+  for (int64_t i = begin; i < end; ++i) {
+    const Rows& rows = source.rows;
+    row_to_float(row_of(rows, index[i]) + column * bytes_of(rows.dtype), rows.dtype, count, padded,
+                 values);
+    if (source.minus != nullptr) {
+      const Rows& minus = *source.minus;
+      row_to_float(row_of(minus, index[i]) + column * bytes_of(minus.dtype), minus.dtype, count,
+                   padded, other);
+      for (int64_t c = 0; c < padded; c += kLanes) {
+        store(values + c, load(values + c) - load(other + c));
+      }
+    }
+    const VecF scale = broadcast(source.scale[i]);
+    float* to = panels + (i - begin) * kPanel;
+    for (int64_t c = 0; c < padded; c += kPanel, to += kPanelStride) {
+      for (int v = 0; v < kPanel; v += kLanes) store(to + v, load(values + c + v) * scale);
+    }
+  }
+}
+
+// Packs 128 columns of one slab of bf16 tokens into panels of pairs. Scales are powers of two.
+inline void pack_pairs(const PackSource& source, const int64_t* index, int64_t begin, int64_t end,
+                       int64_t column, float* slab) {
+#if defined(__AVX512BF16__)
+  const int64_t count = min64(kGroupColumns, source.columns - column);
+  float* panels = slab + column / kPanel * kPanelStride;
+  for (int64_t i = begin; i < end; i += 2) {
+    const bool two = i + 1 < end;
+    const char* even = row_of(source.rows, index[i]) + column * 2;
+    const char* odd = two ? row_of(source.rows, index[i + 1]) + column * 2 : even;
+    const __m512 even_scale = _mm512_set1_ps(source.scale[i]);
+    const __m512 odd_scale = _mm512_set1_ps(two ? source.scale[i + 1] : 0.0f);
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    float* to = panels + (i - begin) / 2 * kPanel;
+    for (int64_t c = 0; c < count; c += kPanel, to += kPanelStride) {
+      const __mmask16 mask =
+          static_cast<__mmask16>(count - c >= kPanel ? 0xffff : (1 << (count - c)) - 1);
+      const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + 2 * c));
+      const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + 2 * c));
+      const __m512 a_scaled = _mm512_mul_ps((__m512)_mm512_slli_epi32(a, 16), even_scale);
+      const __m512 b_scaled = _mm512_mul_ps((__m512)_mm512_slli_epi32(b, 16), odd_scale);
+      const __m512i low = _mm512_srli_epi32((__m512i)a_scaled, 16);
+      const __m512i pair = _mm512_or_si512(low, _mm512_and_si512((__m512i)b_scaled, high));
+      _mm512_storeu_si512(to, pair);
+    }
+  }
+#else
+  (void)source, (void)index, (void)begin, (void)end, (void)column, (void)slab;
+#endif
+}
+
+// Packs the tokens [begin, end) into panels; each slab's columns are cut into tasks.
+inline void pack(const PackSource& source, const Tokens& tokens, int64_t begin, int64_t end,
+                 int64_t threads, const Panels& panels) {
+  const int64_t slab_tokens = panels.tokens_per_slab();
+  const int64_t slabs = (end - begin + slab_tokens - 1) / slab_tokens;
+  const int64_t groups = (source.columns + kGroupColumns - 1) / kGroupColumns;
+  for_each_task(slabs * groups, threads, [&](int64_t task, int64_t) {
+    const int64_t slab = task / groups;
+    const int64_t from = begin + slab * slab_tokens;
+    float* to = panels.data + slab * panels.count * kPanelStride;
+    (panels.pairs ? pack_pairs : pack_floats)(source, tokens.index, from,
+                                              min64(end, from + slab_tokens),
+                                              task % groups * kGroupColumns, to);
+  });
+}
+
+// moments += sums over all tokens, in fp64.
+inline void add_moments(const GramArgs& args, const Tokens& tokens, int64_t threads) {
+  const int64_t groups = (args.hidden_size + kGroupColumns - 1) / kGroupColumns;
+  for_each_task(groups, threads, [&](int64_t group, int64_t) {
+    const int64_t column = group * kGroupColumns;
+    const int64_t count = min64(kGroupColumns, args.hidden_size - column);
+    const int64_t padded = round_up(count, kPanel);
+    double features[kGroupColumns] = {}, change[kGroupColumns] = {}, squares[kGroupColumns] = {};
+    float x[kGroupColumns], y[kGroupColumns];
+    for (int64_t i = 0; i < tokens.count; ++i) {
+      row_to_float(row_of(args.x, tokens.index[i]) + column * bytes_of(args.x.dtype), args.x.dtype,
+                   count, padded, x);
+      const double feature_weight = tokens.feature_weight[i], weight = tokens.weight[i];
+      for (int64_t c = 0; c < padded; ++c) features[c] += feature_weight * x[c];
+      if (args.y.data == nullptr) continue;
+      row_to_float(row_of(args.y, tokens.index[i]) + column * bytes_of(args.y.dtype), args.y.dtype,
+                   count, padded, y);
+      for (int64_t c = 0; c < padded; ++c) {
+        const double delta = static_cast<double>(y[c]) - x[c];
+        change[c] += weight * delta;
+        squares[c] += weight * delta * delta;
+      }
+    }
+    double* out = args.moments + column;
+    for (int64_t c = 0; c < count; ++c) {
+      out[c] += features[c];
+      out[args.hidden_size + c] += change[c];
+      out[2 * args.hidden_size + c] += squares[c];
+    }
+  });
+}
+
+}  // namespace
+}  // namespace ghosted_fast

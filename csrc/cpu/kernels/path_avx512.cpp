@@ -1,0 +1,11 @@
+// The kernels of the path "avx512"; setup.py gives this file its instruction-set flags.
+#include "ghost_apply.h"
+#include "ghost_solve.h"
+#include "gram_update.h"
+
+namespace ghosted_fast {
+
+extern const KernelTable kAvx512Kernels;
+const KernelTable kAvx512Kernels{"avx512", &gram_update, &ghost_apply, &ghost_solve};
+
+}  // namespace ghosted_fast

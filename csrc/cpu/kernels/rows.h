@@ -1,0 +1,93 @@
+// What is asked of a whole row of activations: its largest magnitude and its sum of squares.
+#pragma once
+
+#include <cmath>
+
+#include "convert.h"
+
+namespace ghosted_fast {
+namespace {
+
+template <Dtype kType>
+inline float typed_largest_magnitude(const void* row, int64_t count) {
+  const StorageOf<kType>* values = static_cast<const StorageOf<kType>*>(row);
+  if constexpr (kType == Dtype::kFloat32) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t magnitude = float_to_bits(values[i]) & 0x7fffffffu;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    return bits_to_float(largest);
+  } else {
+    uint16_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint16_t magnitude = static_cast<uint16_t>(values[i] & 0x7fff);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    return kType == Dtype::kBFloat16 ? bits_to_float(static_cast<uint32_t>(largest) << 16)
+                                     : half_to_float(largest);
+  }
+}
+
+// The largest |value| of a row; infinity or NaN if it holds either (their bits are the largest).
+inline float largest_magnitude(const void* row, Dtype dtype, int64_t count) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return typed_largest_magnitude<Dtype::kBFloat16>(row, count);
+    case Dtype::kFloat16:
+      return typed_largest_magnitude<Dtype::kFloat16>(row, count);
+    default:
+      return typed_largest_magnitude<Dtype::kFloat32>(row, count);
+  }
+}
+
+template <Dtype kType>
+inline double typed_sum_of_squares(const void* row, int64_t count) {
+  const StorageOf<kType>* values = static_cast<const StorageOf<kType>*>(row);
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  // Eight squares per lane in fp32, then fp64.
+  for (; i + 8 * kLanes <= count; i += 8 * kLanes) {
+    VecF sum = {};
+    GHOSTED_FAST_UNROLL
+    for (int u = 0; u < 8; ++u) {
+      const VecF v = load_as_float<kType>(values + i + u * kLanes);
+      sum = v * v + sum;
+    }
+    float part[kLanes];
+    store(part, sum);
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += part[lane];
+  }
+  for (; i < count; i += kLanes) {
+    const VecF v = load_as_float<kType>(values + i, count - i);
+    float part[kLanes];
+    store(part, v * v);
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += part[lane];
+  }
+  double sum = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
+}
+
+inline double sum_of_squares(const void* row, Dtype dtype, int64_t count) {
+  const double sum = dtype == Dtype::kBFloat16
+                         ? typed_sum_of_squares<Dtype::kBFloat16>(row, count)
+                     : dtype == Dtype::kFloat16
+                         ? typed_sum_of_squares<Dtype::kFloat16>(row, count)
+                         : typed_sum_of_squares<Dtype::kFloat32>(row, count);
+  // Squares that may have left the range of fp32 on the way: once more, in fp64.
+  if (dtype == Dtype::kFloat16 || (sum > 1e-25 && sum < 1e35)) return sum;
+  double exact = 0.0;
+  float part[kLanes];
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const char* from = static_cast<const char*>(row) + i * bytes_of(dtype);
+    row_to_float(from, dtype, min64(kLanes, count - i), kLanes, part);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      exact += static_cast<double>(part[lane]) * part[lane];
+    }
+  }
+  return exact;
+}
+
+}  // namespace
+}  // namespace ghosted_fast

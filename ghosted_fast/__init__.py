@@ -1,0 +1,74 @@
+"""Ghosts for layer-pruned language models: closed-form recovery, fused operators, no training.
+
+A ghost stands where decoder layers were removed and maps the hidden state that enters the gap to
+the one that the dense model would have had: `y = x + M x`, with `M` the least-squares optimum over
+calibration text. See `ghost_model` for the one way through.
+
+Names are loaded when they are first used: importing this package loads neither torch's extension
+modules of the library nor transformers. Loading a saved ghosted model with transformers works as
+soon as this package has been imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ghosted_fast._hook import install_hook
+
+if TYPE_CHECKING:
+    from ghosted_fast.checkpoint import save_model as save_model
+    from ghosted_fast.evaluation import Perplexity as Perplexity
+    from ghosted_fast.evaluation import perplexity as perplexity
+    from ghosted_fast.gram import GramAccumulator as GramAccumulator
+    from ghosted_fast.modules import GhostLinear as GhostLinear
+    from ghosted_fast.modules import swap_ghosts as swap_ghosts
+    from ghosted_fast.ops import ghost_apply as ghost_apply
+    from ghosted_fast.ops import ghost_apply_rms_norm as ghost_apply_rms_norm
+    from ghosted_fast.pipeline import GhostReport as GhostReport
+    from ghosted_fast.pipeline import ghost_model as ghost_model
+    from ghosted_fast.selection import Selection as Selection
+    from ghosted_fast.selection import select_layers as select_layers
+    from ghosted_fast.solve import GhostSolution as GhostSolution
+    from ghosted_fast.solve import solve_ghost as solve_ghost
+    from ghosted_fast.speed import Throughput as Throughput
+    from ghosted_fast.speed import throughput as throughput
+    from ghosted_fast.surgery import prune_model as prune_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GhostLinear": "modules",
+    "GhostReport": "pipeline",
+    "GhostSolution": "solve",
+    "GramAccumulator": "gram",
+    "Perplexity": "evaluation",
+    "Selection": "selection",
+    "Throughput": "speed",
+    "ghost_apply": "ops",
+    "ghost_apply_rms_norm": "ops",
+    "ghost_model": "pipeline",
+    "perplexity": "evaluation",
+    "prune_model": "surgery",
+    "save_model": "checkpoint",
+    "select_layers": "selection",
+    "solve_ghost": "solve",
+    "swap_ghosts": "modules",
+    "throughput": "speed",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+install_hook()

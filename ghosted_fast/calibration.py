@@ -1,0 +1,272 @@
+"""Calibration: one pass of the dense model over text, into the statistics of all ghosts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ghosted_fast.batches import Batch, iterate_batches
+from ghosted_fast.boundaries import visit_intervals
+from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
+from ghosted_fast.families import hidden_size
+from ghosted_fast.gram import GramAccumulator, NormalEquations, statistics_bytes
+
+Input = Literal["normed", "hidden"]
+TokenWeight = Literal["inverse_energy", "uniform"]
+FirstState = Literal["auto", "on", "off"]
+
+# First tokens kept apart to decide whether a ghost needs a state for them: enough for the decision
+# and for a fit that includes them, and small beside the statistics.
+_MAX_FIRST_TOKENS = 1024
+_DEFAULT_NORM_EPS = 1e-6
+_MIN_EXPONENT, _MAX_EXPONENT = -60, 60
+
+
+@dataclass(frozen=True)
+class GhostOptions:
+    """How ghosts are fitted.
+
+    Attributes:
+        input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
+        token_weight: "inverse_energy" for about 1 / mean(y^2) per token, "uniform" for 1.
+        first_state: Whether the first attended token of a sequence gets a constant state: "on",
+            "off", or "auto": where it predicts that token better than the linear map does.
+        bias: Whether to fit an additive bias.
+        damping: Absolute damping, or "auto" for the one that held-out folds prefer.
+        folds: Folds of the statistics; sequence i belongs to fold i modulo this.
+    """
+
+    input: Input = "normed"
+    token_weight: TokenWeight = "inverse_energy"
+    first_state: FirstState = "auto"
+    bias: bool = False
+    damping: float | Literal["auto"] = "auto"
+    folds: int = 4
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("input", get_args(Input)),
+            ("token_weight", get_args(TokenWeight)),
+            ("first_state", get_args(FirstState)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ArgumentError(
+                    f"expected {name} to be one of {', '.join(choices)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.folds < 2:
+            raise ArgumentError(f"expected folds >= 2, got {self.folds}")
+
+
+@dataclass
+class FirstTokens:
+    """The first attended tokens of the sequences, kept apart from the sums.
+
+    Their number is bounded; the sum of y runs over all of them.
+    """
+
+    y_sum: Tensor
+    count: int = 0
+    kept: int = 0
+    x: list[Tensor] = field(default_factory=list)
+    y: list[Tensor] = field(default_factory=list)
+    folds: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor, y: Tensor, folds: Tensor) -> None:
+        """Add rows x, y [n, d] of the folds [n]."""
+        self.y_sum += y.double().sum(0)
+        self.count += len(y)
+        room = _MAX_FIRST_TOKENS - self.kept
+        if room > 0:
+            self.x.append(x[:room].clone())
+            self.y.append(y[:room].clone())
+            self.folds.append(folds[:room])
+            self.kept += len(x[:room])
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the kept rows: x [n, d], y [n, d], folds [n]."""
+        return torch.cat(self.x), torch.cat(self.y), torch.cat(self.folds)
+
+    def mean(self) -> Tensor:
+        """Return the mean y [d], fp64."""
+        return self.y_sum / max(self.count, 1)
+
+
+@dataclass
+class IntervalStatistics:
+    """All that the fit of the ghost in place of layers [start, stop) needs to know.
+
+    Attributes:
+        start: First removed layer.
+        stop: The layer that the ghost's output enters.
+        gram: Sums over the tokens; without the first of each sequence if `first` is given.
+        first: The first tokens, where they are kept apart.
+    """
+
+    start: int
+    stop: int
+    gram: GramAccumulator
+    first: FirstTokens | None
+
+    def split(self) -> tuple[NormalEquations, NormalEquations]:
+        """Return the equations of all folds but the last, and those of the last."""
+        held_out = self.gram.fold(self.gram.folds - 1)
+        return self.gram.total() - held_out, held_out
+
+
+def norm_eps_of(model: nn.Module, options: GhostOptions) -> float | None:
+    """Return the epsilon of the ghosts' rms: the model's own, which engines know."""
+    if options.input == "hidden":
+        return None
+    config: Any = model.config
+    return float(getattr(config, "rms_norm_eps", None) or _DEFAULT_NORM_EPS)
+
+
+def is_held_out(sequence: int, options: GhostOptions) -> bool:
+    """Return whether a calibration sequence, by its number, belongs to the held-out fold."""
+    return sequence % options.folds == options.folds - 1
+
+
+def interval_bytes(size: int, options: GhostOptions) -> int:
+    """Return the bytes of one interval's statistics, at most.
+
+    Args:
+        size: The model's hidden size.
+        options: How the ghosts are fitted.
+    """
+    first = 0 if options.first_state == "off" else _MAX_FIRST_TOKENS * 2 * 4 * size + 8 * size
+    return statistics_bytes(size, options.folds) + first
+
+
+def token_weights(x: Tensor, y: Tensor, options: GhostOptions, norm_eps: float | None) -> Tensor:
+    """Return the weight of each token in the fit.
+
+    "inverse_energy" is 1 / mean(y^2), moved by at most a factor of 2 so that the scale of a row in
+    the Gram, sqrt(w) or sqrt(w) / rms(x), is a power of two: exact in bf16.
+
+    Args:
+        x: States that enter the ghost [..., d].
+        y: States that it should give [..., d].
+        options: How the ghosts are fitted.
+        norm_eps: Epsilon of the rms for normed ghosts, None for the others.
+
+    Returns:
+        Weights [...], fp32, above zero.
+    """
+    if options.token_weight == "uniform":
+        return torch.ones(x.shape[:-1], device=x.device)
+    energy = y.float().square().mean(-1)
+    unit = torch.ones_like(energy)
+    if norm_eps is not None:
+        unit = x.float().square().mean(-1) + norm_eps
+    # A row that is not finite keeps a plain weight, so that the accumulator sees and reports it.
+    usable = torch.isfinite(energy * unit) & (energy * unit > 0)
+    exponent = torch.where(usable, -0.5 * torch.log2(energy * unit), 0.0).round()
+    power = exponent.clamp(_MIN_EXPONENT, _MAX_EXPONENT).to(torch.int32)
+    power_of_four = ((2 * power + 127) << 23).view(torch.float32)
+    return torch.where(usable, unit * power_of_four, 1.0)
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    intervals: Sequence[tuple[int, int]],
+    options: GhostOptions | None = None,
+    progress: bool = False,
+) -> list[IntervalStatistics]:
+    """Run the dense model once over text and gather the statistics of all intervals.
+
+    Layers above the last interval are not computed, and hidden states are dropped as soon as the
+    last interval that needs them is served: memory is the statistics and one batch.
+
+    Args:
+        model: The dense model.
+        batches: Calibration tokens, see `iterate_batches`.
+        intervals: Pairs (start, stop) of removed layers.
+        options: How the ghosts will be fitted.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        The statistics, in the order of the intervals.
+
+    Raises:
+        CalibrationError: There are fewer than 2 x hidden_size tokens.
+        NonFiniteError: An activation is NaN or infinite; the message names boundary and batch.
+    """
+    options = options or GhostOptions()
+    size, eps = hidden_size(model), norm_eps_of(model, options)
+    device = next(model.parameters()).device
+    statistics = [
+        IntervalStatistics(
+            start,
+            stop,
+            GramAccumulator(size, options.folds, eps, device),
+            None
+            if options.first_state == "off"
+            else FirstTokens(torch.zeros(size, dtype=torch.float64, device=device)),
+        )
+        for start, stop in intervals
+    ]
+    sequences = tokens = 0
+    bar = tqdm(desc="calibrating", unit="tok", unit_scale=True, delay=2.0, disable=not progress)
+    with bar:
+        for index, batch in enumerate(iterate_batches(batches, device)):
+            update = partial(_update, statistics, batch, index, sequences, options)
+            visit_intervals(model, batch, intervals, update)
+            sequences += len(batch.input_ids)
+            tokens += batch.num_tokens
+            bar.update(batch.num_tokens)
+    if tokens < 2 * size:
+        raise CalibrationError(
+            f"expected at least {2 * size} calibration tokens (2 x the hidden size {size}), got "
+            f"{tokens}: give more text"
+        )
+    return statistics
+
+
+def _update(
+    statistics: Sequence[IntervalStatistics],
+    batch: Batch,
+    batch_index: int,
+    sequences: int,
+    options: GhostOptions,
+    interval: int,
+    x: Tensor,
+    y: Tensor,
+) -> None:
+    item = statistics[interval]
+    y = y.to(x.device)
+    weight = token_weights(x, y, options, item.gram.norm_eps) * batch.attention_mask
+    row_folds = (torch.arange(len(x), device=x.device) + sequences) % options.folds
+    if item.first is not None:
+        is_first = batch.is_first
+        weight = weight.masked_fill(is_first, 0.0)
+        fold_of_first = row_folds[is_first.nonzero()[:, 0]]
+        x_first, y_first = x[is_first], y[is_first]
+        _check_first(x_first, y_first, item, batch_index)
+        item.first.add(x_first, y_first, fold_of_first)
+    for fold in range(min(options.folds, len(x))):
+        rows = slice(fold, None, options.folds)
+        try:
+            item.gram.update(x[rows], y[rows], weight[rows], fold=int(row_folds[fold]))
+        except NonFiniteError as error:
+            raise _non_finite(item, batch_index, str(error)) from error
+
+
+def _check_first(x: Tensor, y: Tensor, item: IntervalStatistics, batch_index: int) -> None:
+    if not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
+        raise _non_finite(item, batch_index, "the first token of a sequence is not finite")
+
+
+def _non_finite(item: IntervalStatistics, batch_index: int, detail: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"expected finite activations at boundaries {item.start} and {item.stop}, got NaN or "
+        f"infinity in calibration batch {batch_index} ({detail}): check the model in this dtype, "
+        "or leave that text out"
+    )

@@ -1,0 +1,46 @@
+"""The verbs of the command line, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ghosted_fast import __version__
+from ghosted_fast.cli.bench import bench
+from ghosted_fast.cli.demo import demo
+from ghosted_fast.cli.doctor import doctor
+from ghosted_fast.cli.eval import evaluate
+from ghosted_fast.cli.fit import fit
+from ghosted_fast.cli.select import select
+from ghosted_fast.cli.verb import verb
+
+app = typer.Typer(
+    help="Remove decoder layers from a language model and put closed-form ghosts in their place.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(verb(demo))
+app.command("select")(verb(select))
+app.command("fit")(verb(fit))
+app.command("eval")(verb(evaluate))
+app.command("bench")(verb(bench))
+app.command("doctor")(verb(doctor))
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ghosted-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass

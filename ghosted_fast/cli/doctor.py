@@ -1,0 +1,55 @@
+"""`ghosted-fast doctor`: what is installed, and what runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ghosted_fast.cli.verb import Result, TextTable
+
+
+def doctor() -> Result:
+    """Show versions, backends, processor features and supported model families."""
+    from ghosted_fast._native import extension
+    from ghosted_fast.families import known_families
+    from ghosted_fast.machine import cpu_features, machine_facts, package_versions
+    from ghosted_fast.ops import backend_status
+
+    backends = [
+        {"name": name, "available": available, "description": description}
+        for name, available, description in backend_status()
+    ]
+    native = extension()
+    build: dict[str, Any] = dict(native.build_info()) if native is not None else {}
+    data = {
+        "machine": machine_facts(),
+        "cpu_features": cpu_features(),
+        "versions": package_versions(),
+        "backends": backends,
+        "build": build,
+        "families": list(known_families()),
+    }
+    facts = {
+        **machine_facts(),
+        "processor features": " ".join(cpu_features()) or "none that matters",
+        "families": ", ".join(known_families()),
+    }
+    status = [
+        [name, "yes" if available else "no", description]
+        for name, available, description in backend_status()
+    ]
+    shown: list[TextTable | str] = [
+        _table(["machine", ""], facts),
+        "",
+        _table(["package", "version"], package_versions()),
+        "",
+        TextTable(["backend", "usable", "what it is, or why not"], status, numeric=False),
+    ]
+    if build:
+        shown += ["", _table(["build", ""], build)]
+    return Result(data, shown)
+
+
+def _table(columns: Sequence[str], facts: Mapping[str, Any]) -> TextTable:
+    rows = [[label, str(value)] for label, value in facts.items()]
+    return TextTable(columns, rows, numeric=False)

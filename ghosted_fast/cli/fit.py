@@ -1,0 +1,131 @@
+"""`ghosted-fast fit`: a smaller checkpoint with ghosts in place of the removed layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ghosted_fast.cli import options
+from ghosted_fast.cli.verb import Result, TextTable, usage_error
+
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", help="Folder for the checkpoint; required to save one.")
+]
+
+
+def fit(
+    model: options.ModelOption,
+    calibration: options.CalibrationOption,
+    output: OutputOption = None,
+    num_layers: options.NumLayersOption = None,
+    removed: options.RemovedOption = None,
+    criterion: options.CriterionOption = "ghost",
+    recovery: options.RecoveryOption = "ghost",
+    field: options.FieldOption = None,
+    split: options.SplitOption = None,
+    input: options.InputOption = "normed",
+    bias: options.BiasOption = False,
+    first_state: options.FirstStateOption = "auto",
+    token_weight: options.TokenWeightOption = "inverse_energy",
+    damping: options.DampingOption = "auto",
+    tokens: options.TokensOption = 49152,
+    sequence_length: options.SequenceLengthOption = 512,
+    batch_size: options.BatchSizeOption = 8,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    evaluation: options.OptionalEvaluationOption = None,
+    evaluation_tokens: options.EvaluationTokensOption = 5120,
+    report: options.ReportOption = None,
+    overwrite: options.OverwriteOption = False,
+    dry_run: options.DryRunOption = False,
+    seed: options.SeedOption = 0,
+) -> Result:
+    """Remove layers, fit a ghost for each removed run, and save the smaller model."""
+    layers = options.check_layer_choice(num_layers, removed)
+    absolute_damping = options.parse_damping(damping)
+    if output is None and not dry_run:
+        raise usage_error("expected a folder for the checkpoint, or --dry-run", "--output")
+    if report is not None and report.suffix not in (".html", ".json"):
+        raise usage_error(f"expected a .html or .json file, got {str(report)!r}", "--report")
+
+    from ghosted_fast.calibration import GhostOptions
+    from ghosted_fast.checkpoint import save_model
+    from ghosted_fast.cli.loading import calibration_batches, check_new, open_model
+    from ghosted_fast.cli.tables import ghost_table, memory_line, model_table
+    from ghosted_fast.comparison import compare_models
+    from ghosted_fast.machine import machine_facts
+    from ghosted_fast.pipeline import ghost_model, statistics_bytes_needed
+    from ghosted_fast.report import write_report
+    from ghosted_fast.selection import select_layers
+    from ghosted_fast.sources import load_texts, token_batches
+    from ghosted_fast.surgery import prune_model
+
+    if not dry_run:
+        check_new(output, overwrite)
+        check_new(report, overwrite)
+    ghosts = GhostOptions(input, token_weight, first_state, bias, absolute_damping)
+    dense, tokenizer = open_model(model, dtype, device)
+    if dry_run:
+        needed = statistics_bytes_needed(dense, num_layers, layers, criterion, ghosts)
+        return Result({"statistics_bytes": needed}, [memory_line(needed, "all intervals")])
+    held_out = None
+    if evaluation is not None:
+        texts = load_texts(evaluation, field, split)
+        held_out = token_batches(tokenizer, texts, evaluation_tokens, sequence_length, batch_size)
+    batches = calibration_batches(
+        dense,
+        tokenizer,
+        calibration,
+        field=field,
+        split=split,
+        num_tokens=tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    facts: dict[str, Any]
+    if recovery == "none":
+        if layers is None:
+            assert num_layers is not None
+            layers = select_layers(
+                dense, batches, num_layers, criterion, options=ghosts, progress=True
+            ).removed
+        smaller = prune_model(dense, layers)
+        facts = {"model": model, "removed": layers, "criterion": None if removed else criterion}
+    else:
+        smaller, found = ghost_model(
+            dense,
+            batches,
+            num_layers,
+            removed=layers,
+            criterion=criterion,
+            input=input,
+            token_weight=token_weight,
+            first_state=first_state,
+            bias=bias,
+            damping=absolute_damping,
+            progress=True,
+        )
+        facts = found.to_dict()
+    assert output is not None
+    save_model(smaller, output, tokenizer, overwrite)
+    facts["output"] = str(output)
+    shown: list[TextTable | str] = [
+        f"removed {','.join(map(str, facts['removed']))}; saved {output}"
+    ]
+    if facts.get("ghosts"):
+        shown += ["", ghost_table(facts["ghosts"])]
+    if held_out is not None:
+        models = {"dense": dense, "pruned": prune_model(dense, facts["removed"])}
+        if recovery == "ghost":
+            models["ghosted"] = smaller
+        rows = compare_models(models, held_out, progress=True, seed=seed)
+        facts["models"] = [row.to_dict() for row in rows]
+        shown += ["", model_table(rows)]
+    if report is not None:
+        facts["machine"] = machine_facts()
+        write_report(report, facts, overwrite=overwrite)
+        shown += ["", f"report: {report}"]
+    return Result(facts, shown)

@@ -1,0 +1,162 @@
+"""Options that several verbs take: one name, one type and one help text for each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ghosted_fast.cli.verb import usage_error
+
+Criterion = Literal["ghost", "streamline", "shortgpt"]
+Recovery = Literal["ghost", "none"]
+GhostInput = Literal["normed", "hidden"]
+FirstState = Literal["auto", "on", "off"]
+TokenWeight = Literal["inverse_energy", "uniform"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+
+_TEXT = "a .jsonl or .parquet file, any other text file, or a hub data set"
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="The model: a hub id, a local folder or a .gguf file.")
+]
+ModelsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        help="A model: a hub id, a local folder or a .gguf file. Repeat it; the first is dense.",
+    ),
+]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        help=f"Text to calibrate on: {_TEXT}; or 'self', text that the model itself generates.",
+    ),
+]
+EvaluationOption = Annotated[
+    str, typer.Option("--evaluation", help=f"Text to measure perplexity on: {_TEXT}.")
+]
+OptionalEvaluationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluation",
+        help=f"Also measure the perplexity of dense, pruned and ghosted model on this: {_TEXT}.",
+    ),
+]
+FieldOption = Annotated[
+    str | None,
+    typer.Option(
+        "--field",
+        help="Field that holds the text; if not given: text, else 0, else the only one.",
+    ),
+]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", help="Split of a hub data set; train if not given.")
+]
+NumLayersOption = Annotated[
+    int | None,
+    typer.Option("--num-layers", min=1, help="How many layers to remove; --criterion picks them."),
+]
+RequiredNumLayersOption = Annotated[
+    int, typer.Option("--num-layers", min=1, help="How many layers to remove.")
+]
+RemovedOption = Annotated[
+    str | None,
+    typer.Option("--removed", help="The layers to remove, ends included: '14-18' or '3,7,8'."),
+]
+CriterionOption = Annotated[
+    Criterion, typer.Option("--criterion", help="What picks the layers to remove.")
+]
+RecoveryOption = Annotated[
+    Recovery, typer.Option("--recovery", help="What takes the place of the removed layers.")
+]
+InputOption = Annotated[
+    GhostInput, typer.Option("--input", help="What the ghost's matrix is applied to.")
+]
+BiasOption = Annotated[bool, typer.Option("--bias/--no-bias", help="Give ghosts a bias.")]
+FirstStateOption = Annotated[
+    FirstState,
+    typer.Option("--first-state", help="A constant state for the first token of a sequence."),
+]
+TokenWeightOption = Annotated[
+    TokenWeight, typer.Option("--token-weight", help="How much each token counts in the fit.")
+]
+DampingOption = Annotated[
+    str,
+    typer.Option("--damping", help="Absolute damping, or 'auto': what held-out text prefers."),
+]
+TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of calibration text.")]
+TextTokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of text.")]
+EvaluationTokensOption = Annotated[
+    int, typer.Option("--evaluation-tokens", min=1, help="Tokens of evaluation text.")
+]
+SequenceLengthOption = Annotated[
+    int, typer.Option("--sequence-length", min=2, help="Tokens in a sequence.")
+]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at a time.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Dtype of the weights; 'auto' is the checkpoint's own.")
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where to compute: auto, cpu, cuda, cuda:1, ...")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is already there.")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option("--report", help="Also write a report: .html or .json.")
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Only print the memory that the statistics would take."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of all that is random.")]
+
+
+def parse_layers(text: str) -> list[int]:
+    """Return the layers that a text such as '14-18' or '3,7,8' names.
+
+    Raises:
+        typer.BadParameter: It names none, or one twice, or is no such text.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise usage_error(
+                f"expected layers such as '14-18' or '3,7,8', got {text!r}", "--removed"
+            )
+        layers += range(int(first), int(last if dash else first) + 1)
+    if not layers or len(set(layers)) < len(layers):
+        raise usage_error(
+            f"expected every layer once and each range upwards, got {text!r}", "--removed"
+        )
+    return sorted(layers)
+
+
+def parse_damping(text: str) -> float | Literal["auto"]:
+    """Return the damping as a number, or "auto".
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        damping = float(text)
+    except ValueError:
+        damping = -1.0
+    if not 0 <= damping < float("inf"):
+        raise usage_error(f"expected 'auto' or a number >= 0, got {text!r}", "--damping")
+    return damping
+
+
+def check_layer_choice(num_layers: int | None, removed: str | None) -> list[int] | None:
+    """Return the layers of `--removed`, after checking that exactly one of the two is given."""
+    if (num_layers is None) == (removed is None):
+        raise usage_error(
+            "expected one of the two, got both or neither", "--num-layers / --removed"
+        )
+    return None if removed is None else parse_layers(removed)

@@ -1,0 +1,60 @@
+"""`ghosted-fast select`: which layers to remove."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from ghosted_fast.cli import options
+from ghosted_fast.cli.verb import Result
+
+
+def select(
+    model: options.ModelOption,
+    calibration: options.CalibrationOption,
+    num_layers: options.RequiredNumLayersOption,
+    criterion: options.CriterionOption = "ghost",
+    field: options.FieldOption = None,
+    split: options.SplitOption = None,
+    input: options.InputOption = "normed",
+    bias: options.BiasOption = False,
+    first_state: options.FirstStateOption = "auto",
+    token_weight: options.TokenWeightOption = "inverse_energy",
+    damping: options.DampingOption = "auto",
+    tokens: options.TokensOption = 49152,
+    sequence_length: options.SequenceLengthOption = 512,
+    batch_size: options.BatchSizeOption = 8,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    dry_run: options.DryRunOption = False,
+    seed: options.SeedOption = 0,
+) -> Result:
+    """Score the layers that could be removed, and name the best ones."""
+    absolute_damping = options.parse_damping(damping)
+
+    from ghosted_fast.calibration import GhostOptions
+    from ghosted_fast.cli.loading import calibration_batches, open_model
+    from ghosted_fast.cli.tables import memory_line, score_table
+    from ghosted_fast.pipeline import statistics_bytes_needed
+    from ghosted_fast.selection import select_layers
+
+    ghosts = GhostOptions(input, token_weight, first_state, bias, absolute_damping)
+    dense, tokenizer = open_model(model, dtype, device)
+    if dry_run:
+        needed = statistics_bytes_needed(dense, num_layers, criterion=criterion, options=ghosts)
+        return Result({"statistics_bytes": needed}, [memory_line(needed, "all candidates")])
+    batches = calibration_batches(
+        dense,
+        tokenizer,
+        calibration,
+        field=field,
+        split=split,
+        num_tokens=tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    selection = select_layers(dense, batches, num_layers, criterion, options=ghosts, progress=True)
+    scores = [asdict(score) for score in selection.scores]
+    data = {"removed": selection.removed, "criterion": criterion, "scores": scores}
+    line = f"remove {','.join(map(str, selection.removed))}"
+    return Result(data, [score_table(scores, selection.removed), "", line])

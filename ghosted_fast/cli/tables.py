@@ -1,0 +1,89 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ghosted_fast.cli.verb import TextTable
+from ghosted_fast.comparison import ModelRow, ratio
+
+
+def model_table(rows: Sequence[ModelRow], title: str | None = None) -> TextTable:
+    """Return the table of models: size, perplexity, speed, speed relative to the dense model."""
+    columns = ["model", "dtype", "layers", "parameters"]
+    with_perplexity = any(row.perplexity for row in rows)
+    with_speed = any(row.throughput for row in rows)
+    if with_perplexity:
+        columns += ["perplexity", "interval"]
+    if with_speed:
+        columns += ["prefill tok/s", "to dense", "decode tok/s", "to dense"]
+    records = [row.to_dict() for row in rows]
+    cells = []
+    for record in records:
+        line = [record["name"], record["dtype"], str(record["layers"])]
+        line.append(f"{record['parameters'] / 1e6:,.1f} M")
+        if with_perplexity:
+            line += _perplexity_cells(record["perplexity"])
+        if with_speed:
+            line += _speed_cells(record, records)
+        cells.append(line)
+    return TextTable(columns, cells, title)
+
+
+def _perplexity_cells(perplexity: Mapping[str, Any] | None) -> list[str]:
+    if perplexity is None:
+        return ["-", "-"]
+    return [
+        f"{perplexity['value']:.2f}",
+        f"{perplexity['low']:.1f} to {perplexity['high']:.1f}",
+    ]
+
+
+def _speed_cells(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = []
+    for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+        relative = ratio(record, records, key)
+        if relative is None:
+            cells += ["-", "-"]
+        else:
+            cells += [f"{record['throughput'][key]:,.1f}", f"{relative:.2f}x"]
+    return cells
+
+
+def ghost_table(ghosts: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Return the table of fitted ghosts, from `GhostFacts` as dicts."""
+    columns = ["ghost", "input", "bias", "first state", "fit error", "held-out", "damping", "cond"]
+    rows = [
+        [
+            f"[{item['start']}, {item['stop']})",
+            item["input"],
+            "yes" if item["bias"] else "no",
+            "yes" if item["first_state"] else "no",
+            f"{item['fit_error']:.4f}",
+            "-" if item["held_out_error"] is None else f"{item['held_out_error']:.4f}",
+            f"{item['damping']:.1e}",
+            f"{item['condition']:.1e}",
+        ]
+        for item in ghosts
+    ]
+    return TextTable(columns, rows)
+
+
+def score_table(scores: Sequence[Mapping[str, Any]], removed: Sequence[int]) -> TextTable:
+    """Return the table of candidates, from `IntervalScore` as dicts, the best first."""
+    chosen = set(removed)
+    rows = [
+        [
+            f"[{item['start']}, {item['stop']})",
+            f"{item['score']:.5f}",
+            "removed" if chosen.issuperset(range(item["start"], item["stop"])) else "",
+        ]
+        for item in sorted(scores, key=lambda item: float(item["score"]))
+    ]
+    return TextTable(["layers", "score", ""], rows)
+
+
+def memory_line(num_bytes: int, candidates: str) -> str:
+    """Return what a dry run prints: the bytes of the statistics, in a unit that one can read."""
+    return f"{num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) of statistics for {candidates}"

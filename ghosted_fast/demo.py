@@ -1,0 +1,241 @@
+"""The demo: a real model loses layers, gets a ghost, and is measured, saved and loaded again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ghosted_fast.assets import DemoAssets
+from ghosted_fast.checkpoint import save_model
+from ghosted_fast.comparison import ModelRow, compare_models
+from ghosted_fast.errors import ArgumentError, CheckpointError
+from ghosted_fast.machine import machine_facts
+from ghosted_fast.pipeline import GhostReport, ghost_model
+from ghosted_fast.report import write_report
+from ghosted_fast.sources import (
+    cast_parameters,
+    load_model,
+    load_texts,
+    resolve_dtype,
+    token_batches,
+)
+from ghosted_fast.surgery import prune_model
+
+_LOGGER = logging.getLogger(__name__)
+PROMPT = "Why is the sky blue?"
+# A file that says that a folder was made by the demo, which may then replace it.
+_MARKER = ".ghosted-fast-demo"
+_SEQUENCE_LENGTH = 512
+# Held-out tokens that every candidate is scored on: enough here to tell the best from the next.
+_SCORE_TOKENS = 2048
+_RELOADED_TOKENS = 64
+_RELOAD = """
+import sys, torch
+import ghosted_fast
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+folder, source, target, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+with torch.inference_mode():
+    logits = model(**load_file(source)).logits
+    tokens = model.generate(**load_file(target), max_new_tokens=48, do_sample=False)
+save_file({"logits": logits.contiguous(), "tokens": tokens}, target)
+"""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found out.
+
+    Attributes:
+        rows: Dense, pruned and ghosted model, for each dtype.
+        report: Of the first dtype's ghosted model, the one that is saved.
+        checkpoint: The saved model's folder.
+        page: The report page.
+        sample: What the saved model, loaded in a new process, answers to `PROMPT`.
+        identical: Whether its logits there are bit for bit the same as here.
+    """
+
+    rows: list[ModelRow]
+    report: GhostReport
+    checkpoint: Path
+    page: Path
+    sample: str
+    identical: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON has it; also what the report page shows."""
+        checkpoint = str(self.checkpoint)
+        detail = f"{checkpoint} gives the logits of the model that was saved, bit for bit"
+        return {
+            **self.report.to_dict(),
+            "models": [row.to_dict() for row in self.rows],
+            "samples": [{"name": "ghosted", "prompt": PROMPT, "text": self.sample}],
+            "checks": [
+                {
+                    "label": "loaded in a new process",
+                    "passed": self.identical,
+                    "detail": detail if self.identical else f"{checkpoint} gives other logits",
+                }
+            ],
+            "machine": machine_facts(),
+            "checkpoint": checkpoint,
+            "page": str(self.page),
+        }
+
+
+def run_demo(
+    assets: DemoAssets,
+    output: Path,
+    num_layers: int = 5,
+    dtypes: Sequence[str] = ("bfloat16", "float32"),
+    tokens: int = 49152,
+    evaluation_rows: int = 10,
+    quick: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> DemoResult:
+    """Remove layers from the demo's model, put a ghost in, measure, save, reload and report.
+
+    Args:
+        assets: The model and the texts.
+        output: Folder for the checkpoint (`model`) and the page (`report.html`). An older one is
+            replaced if the demo made it.
+        num_layers: How many layers to remove.
+        dtypes: Dtypes to measure in. The layers are chosen in the first one, which is also saved.
+        tokens: Calibration tokens.
+        evaluation_rows: Rows of 512 tokens to measure perplexity on.
+        quick: Use an eighth of the tokens and measure speed once: to try whether it all works.
+        overwrite: Replace `output` even if the demo did not make it.
+        progress: Show progress bars on stderr.
+
+    Returns:
+        The result; the page is written and the checkpoint saved.
+
+    Raises:
+        ArgumentError: There is no dtype, or `output` is there and was not made by the demo.
+        CheckpointError: The saved model could not be loaded in a new process.
+    """
+    if not dtypes:
+        raise ArgumentError("expected at least one dtype, got none")
+    _claim(output, overwrite)
+    if quick:
+        tokens, evaluation_rows = max(tokens // 8, 16 * _SEQUENCE_LENGTH), 2
+    # Loaded once, in fp32, since unpacking the file takes longer than a cast.
+    source, tokenizer = load_model(assets.model, torch.float32)
+    batches = token_batches(tokenizer, load_texts(assets.calibration), tokens, _SEQUENCE_LENGTH)
+    evaluation = token_batches(
+        tokenizer,
+        load_texts(assets.evaluation),
+        evaluation_rows * _SEQUENCE_LENGTH,
+        _SEQUENCE_LENGTH,
+    )
+    speed = {
+        "prompt_length": _SEQUENCE_LENGTH,
+        "new_tokens": 16 if quick else 64,
+        "repeats": 1 if quick else 3,
+    }
+    rows: list[ModelRow] = []
+    first: tuple[Any, GhostReport] | None = None
+    for dtype in dtypes:
+        _LOGGER.info("measuring in %s", dtype)
+        dense = cast_parameters(copy.deepcopy(source), resolve_dtype(dtype) or torch.float32)
+        if first is None:
+            ghosted, report = ghost_model(
+                dense, batches, num_layers, score_tokens=_SCORE_TOKENS, progress=progress
+            )
+            first = ghosted, report
+        else:
+            ghosted, _ = ghost_model(dense, batches, removed=first[1].removed, progress=progress)
+        models = {
+            "dense": dense,
+            "pruned": prune_model(dense, first[1].removed),
+            "ghosted": ghosted,
+        }
+        rows += compare_models(models, evaluation, speed, progress)
+    assert first is not None
+    saved, report = first
+    folder = save_model(saved, output / "model", tokenizer, overwrite=True)
+    sample, identical = check_reload(saved, folder, tokenizer, evaluation[0])
+    result = DemoResult(rows, report, folder, output / "report.html", sample, identical)
+    write_report(
+        result.page, result.to_dict(), "SmolLM2-135M-Instruct with a ghost", overwrite=True
+    )
+    return result
+
+
+def _claim(output: Path, overwrite: bool) -> None:
+    """Make the output folder the demo's own, or refuse it."""
+    marker = output / _MARKER
+    mine = output.is_dir() and (overwrite or marker.is_file())
+    if output.exists() and not mine:
+        raise ArgumentError(
+            f"{str(output)!r} exists and was not made by the demo: name another folder, "
+            "or pass --overwrite"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
+def check_reload(model: Any, folder: Path, tokenizer: Any, batch: Tensor) -> tuple[str, bool]:
+    """Load a saved model in a new process; let it write, and compare its logits with the model's.
+
+    Args:
+        model: The model that was saved.
+        folder: Where it was saved.
+        tokenizer: Its tokenizer.
+        batch: Token ids [B, T] to compare on; a part of them is used.
+
+    Returns:
+        What it answers to `PROMPT`, and whether the logits are bit for bit the same.
+
+    Raises:
+        CheckpointError: The new process failed.
+    """
+    ids = batch[:1, :_RELOADED_TOKENS].contiguous()
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits
+    with tempfile.TemporaryDirectory(prefix="ghosted-fast-") as temporary:
+        source, target = Path(temporary) / "ids.safetensors", Path(temporary) / "out.safetensors"
+        save_file({"input_ids": ids}, source)
+        save_file(_prompt_ids(tokenizer), target)
+        threads = str(torch.get_num_threads())
+        finished = subprocess.run(
+            [sys.executable, "-c", _RELOAD, str(folder), str(source), str(target), threads],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if finished.returncode:
+            lines = finished.stderr.strip().splitlines() or ["no message"]
+            raise CheckpointError(f"{str(folder)!r} does not load in a new process: {lines[-1]}")
+        found = load_file(target)
+    prompt_length = _prompt_ids(tokenizer)["input_ids"].shape[1]
+    text = tokenizer.decode(found["tokens"][0, prompt_length:], skip_special_tokens=True)
+    return text.strip(), torch.equal(found["logits"], expected)
+
+
+def _prompt_ids(tokenizer: Any) -> dict[str, Tensor]:
+    """Return the prompt's input_ids and attention_mask, as a chat if the model has a template."""
+    if tokenizer.chat_template is None:
+        encoded = tokenizer(PROMPT, return_tensors="pt")
+    else:
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": PROMPT}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    return {name: encoded[name].contiguous() for name in ("input_ids", "attention_mask")}

@@ -1,0 +1,142 @@
+"""The report's plots: matplotlib SVG whose colours follow the page, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+# Colours that stand for the page's CSS variables; no other colour may be drawn.
+_INK, _FAINT, _ACCENT, _SECOND = "#010101", "#020202", "#030303", "#040404"
+_VARIABLES = {_INK: "--ink", _FAINT: "--faint", _ACCENT: "--accent", _SECOND: "--second"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ghosted_fast",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+}
+# Beyond this ratio of the largest to the smallest score the small ones would all look alike.
+_LOG_RATIO = 3.0
+
+
+def selection_figure(
+    scores: Sequence[Mapping[str, Any]], removed: Sequence[int], criterion: str | None
+) -> str | None:
+    """Draw the score of every candidate interval, the selected one marked.
+
+    Args:
+        scores: `IntervalScore` dicts: start, stop, score.
+        removed: The removed layers.
+        criterion: Whose scores they are.
+
+    Returns:
+        SVG, or None where there are no two candidates.
+    """
+    if len(scores) < 2:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        for marked in (False, True):
+            part = [
+                item
+                for item in scores
+                if set(range(item["start"], item["stop"])).issubset(removed) is marked
+            ]
+            axes.scatter(
+                [item["start"] for item in part],
+                [item["score"] for item in part],
+                s=64 if marked else 26,
+                color=_ACCENT if marked else _SECOND,
+                label="selected" if marked else "candidate",
+                zorder=3,
+            )
+        values = [item["score"] for item in scores]
+        if min(values) > 0 and max(values) > _LOG_RATIO * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 4.0, 6.0)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        lengths = {item["stop"] - item["start"] for item in scores}
+        width = f"{lengths.pop()} " if len(lengths) == 1 else ""
+        axes.set_xlabel(f"first of the {width}removed layers")
+        ghost = criterion == "ghost"
+        axes.set_ylabel("held-out loss, nats/token" if ghost else f"{criterion} score")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        figure.legend(loc="outside upper right", ncols=2)
+        return _svg(figure, "selection")
+
+
+def speed_figure(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Draw the tokens per second of prefill and of decoding, with their 20th to 80th percentile.
+
+    Args:
+        rows: `ModelRow` dicts.
+
+    Returns:
+        SVG, or None where no speed was measured.
+    """
+    rows = [row for row in rows if row.get("throughput")][::-1]
+    if not rows:
+        return None
+    labels = [f"{row['name']}, {row['dtype']}" for row in rows]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 0.75 + 0.36 * len(rows)), layout="constrained")
+        for index, phase in enumerate(("prefill", "decode")):
+            axes = figure.add_subplot(1, 2, index + 1)
+            speeds = [row["throughput"] for row in rows]
+            middle = [speed[f"{phase}_tokens_per_s"] for speed in speeds]
+            ends = [
+                [
+                    value - speed[f"{phase}_p20"]
+                    for value, speed in zip(middle, speeds, strict=True)
+                ],
+                [
+                    speed[f"{phase}_p80"] - value
+                    for value, speed in zip(middle, speeds, strict=True)
+                ],
+            ]
+            axes.barh(
+                range(len(rows)),
+                middle,
+                xerr=ends,
+                color=[_ACCENT if "ghost" in row["name"] else _SECOND for row in rows],
+                ecolor=_INK,
+                error_kw={"elinewidth": 1.0},
+                height=0.66,
+            )
+            axes.set_yticks(range(len(rows)), labels if index == 0 else [""] * len(rows))
+            axes.tick_params(axis="y", length=0)
+            axes.set_xlabel(f"{phase}, tokens per second")
+            axes.grid(axis="x")
+            axes.set_axisbelow(True)
+        return _svg(figure, "speed")
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Return the figure as an `<svg>` element that can stand in a page beside others."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg

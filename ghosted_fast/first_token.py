@@ -1,0 +1,53 @@
+"""Find the first attended token of every sequence in a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_attended(
+    tokens: Tensor,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+) -> Tensor | None:
+    """Mark the tokens that are the first attended one of their sequence.
+
+    With a mask over past and current tokens, that is the first token the mask lets through, and any
+    token at position 0 (packed sequences start there). Without one, or with masks that are already
+    prepared for attention, it is the token at position 0; where no positions are given either, it
+    is the first of all, if the cache is empty. Padding at position 0 may be marked when the masks
+    are prepared: nothing attends to it.
+
+    Args:
+        tokens: Token ids [B, T] or embeddings [B, T, d] of the current step.
+        attention_mask: [B, past + T], or a prepared mask (a tensor of four dimensions, or a dict).
+        position_ids: [B, T] or [1, T].
+        past_key_values: A transformers cache; its length may be an int or a tensor.
+
+    Returns:
+        Bool [B, T], or None if it is known without looking that there is no such token.
+    """
+    batch, length = tokens.shape[:2]
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past_is_known = not isinstance(past, Tensor)
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        end = attention_mask.shape[1]
+        if past_is_known:
+            end = min(end, past + length)
+        if not past_is_known or end == past + length:
+            attended = attention_mask[:, :end] != 0
+            current = attended[:, end - length :]
+            seen = attended[:, : end - length].sum(1, keepdim=True)
+            first = (seen + current.cumsum(1)) == 1
+            return current & (first if position_ids is None else first | (position_ids == 0))
+    if past_is_known and past > 0 and (attention_mask is None or position_ids is None):
+        return None
+    if position_ids is None:
+        at_start = (torch.arange(length, device=tokens.device) + past == 0)[None]
+    else:
+        at_start = position_ids == 0
+    return at_start.expand(batch, length).contiguous()

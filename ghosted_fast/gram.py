@@ -1,0 +1,288 @@
+"""Streaming normal equations: all that a ghost's fit needs to know of the activations.
+
+With the features `f = x` or `f = x / rms(x)`, the change `delta = y - x` and token weights `w`:
+
+    G = sum w f f^T     C = sum w f delta^T     E = sum w |delta|^2     sum w f     sum w delta
+
+The sums are kept in fp64 in K folds, so they add across batches, processes and machines, and the
+error on a held-out fold follows from them without seeing a token twice.
+
+Source: Yun et al., arXiv 2605.15491 (the normal equations); folds, weights and features are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghosted_fast.errors import ArgumentError, NonFiniteError
+from ghosted_fast.ops import gram_update
+
+_BYTES_PER_DOUBLE = 8
+
+
+def statistics_bytes(hidden_size: int, folds: int = 4) -> int:
+    """Return the bytes that one `GramAccumulator` holds, known before any token is seen."""
+    return _BYTES_PER_DOUBLE * folds * (2 * hidden_size**2 + 3 * hidden_size + 2)
+
+
+def mirror_lower(matrix: Tensor) -> Tensor:
+    """Return the symmetric matrix [d, d] of which only the lower triangle is given."""
+    return matrix.tril() + matrix.tril(-1).mT
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """The sums of one set of tokens. They add and subtract.
+
+    Attributes:
+        gram: G [d, d] fp64; only the lower triangle holds values.
+        cross: C [d, d] fp64, rows are features, columns are outputs.
+        moments: [3, d] fp64: sum w f, sum w delta, and per channel sum w delta^2.
+        weight_sum: sum of the token weights.
+        num_tokens: tokens with a weight above zero.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    moments: Tensor
+    weight_sum: float
+    num_tokens: int
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        return NormalEquations(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.moments + other.moments,
+            self.weight_sum + other.weight_sum,
+            self.num_tokens + other.num_tokens,
+        )
+
+    def __sub__(self, other: NormalEquations) -> NormalEquations:
+        return NormalEquations(
+            self.gram - other.gram,
+            self.cross - other.cross,
+            self.moments - other.moments,
+            self.weight_sum - other.weight_sum,
+            self.num_tokens - other.num_tokens,
+        )
+
+    @property
+    def energy(self) -> float:
+        """E = sum w |delta|^2: the error of leaving the ghost out."""
+        return float(self.moments[2].sum())
+
+    def error(self, solution: Tensor, bias: Tensor | None = None) -> float:
+        """Return sum w |delta - M f - b|^2 over these tokens, in closed form.
+
+        Args:
+            solution: M^T [d, d] fp64.
+            bias: b [d] fp64, or None.
+
+        Source: E - 2 tr(M C) + tr(M G M^T), with the terms of the bias added.
+        """
+        product = mirror_lower(self.gram) @ solution
+        product.sub_(self.cross, alpha=2.0).mul_(solution)
+        error = self.energy + float(product.sum())
+        if bias is not None:
+            feature_sum, delta_sum = self.moments[0], self.moments[1]
+            error += float(
+                2.0 * (bias @ (solution.mT @ feature_sum - delta_sum))
+                + self.weight_sum * (bias @ bias)
+            )
+        return max(error, 0.0)
+
+
+class GramAccumulator:
+    """Accumulates the normal equations of one ghost from a stream of activations.
+
+    Memory is `statistics_bytes(hidden_size, folds)` and does not grow with the tokens seen.
+
+    Args:
+        hidden_size: d, the width of the hidden state.
+        folds: Number of separate sums, at least 1. Held-out errors need at least 2.
+        norm_eps: None for features `f = x`; a number for `f = x / sqrt(mean(x^2) + norm_eps)`.
+        device: Where the sums live. Default: the CPU.
+
+    Raises:
+        ArgumentError: A size or the number of folds is not positive.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        folds: int = 4,
+        norm_eps: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if hidden_size < 1 or folds < 1:
+            raise ArgumentError(
+                f"expected hidden_size >= 1 and folds >= 1, got {hidden_size} and {folds}"
+            )
+        self.hidden_size = hidden_size
+        self.folds = folds
+        self.norm_eps = norm_eps
+        self._gram = torch.zeros(
+            folds, hidden_size, hidden_size, dtype=torch.float64, device=device
+        )
+        self._cross = torch.zeros(
+            folds, hidden_size, hidden_size, dtype=torch.float64, device=device
+        )
+        self._moments = torch.zeros(folds, 3, hidden_size, dtype=torch.float64, device=device)
+        self._weight_sum = torch.zeros(folds, dtype=torch.float64)
+        self._num_tokens = torch.zeros(folds, dtype=torch.int64)
+
+    @property
+    def _cross_is_of_delta(self) -> bool:
+        """Whether the cross sums hold f delta^T; otherwise f y^T, from which G is taken at the end.
+
+        For `f = x` the second form needs no arithmetic on bf16 rows, so every product stays exact.
+        """
+        return self.norm_eps is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums live."""
+        return self._gram.device
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens with a weight above zero that were accumulated, over all folds."""
+        return int(self._num_tokens.sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the sums."""
+        return sum(
+            t.nbytes
+            for t in (self._gram, self._cross, self._moments, self._weight_sum, self._num_tokens)
+        )
+
+    def update(
+        self, x: Tensor, y: Tensor, token_weight: Tensor | None = None, fold: int = 0
+    ) -> GramAccumulator:
+        """Add the tokens of one batch.
+
+        Args:
+            x: Hidden states that enter the ghost, [..., d], bf16, fp16 or fp32.
+            y: Hidden states that the ghost should give, same shape.
+            token_weight: Weights >= 0, shape of x without its last dimension; None for ones.
+                Tokens of weight 0 (padding) are not looked at: they may hold anything.
+            fold: The fold that these tokens belong to.
+
+        Returns:
+            The accumulator itself.
+
+        Raises:
+            ArgumentError: A shape, or the fold, does not fit.
+            NonFiniteError: A token with a weight above 0 holds NaN or infinity. Nothing was added.
+        """
+        if not 0 <= fold < self.folds:
+            raise ArgumentError(f"expected a fold in 0..{self.folds - 1}, got {fold}")
+        if x.shape[-1:] != (self.hidden_size,) or x.shape != y.shape:
+            raise ArgumentError(
+                f"expected x and y of one shape [..., {self.hidden_size}], "
+                f"got {list(x.shape)} and {list(y.shape)}"
+            )
+        rows, targets = x.reshape(-1, self.hidden_size), y.reshape(-1, self.hidden_size)
+        weight = None
+        if token_weight is not None:
+            if token_weight.shape != x.shape[:-1]:
+                raise ArgumentError(
+                    f"expected token_weight of shape {list(x.shape[:-1])}, "
+                    f"got {list(token_weight.shape)}"
+                )
+            weight = token_weight.reshape(-1).float()
+        try:
+            gram_update(
+                rows,
+                targets,
+                weight,
+                norm_eps=self.norm_eps,
+                delta=self._cross_is_of_delta,
+                gram=self._gram[fold],
+                cross=self._cross[fold],
+                moments=self._moments[fold],
+            )
+        except RuntimeError as error:
+            if _all_finite(rows, targets, weight):
+                raise
+            raise NonFiniteError(str(error)) from error
+        self._weight_sum[fold] += len(rows) if weight is None else weight.double().sum().cpu()
+        self._num_tokens[fold] += len(rows) if weight is None else int((weight > 0).sum())
+        return self
+
+    def merge(self, other: GramAccumulator) -> GramAccumulator:
+        """Add the sums of another accumulator, fold by fold.
+
+        Raises:
+            ArgumentError: The two differ in size, folds or features.
+        """
+        mine = (self.hidden_size, self.folds, self.norm_eps)
+        theirs = (other.hidden_size, other.folds, other.norm_eps)
+        if mine != theirs:
+            raise ArgumentError(
+                "expected accumulators of one kind, got (hidden_size, folds, norm_eps) = "
+                f"{mine} and {theirs}"
+            )
+        self._gram += other._gram.to(self._gram.device)
+        self._cross += other._cross.to(self._gram.device)
+        self._moments += other._moments.to(self._gram.device)
+        self._weight_sum += other._weight_sum
+        self._num_tokens += other._num_tokens
+        return self
+
+    def fold(self, index: int) -> NormalEquations:
+        """Return the normal equations of one fold."""
+        return self._equations(self._gram[index], self._cross[index], slice(index, index + 1))
+
+    def fold_tokens(self, index: int) -> int:
+        """Return the tokens with a weight above zero in one fold."""
+        return int(self._num_tokens[index])
+
+    def total(self) -> NormalEquations:
+        """Return the normal equations of all folds together."""
+        return self._equations(self._gram.sum(0), self._cross.sum(0), slice(None))
+
+    def _equations(self, gram: Tensor, cross: Tensor, folds: slice) -> NormalEquations:
+        return NormalEquations(
+            gram,
+            cross if self._cross_is_of_delta else cross - mirror_lower(gram),
+            self._moments[folds].sum(0),
+            float(self._weight_sum[folds].sum()),
+            int(self._num_tokens[folds].sum()),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums and the settings, as plain tensors and numbers."""
+        return {
+            "hidden_size": self.hidden_size,
+            "folds": self.folds,
+            "norm_eps": self.norm_eps,
+            "gram": self._gram,
+            "cross": self._cross,
+            "moments": self._moments,
+            "weight_sum": self._weight_sum,
+            "num_tokens": self._num_tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the sums by saved ones.
+
+        Raises:
+            ArgumentError: The state is of another size, number of folds or kind of features.
+        """
+        for name in ("hidden_size", "folds", "norm_eps"):
+            if state[name] != getattr(self, name):
+                raise ArgumentError(
+                    f"expected a state with {name} = {getattr(self, name)}, got {state[name]}"
+                )
+        for name in ("gram", "cross", "moments", "weight_sum", "num_tokens"):
+            getattr(self, f"_{name}").copy_(state[name])
+
+
+def _all_finite(*tensors: Tensor | None) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t is not None)

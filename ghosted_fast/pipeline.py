@@ -1,0 +1,253 @@
+"""The one way through: choose layers, gather statistics, solve, cut, and report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from ghosted_fast.batches import iterate_batches
+from ghosted_fast.calibration import (
+    FirstState,
+    GhostOptions,
+    Input,
+    IntervalStatistics,
+    TokenWeight,
+    collect_statistics,
+    interval_bytes,
+)
+from ghosted_fast.errors import ArgumentError
+from ghosted_fast.families import find_family, hidden_size
+from ghosted_fast.families import num_layers as layer_count
+from ghosted_fast.fitting import fit_ghost
+from ghosted_fast.selection import (
+    DEFAULT_SCORE_TOKENS,
+    IntervalScore,
+    candidate_intervals,
+    check_layer_count,
+    select_layers,
+)
+from ghosted_fast.surgery import remove_layers, removed_intervals
+
+
+@dataclass(frozen=True)
+class GhostFacts:
+    """What is known of one fitted ghost: the fields of `GhostSolution` and its form.
+
+    Attributes:
+        start: First removed layer.
+        stop: The layer of the dense model that the ghost's output enters.
+        input: "normed" or "hidden".
+        bias: Whether it has a bias.
+        first_state: Whether the first token gets a constant state.
+        fit_error: Share of the energy of y - x that is left on the tokens of the fit.
+        held_out_error: The same on held-out folds, or None.
+        condition: Estimated condition number of the factored matrix.
+        damping: Absolute damping used.
+        num_tokens: Tokens of the fit.
+    """
+
+    start: int
+    stop: int
+    input: str
+    bias: bool
+    first_state: bool
+    fit_error: float
+    held_out_error: float | None
+    condition: float
+    damping: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class GhostReport:
+    """What `ghost_model` did.
+
+    Attributes:
+        model: Name of the model, from its configuration.
+        family: Its family.
+        num_layers: Layers of the dense model.
+        removed: The removed layers.
+        criterion: The criterion that chose them, or None where they were given.
+        scores: The criterion's candidates.
+        ghosts: One record per interval.
+        num_tokens: Calibration tokens.
+        seconds: Wall-clock time of selection, calibration and solve.
+    """
+
+    model: str
+    family: str
+    num_layers: int
+    removed: list[int]
+    criterion: str | None
+    scores: list[IntervalScore]
+    ghosts: list[GhostFacts]
+    num_tokens: int
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain lists, numbers and strings."""
+        return asdict(self)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the report: JSON for a name that ends in .json, else one HTML page.
+
+        Args:
+            path: The file to write; it appears whole or not at all.
+            overwrite: Whether an existing file may be replaced.
+
+        Raises:
+            ArgumentError: The file exists and `overwrite` is not set.
+            MissingExtraError: The page needs a package of the extra `report`.
+        """
+        from ghosted_fast.report import write_report
+
+        write_report(path, self.to_dict(), overwrite=overwrite)
+
+
+def ghost_model(
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_layers: int | None = None,
+    *,
+    removed: Sequence[int] | None = None,
+    criterion: str = "ghost",
+    input: Input = "normed",
+    token_weight: TokenWeight = "inverse_energy",
+    first_state: FirstState = "auto",
+    bias: bool = False,
+    damping: float | Literal["auto"] = "auto",
+    score_tokens: int = DEFAULT_SCORE_TOKENS,
+    memory_budget: int | None = None,
+    inplace: bool = False,
+    progress: bool = False,
+) -> tuple[Any, GhostReport]:
+    """Remove layers from a model and put a ghost in the place of each removed run.
+
+    Args:
+        model: A transformers causal language model of a known family.
+        batches: Calibration tokens: dicts of `input_ids` [batch, length] and `attention_mask`, or
+            token tensors. Read once where `removed` is given, else held in memory as token ids.
+        num_layers: How many layers to remove; the criterion chooses them. Give this or `removed`.
+        removed: The layers to remove.
+        criterion: "ghost", "streamline" or "shortgpt"; see `select_layers`.
+        input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
+        token_weight: "inverse_energy" or "uniform"; see `token_weights`.
+        first_state: "auto", "on" or "off": a constant state for the first attended token.
+        bias: Whether ghosts have an additive bias.
+        damping: Absolute damping, or "auto".
+        score_tokens: Held-out tokens per candidate of the criterion "ghost".
+        memory_budget: Bytes for statistics, see `select_layers`.
+        inplace: Whether to cut the given model. Default: a new one that shares its weights.
+        progress: Whether to show progress bars on stderr.
+
+    Returns:
+        The smaller model, in the dtype and on the device of the given one, and a report.
+
+    Raises:
+        ArgumentError: An option has no such value, or the layers cannot be removed.
+        CalibrationError: There is too little text, or too little memory for the statistics.
+        NonFiniteError: An activation is NaN or infinite; the message names boundary and batch.
+        UnknownFamilyError: The model's layers cannot be found.
+
+    Source: Yun et al., arXiv 2605.15491; selection, weights, normed input and first state are ours.
+    """
+    options = GhostOptions(input, token_weight, first_state, bias, damping)
+    if (num_layers is None) == (removed is None):
+        raise ArgumentError("expected either num_layers or removed, got both or neither")
+    layers = layer_count(model)
+    seconds: dict[str, float] = {}
+    scores: list[IntervalScore] = []
+    statistics: list[IntervalStatistics] | None = None
+    chosen: list[int]
+    if removed is not None:
+        chosen = sorted(removed)
+    else:
+        assert num_layers is not None
+        check_layer_count(num_layers, layers)
+        batches = list(iterate_batches(batches))
+        began = time.perf_counter()
+        selection = select_layers(
+            model,
+            batches,
+            num_layers,
+            criterion,
+            options=options,
+            score_tokens=score_tokens,
+            memory_budget=memory_budget,
+            progress=progress,
+        )
+        seconds["select"] = time.perf_counter() - began
+        chosen, scores = selection.removed, selection.scores
+        if selection.statistics is not None:
+            statistics = [selection.statistics]
+    intervals = removed_intervals(chosen, layers)
+    if statistics is None:
+        began = time.perf_counter()
+        statistics = collect_statistics(model, batches, intervals, options, progress)
+        seconds["calibrate"] = time.perf_counter() - began
+    began = time.perf_counter()
+    parameter = next(model.parameters())
+    ghosts, facts = [], []
+    for item in statistics:
+        fitted, solution = fit_ghost(item, options)
+        ghosts.append(fitted.to_module(parameter.dtype, parameter.device))
+        facts.append(
+            GhostFacts(
+                start=item.start,
+                stop=item.stop,
+                input=input,
+                bias=bias,
+                first_state=fitted.has_first_state,
+                fit_error=solution.fit_error,
+                held_out_error=solution.held_out_error,
+                condition=solution.condition,
+                damping=solution.damping,
+                num_tokens=solution.num_tokens,
+            )
+        )
+    seconds["solve"] = time.perf_counter() - began
+    report = GhostReport(
+        model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        family=find_family(model).name,
+        num_layers=layers,
+        removed=chosen,
+        criterion=criterion if removed is None else None,
+        scores=scores,
+        ghosts=facts,
+        num_tokens=max(item.num_tokens for item in facts),
+        seconds=seconds,
+    )
+    return remove_layers(model, chosen, ghosts, inplace=inplace), report
+
+
+def statistics_bytes_needed(
+    model: nn.Module,
+    num_layers: int | None = None,
+    removed: Sequence[int] | None = None,
+    criterion: str = "ghost",
+    options: GhostOptions | None = None,
+) -> int:
+    """Return the bytes of statistics that `ghost_model` would hold at once, in a single pass.
+
+    Args:
+        model: The dense model.
+        num_layers: As in `ghost_model`.
+        removed: As in `ghost_model`.
+        criterion: As in `ghost_model`.
+        options: How the ghosts would be fitted.
+    """
+    layers = layer_count(model)
+    if removed is not None:
+        count = len(removed_intervals(removed, layers))
+    else:
+        assert num_layers is not None
+        check_layer_count(num_layers, layers)
+        count = len(candidate_intervals(num_layers, layers)) if criterion == "ghost" else 1
+        if criterion == "shortgpt":
+            count = num_layers
+    return count * interval_bytes(hidden_size(model), options or GhostOptions())

@@ -1,0 +1,312 @@
+"""Ghosted models as transformers models of their own: `ghosted_llama`, `ghosted_qwen2`, ...
+
+Each family gets a configuration class with one more field, `ghost`, and model classes that build
+the ghosts it lists. Transformers finds the configurations by name once `_hook` has extended its
+table; the models of a family are registered when a ghosted configuration of it is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ghosted_fast.derived import Derived, bases_of, derive, maker, underived
+from ghosted_fast.errors import CheckpointError
+from ghosted_fast.families import (
+    GHOSTED_PREFIX,
+    decoder_layers,
+    decoder_of,
+)
+
+FORMAT = 1
+_REGISTERED: set[type] = set()
+_RECORD_KEYS = {"layer", "side", "bias", "norm_eps", "first_state", "quantization"}
+
+
+def is_ghosted(config: Any) -> bool:
+    """Return whether a configuration is that of a ghosted model."""
+    return str(config.model_type).startswith(GHOSTED_PREFIX)
+
+
+def removal_record(config: Any) -> tuple[int, list[int]]:
+    """Return the number of layers of the dense model, and the indices of those removed from it."""
+    if is_ghosted(config) and config.ghost is not None:
+        return int(config.ghost["num_hidden_layers"]), list(config.ghost["removed"])
+    return int(config.num_hidden_layers), []
+
+
+def check_record(record: Any, num_layers: int) -> None:
+    """Raise unless a saved record describes ghosts that this version can build.
+
+    Args:
+        record: The `ghost` field of a configuration; None for no ghosts.
+        num_layers: Number of layers of the model as it is now.
+
+    Raises:
+        CheckpointError: The record is newer than this version, or damaged.
+    """
+    if record is None:
+        return
+    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+        raise CheckpointError(
+            f"expected the configuration's ghost field to be a dict with a format number, got "
+            f"{record!r}: the saved configuration is damaged, save the model again"
+        )
+    if record["format"] > FORMAT:
+        raise CheckpointError(
+            f"the model was saved in format {record['format']}, and this ghosted_fast reads up to "
+            f"{FORMAT}: install a newer one (pip install --upgrade ghosted_fast)"
+        )
+    removed, dense = record.get("removed"), record.get("num_hidden_layers")
+    ghosts = record.get("ghosts")
+    consistent = (
+        isinstance(removed, list)
+        and isinstance(dense, int)
+        and dense - len(set(removed)) == num_layers
+        and all(isinstance(layer, int) and 0 <= layer < dense for layer in removed)
+        and isinstance(ghosts, list)
+        and all(
+            isinstance(ghost, dict)
+            and set(ghost) == _RECORD_KEYS
+            and ghost["layer"] in range(num_layers)
+            and ghost["side"] in ("input", "output")
+            and ghost["quantization"] in (None, "int8")
+            for ghost in ghosts
+        )
+    )
+    if not consistent:
+        raise CheckpointError(
+            f"the configuration's ghost field does not fit a model of {num_layers} layers: "
+            f"{record!r}. The saved configuration is damaged or was edited: save the model again."
+        )
+
+
+def refresh_record(model: Any) -> None:
+    """Write the ghosts that a model has now into its configuration."""
+    from ghosted_fast.ghosted_layers import ghosts_of
+
+    model.config.ghost["ghosts"] = [
+        {
+            "layer": index,
+            "side": side,
+            "bias": ghost.bias is not None,
+            "norm_eps": ghost.norm_eps,
+            "first_state": ghost.first_state is not None,
+            "quantization": ghost.quantization,
+        }
+        for index, side, ghost in ghosts_of(decoder_layers(model))
+    ]
+
+
+def make_ghosted(model: Any, removed: list[int], num_hidden_layers: int) -> None:
+    """Turn a model and its configuration into those of its ghosted family, in place.
+
+    Args:
+        model: A model whose configuration no other model shares.
+        removed: Indices of the removed layers, in the dense model.
+        num_hidden_layers: Number of layers of the dense model.
+    """
+    from ghosted_fast.ghosted_layers import swap_class
+
+    config = model.config
+    if not is_ghosted(config):
+        config.__class__ = derive("config", type(config))
+    config.ghost = {
+        "format": FORMAT,
+        "removed": removed,
+        "num_hidden_layers": num_hidden_layers,
+        "ghosts": [],
+    }
+    register_models(type(config))
+    if not isinstance(model, GhostedModel):
+        swap_class(model, "model")
+        _record_outputs_of(model)
+
+
+def _record_outputs_of(model: Any) -> None:
+    """Let transformers find the outputs it can record: it looks them up by the class's name."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    _CAN_RECORD_REGISTRY[model] = getattr(model, "_can_record_outputs", None)
+
+
+class GhostedModel(Derived):
+    """What a ghosted model class adds to the family's: ghosts, and loading that fails closed."""
+
+    def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
+        super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
+        _build_ghosts(self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model as transformers does, and refuse one that is damaged.
+
+        Raises:
+            CheckpointError: A weight is missing or has another shape, the file holds ghosts or
+                layers that the configuration does not know, or it cannot be read. With
+                `ignore_mismatched_sizes`, weights outside the layers may have any shape.
+        """
+        from safetensors import SafetensorError
+
+        where = pretrained_model_name_or_path
+        wants_info = kwargs.pop("output_loading_info", False)
+        any_size = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            model, info = super().from_pretrained(where, *args, **kwargs)  # type: ignore[misc]
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"the weights in {str(where)!r} cannot be read ({error}): the file is damaged or "
+                "incomplete, copy or save it again"
+            ) from error
+        _check_loaded(model, info, where, any_size)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save the model as transformers does, with the ghosts it has now."""
+        refresh_record(self)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def _build_ghosts(model: Any) -> None:
+    """Give a new model the (empty) ghosts that its configuration lists."""
+    from ghosted_fast.ghosted_layers import attach_ghosts
+    from ghosted_fast.modules import GhostLinear
+
+    ghosts = []
+    for entry in (model.config.ghost or {"ghosts": []})["ghosts"]:
+        ghost = GhostLinear(
+            model.config.hidden_size,
+            bias=entry["bias"],
+            norm_eps=entry["norm_eps"],
+            first_state=entry["first_state"],
+        )
+        if entry["quantization"] is not None:
+            ghost.quantize(entry["quantization"])
+        ghosts.append((entry["layer"], entry["side"], ghost))
+    attach_ghosts(decoder_of(model), decoder_layers(model), ghosts)
+
+
+def _check_loaded(model: Any, info: dict[str, Any], where: Any, any_size: bool) -> None:
+    """Raise unless every weight was found, and every ghost and layer in the file has a place."""
+    layers = decoder_layers(model)
+    path = next(name for name, module in model.named_modules() if module is layers)
+
+    def of_a_layer(key: str) -> bool:
+        return f"{path}." in key or "ghost." in key
+
+    missing = sorted(info["missing_keys"])
+    stray = sorted(key for key in info["unexpected_keys"] if of_a_layer(key))
+    resized = sorted(key for key, *_ in info["mismatched_keys"] if not any_size or of_a_layer(key))
+    if missing or stray or resized:
+        raise CheckpointError(
+            f"the saved model in {str(where)!r} is incomplete or was edited: "
+            f"missing weights {_shorten(missing)}, weights without a place {_shorten(stray)}, "
+            f"weights of another shape {_shorten(resized)}. Save the ghosted model again."
+        )
+
+
+def _shorten(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) or "none"
+    return shown if len(names) <= 4 else f"{shown}, ... ({len(names)})"
+
+
+@maker("config")
+def _ghosted_config_class(base: Any) -> type:
+    """Make the configuration class of a ghosted family: the family's with the field `ghost`."""
+
+    def __post_init__(self: Any, **kwargs: Any) -> None:
+        base.__post_init__(self, **kwargs)
+        check_record(self.ghost, self.num_hidden_layers)
+        register_models(type(self))
+
+    return type(
+        f"Ghosted{base.__name__}",
+        bases_of(base),
+        {
+            "__module__": __name__,
+            "__doc__": f"The configuration of a ghosted {base.__name__.removesuffix('Config')}.",
+            "__annotations__": {"ghost": dict | None},
+            "__post_init__": __post_init__,
+            "model_type": GHOSTED_PREFIX + base.model_type,
+            "ghost": None,
+        },
+    )
+
+
+@maker("model")
+def _ghosted_model_class(base: Any) -> type:
+    """Make the class of a family's models with ghosts."""
+    return type(
+        f"Ghosted{base.__name__}",
+        (GhostedModel, base),
+        {
+            "__module__": __name__,
+            "__doc__": f"A {base.__name__} with ghosts in place of removed layers.",
+            "config_class": derive("config", base.config_class),
+        },
+    )
+
+
+def register_models(config_class: type) -> None:
+    """Register the models of a ghosted family with transformers.
+
+    Args:
+        config_class: The ghosted configuration class.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, conversion_mapping
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    if config_class in _REGISTERED:
+        return
+    _REGISTERED.add(config_class)
+    base: Any = underived(config_class)
+    names = {GHOSTED_PREFIX + base.model_type: base.model_type}
+    for auto, mapping in (
+        (AutoModel, MODEL_MAPPING),
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    ):
+        dense = mapping.get(base, None)
+        if isinstance(dense, type):
+            ghosted = derive("model", dense)
+            auto.register(config_class, ghosted, exist_ok=True)
+            names[ghosted.__name__] = dense.__name__
+    for ghosted_name, dense_name in names.items():
+        # How the weights in a file differ from those in memory, as in Mixtral's merged experts.
+        conversion = conversion_mapping.get_checkpoint_conversion_mapping(dense_name)
+        if conversion is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(
+                ghosted_name, conversion, overwrite=True
+            )
+
+
+def extend_config_mapping(module: Any) -> None:
+    """Let transformers' table of configurations make the ghosted ones when they are asked for.
+
+    They cannot be registered beforehand: the configurations of the families cannot be imported
+    while transformers imports its table.
+
+    Args:
+        module: `transformers.models.auto.configuration_auto`.
+    """
+    mapping_class: Any = type(module.CONFIG_MAPPING)
+
+    class ConfigMapping(mapping_class):
+        def __contains__(self, key: object) -> bool:
+            if super().__contains__(key):
+                return True
+            return isinstance(key, str) and super().__contains__(_dense_name(key))
+
+        def __getitem__(self, key: str) -> Any:
+            if super().__contains__(key) or key not in self:
+                return super().__getitem__(key)
+            config_class: Any = derive("config", super().__getitem__(_dense_name(key)))
+            module.AutoConfig.register(key, config_class, exist_ok=True)
+            return config_class
+
+    module.CONFIG_MAPPING.__class__ = ConfigMapping
+
+
+def _dense_name(model_type: str) -> str | None:
+    """Return the dense family of a ghosted model type, None for any other type."""
+    dense = model_type.removeprefix(GHOSTED_PREFIX)
+    return None if dense == model_type else dense

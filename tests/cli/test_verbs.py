@@ -1,0 +1,158 @@
+"""Every verb from end to end, on a tiny model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from tiny_text import save_tiny_model
+from typer.testing import CliRunner
+
+from ghosted_fast import calibration, selection
+from ghosted_fast.cli import options
+from ghosted_fast.cli.app import app
+from ghosted_fast.families import num_layers
+from ghosted_fast.sources import load_model
+
+SMALL = ["--tokens", "512", "--sequence-length", "32"]
+
+
+def run(*arguments: object) -> str:
+    """Run the command line, expect success, and return its stdout."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def run_json(*arguments: object) -> Any:
+    return json.loads(run(*arguments, "--json"))
+
+
+@pytest.mark.parametrize("criterion", ["ghost", "streamline", "shortgpt"])
+def test_select(model_folder: Path, texts: Path, criterion: str) -> None:
+    command = ["select", "--model", model_folder, "--calibration", texts, "--num-layers", 2]
+    found = run_json(*command, "--criterion", criterion, *SMALL)
+    assert len(found["removed"]) == 2
+    assert found["criterion"] == criterion
+    assert {"start", "stop", "score"} <= found["scores"][0].keys()
+
+
+def test_select_shows_the_scores(model_folder: Path, texts: Path) -> None:
+    command = ["select", "--model", model_folder, "--calibration", texts, "--num-layers", 5]
+    shown = run(*command, "--criterion", "streamline", *SMALL).splitlines()
+    assert shown[0].split() == ["layers", "score"]
+    assert shown[1].startswith("[") and shown[1].rstrip().endswith("removed")
+    assert shown[-1] in ("remove 0,1,2,3,4", "remove 1,2,3,4,5")
+
+
+def test_select_dry_run(model_folder: Path, texts: Path) -> None:
+    command = ["select", "--model", model_folder, "--calibration", texts, "--num-layers", 2]
+    needed = run_json(*command, "--dry-run")["statistics_bytes"]
+    assert needed > 5 * 8 * 32 * 32
+    assert f"{needed} bytes" in run(*command, "--dry-run")
+
+
+def test_fit_saves_a_model_and_a_report(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    output, page = tmp_path / "ghosted", tmp_path / "report.html"
+    command = ["fit", "--model", model_folder, "--calibration", texts, "--removed", "2-3"]
+    command += ["--output", output, "--evaluation", texts, "--evaluation-tokens", "256"]
+    found = run_json(*command, "--report", page, *SMALL)
+    assert found["removed"] == [2, 3]
+    assert found["ghosts"][0]["start"] == 2
+    assert [row["name"] for row in found["models"]] == ["dense", "pruned", "ghosted"]
+    assert [row["layers"] for row in found["models"]] == [6, 4, 4]
+    assert found["models"][2]["perplexity"]["value"] > 1
+    assert "</html>" in page.read_text(encoding="utf-8")
+    model, tokenizer = load_model(output)
+    assert num_layers(model) == 4
+    assert tokenizer.bos_token_id == 1
+    evaluated = run_json("eval", "--model", output, "--evaluation", texts, "--tokens", "256",
+                         "--sequence-length", "32")  # fmt: skip
+    assert evaluated["models"][0]["perplexity"] == found["models"][2]["perplexity"]
+
+
+def test_fit_with_every_option(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "ghosted"
+    shown = run(
+        "fit", "--model", model_folder, "--calibration", texts, "--num-layers", 1, "--output",
+        output, "--criterion", "streamline", "--input", "hidden", "--bias", "--first-state", "on",
+        "--token-weight", "uniform", "--damping", "0.01", "--batch-size", "4", "--dtype", "bf16",
+        "--device", "cpu", "--seed", "3", "--threads", torch.get_num_threads(), "--field", "text",
+        "--report", tmp_path / "report.json", *SMALL,
+    )  # fmt: skip
+    assert f"saved {output}" in shown
+    ghost = json.loads((tmp_path / "report.json").read_text())["ghosts"][0]
+    assert ghost["input"] == "hidden"
+    assert ghost["bias"] is True
+    assert ghost["first_state"] is True
+    assert ghost["damping"] == 0.01
+    assert load_model(output)[0].dtype == torch.bfloat16
+
+
+def test_fit_without_recovery(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    command = ["fit", "--model", model_folder, "--calibration", texts, "--recovery", "none"]
+    command += ["--num-layers", 2, "--criterion", "shortgpt", *SMALL]
+    found = run_json(*command, "--output", tmp_path / "pruned", "--evaluation", texts,
+                     "--evaluation-tokens", "256")  # fmt: skip
+    assert [row["name"] for row in found["models"]] == ["dense", "pruned"]
+    assert num_layers(load_model(tmp_path / "pruned")[0]) == 4
+
+
+def test_fit_on_text_of_its_own(model_folder: Path, tmp_path: Path) -> None:
+    found = run_json("fit", "--model", model_folder, "--calibration", "self", "--removed", "3",
+                     "--output", tmp_path / "ghosted", "--tokens", "256",
+                     "--sequence-length", "32")  # fmt: skip
+    assert found["ghosts"][0]["num_tokens"] <= 256
+
+
+def test_fit_dry_run_writes_nothing(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    command = ["fit", "--model", model_folder, "--calibration", texts, "--removed", "1,3-4"]
+    found = run_json(*command, "--dry-run", "--output", tmp_path / "ghosted")
+    assert found["statistics_bytes"] > 2 * 8 * 32 * 32
+    assert not list(tmp_path.iterdir())
+
+
+def test_fit_overwrites_when_asked(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "ghosted"
+    command = ["fit", "--model", model_folder, "--calibration", texts, "--output", output, *SMALL]
+    run(*command, "--removed", "3")
+    run(*command, "--removed", "2,4", "--overwrite")
+    assert num_layers(load_model(output)[0]) == 4
+
+
+def test_eval_compares_models(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    other = save_tiny_model(tmp_path / "other", num_layers=2, seed=1)
+    command = ["eval", "--model", model_folder, "--model", other, "--evaluation", texts]
+    command += ["--tokens", "256", "--sequence-length", "32"]
+    found = run_json(*command)
+    assert [(row["name"], row["layers"]) for row in found["models"]] == [("tiny", 6), ("other", 2)]
+    shown = run(*command)
+    assert f"{found['models'][1]['perplexity']['value']:.2f}" in shown
+
+
+def test_bench(model_folder: Path) -> None:
+    command = ["bench", "--model", model_folder, "--prompt-length", "8", "--new-tokens", "2"]
+    found = run_json(*command, "--repeats", "2", "--batch-size", "2")
+    speed = found["models"][0]["throughput"]
+    assert speed["prefill_tokens_per_s"] > 0
+    assert speed["repeats"] == 2
+    assert "processor" in found["machine"]
+    assert "1.00x" in run(*command, "--repeats", "1")
+
+
+def test_doctor() -> None:
+    found = run_json("doctor")
+    assert found["versions"]["torch"] == torch.__version__
+    assert {item["name"] for item in found["backends"]} >= {"native", "reference"}
+    assert "llama" in found["families"]
+    assert "reference" in run("doctor")
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert set(get_args(options.Criterion)) == set(selection.CRITERIA)
+    assert options.GhostInput == calibration.Input
+    assert options.FirstState == calibration.FirstState
+    assert options.TokenWeight == calibration.TokenWeight

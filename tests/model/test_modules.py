@@ -1,0 +1,303 @@
+"""GhostLinear and the swap of other people's ghosts."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from dense_reference import ghost_formula, random_ghost
+from torch import Tensor, nn
+
+from ghosted_fast.errors import ArgumentError
+from ghosted_fast.modules import GhostLinear, swap_ghosts
+from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
+
+SIZE = 32
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"bias": True},
+    {"norm_eps": 1e-5},
+    {"bias": True, "norm_eps": 1e-2, "first_state": True},
+]
+
+
+def hidden(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 5, SIZE, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_forward_is_the_formula(options: dict[str, Any]) -> None:
+    ghost, x = random_ghost(0, **options), hidden()
+    is_first = torch.zeros(2, 5, dtype=torch.bool)
+    is_first[0, 0] = is_first[1, 3] = True
+    assert relative_rms(ghost(x, is_first), ghost_formula(ghost, x, is_first)) < 1e-6
+    nowhere = torch.zeros_like(is_first)
+    assert relative_rms(ghost(x), ghost_formula(ghost, x, nowhere)) < 1e-6
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_new_ghost_is_the_identity(options: dict[str, Any]) -> None:
+    assert torch.equal(GhostLinear(SIZE, **options)(hidden()), hidden())
+
+
+def test_gradients_reach_every_parameter() -> None:
+    ghost, x = random_ghost(0, bias=True, norm_eps=1e-5, first_state=True), hidden()
+    is_first = torch.zeros(2, 5, dtype=torch.bool)
+    is_first[:, 0] = True
+    x.requires_grad_()
+    ghost(x, is_first).square().sum().backward()
+    for tensor in (x, *ghost.parameters()):
+        assert tensor.grad is not None and tensor.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_from_linear_computes_the_same(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for bias in (False, True):
+        linear = nn.Linear(SIZE, SIZE, bias=bias).to(dtype)
+        x = hidden(dtype=dtype)
+        bound = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+        with torch.no_grad():
+            residual = GhostLinear.from_linear(linear)
+            assert relative_rms(residual(x), x + linear(x)) < bound
+            full = GhostLinear.from_linear(linear, residual=False)
+            assert relative_rms(full(x), linear(x)) < bound
+        assert residual.weight.dtype == full.weight.dtype == dtype
+        assert residual.weight.data_ptr() != linear.weight.data_ptr()
+
+
+def test_from_linear_subtracts_the_identity_before_rounding() -> None:
+    linear = nn.Linear(SIZE, SIZE, bias=False)
+    exact = torch.eye(SIZE) + torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    linear.weight.data = exact.to(torch.bfloat16)
+    ghost = GhostLinear.from_linear(linear, residual=False)
+    wanted = (linear.weight.float() - torch.eye(SIZE)).to(torch.bfloat16)
+    assert torch.equal(ghost.weight, wanted)
+
+
+def test_from_linear_normed() -> None:
+    linear = nn.Linear(SIZE, SIZE)
+    ghost = GhostLinear.from_linear(linear, norm_eps=1e-5)
+    x = hidden()
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    with torch.no_grad():
+        assert relative_rms(ghost(x), x + linear(normed)) < 1e-6
+    with pytest.raises(ArgumentError, match="residual=True with norm_eps"):
+        GhostLinear.from_linear(linear, residual=False, norm_eps=1e-5)
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_quantized_error_is_half_a_step_per_weight(options: dict[str, Any]) -> None:
+    ghost, x = random_ghost(0, **options), hidden()
+    exact = ghost.weight.detach().clone()
+    exact[3] = 0.0
+    with torch.no_grad():
+        ghost.weight.copy_(exact)
+    assert ghost.quantize("int8") is ghost
+    assert ghost.quantization == "int8"
+    assert ghost.weight.dtype == torch.int8 and ghost.scale is not None
+    steps = exact.abs().amax(1) / 127.0
+    stored = ghost.scale[:, None] * ghost.weight
+    assert ((stored - exact).abs() <= 0.5001 * steps[:, None]).all()
+    assert (ghost.weight.abs().amax(1)[steps > 0] == 127).all()
+    again = ghost.weight.clone()
+    assert torch.equal(ghost.quantize().weight, again)
+    plain = random_ghost(0, **options)
+    with torch.no_grad():
+        plain.weight.copy_(stored)
+        assert relative_rms(ghost(x), plain(x)) < 1e-6
+
+
+def test_quantized_state_round_trips() -> None:
+    ghost = random_ghost(0, bias=True, first_state=True).quantize()
+    twin = GhostLinear(SIZE, bias=True, first_state=True).quantize()
+    twin.load_state_dict(ghost.state_dict())
+    assert torch.equal(twin(hidden()), ghost(hidden()))
+    assert set(ghost.state_dict()) == {"weight", "scale", "bias", "first_state"}
+
+
+def test_cast_keeps_the_scale_of_an_int8_weight() -> None:
+    ghost = random_ghost(0, bias=True).quantize()
+    scale = ghost.scale
+    for cast in (lambda: ghost.to(torch.bfloat16), ghost.half, ghost.float, ghost.bfloat16):
+        cast()
+        assert ghost.scale is not None and ghost.scale.dtype == torch.float32
+        assert torch.equal(ghost.scale, scale)
+        assert ghost.weight.dtype == torch.int8
+    assert ghost.bias is not None and ghost.bias.dtype == torch.bfloat16
+    assert ghost(hidden(dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert ghost.to("meta").scale.is_meta
+
+
+def test_ghost_copies_pickles_and_describes_itself() -> None:
+    ghost = random_ghost(0, bias=True, norm_eps=1e-5, first_state=True).quantize()
+    for twin in (copy.deepcopy(ghost), pickle.loads(pickle.dumps(ghost))):
+        assert torch.equal(twin(hidden()), ghost(hidden()))
+    text = "GhostLinear(32, bias=True, first_state=True, norm_eps=1e-05, quantization=int8)"
+    assert repr(ghost) == text
+    assert repr(GhostLinear(4)) == "GhostLinear(4, bias=False, first_state=False)"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GhostLinear(0), "hidden_size >= 1"),
+        (lambda: GhostLinear(4, norm_eps=-1.0), "norm_eps >= 0"),
+        (lambda: GhostLinear(4, norm_eps=float("nan")), "norm_eps >= 0"),
+        (lambda: GhostLinear(4).quantize("int4"), "'int8', got 'int4'"),
+        (lambda: GhostLinear.from_linear(nn.Linear(4, 5)), "square floating-point"),
+        (lambda: GhostLinear.from_linear(nn.Conv1d(4, 4, 1)), "square floating-point"),
+    ],
+)
+def test_arguments_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make()
+
+
+def test_weight_that_is_not_finite_is_not_quantized() -> None:
+    ghost = GhostLinear(4)
+    with torch.no_grad():
+        ghost.weight[1, 2] = float("inf")
+    with pytest.raises(ArgumentError, match="finite weight"):
+        ghost.quantize()
+    assert ghost.quantization is None
+
+
+class ResidualGhost(nn.Module):
+    """As published code writes it: x + W x, called like a layer, returning a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(SIZE, SIZE, bias=False)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        return (hidden_states + self.proj(hidden_states),)
+
+
+class StandIn(ResidualGhost):
+    """The same in the place of a decoder layer, whose callers expect a tensor."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return hidden_states + self.proj(hidden_states)
+
+
+class FullGhost(nn.Module):
+    """The full operator, returning a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.linear(x)
+
+
+class NormedGhost(nn.Module):
+    """A form that a swap cannot know: it must be left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x / x.norm(dim=-1, keepdim=True))
+
+
+class NeedsMore(FullGhost):
+    """A ghost whose forward takes more than a hidden state."""
+
+    def forward(self, x: Tensor, factor: float, **kwargs: Any) -> Tensor:
+        return factor * self.linear(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [ResidualGhost, FullGhost, lambda: nn.Linear(SIZE, SIZE)])
+def test_swap_keeps_what_a_module_computes(make: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    holder = nn.ModuleDict({"ghost": make().to(dtype)})
+    module, x = holder["ghost"], hidden(dtype=dtype)
+    calls: list[int] = []
+    hook = module.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        before = module(x)
+        assert swap_ghosts(holder) == ["ghost"]
+        after = module(x)
+    assert holder["ghost"] is module
+    assert len(calls) == 2
+    hook.remove()
+    assert type(before) is type(after)
+    before, after = (y[0] if isinstance(y, tuple) else y for y in (before, after))
+    assert relative_rms(after, before) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert sum(isinstance(part, GhostLinear) for part in holder.modules()) == 1
+    assert not any(isinstance(part, nn.Linear) for part in holder.modules())
+    with torch.no_grad():
+        twin = pickle.loads(pickle.dumps(holder))["ghost"](x)
+    assert torch.equal(twin[0] if isinstance(twin, tuple) else twin, after)
+    assert swap_ghosts(holder) == []
+
+
+def test_swap_of_a_ghost_held_by_a_hook() -> None:
+    model, tokens = tiny_model("llama", num_layers=4), random_tokens(1, 5)
+    model.ghosts = nn.ModuleList([nn.Linear(SIZE, SIZE, bias=False)])
+    ghost = model.ghosts[0]
+    model.model.layers[1].register_forward_hook(lambda _, __, output: output + ghost(output))
+    with torch.no_grad():
+        before = model(tokens).logits
+        assert swap_ghosts(model, ["ghosts.0"]) == ["ghosts.0"]
+        assert relative_rms(model(tokens).logits, before) < 1e-5
+    assert isinstance(ghost, GhostLinear)
+
+
+def test_swap_of_a_ghost_among_the_layers() -> None:
+    model, tokens = tiny_model("llama", num_layers=4), random_tokens(1, 5)
+    model.model.layers[2] = StandIn()
+    with torch.no_grad():
+        before = model(tokens, use_cache=False).logits
+        assert swap_ghosts(model) == ["model.layers.2"]
+        assert relative_rms(model(tokens, use_cache=False).logits, before) < 1e-5
+    assert sum(isinstance(part, GhostLinear) for part in model.modules()) == 1
+
+
+def test_projections_are_never_swapped_by_themselves() -> None:
+    model = tiny_model("opt", num_layers=2)
+    projection = model.model.decoder.layers[0].self_attn.q_proj
+    assert projection.in_features == projection.out_features == SIZE
+    assert swap_ghosts(model) == []
+    assert type(projection) is nn.Linear
+    name = "model.decoder.layers.0.self_attn.q_proj"
+    assert swap_ghosts(model, lambda found, _: found == name) == [name]
+
+
+@pytest.mark.parametrize("make", [NormedGhost, NeedsMore, lambda: nn.Linear(SIZE, 2 * SIZE)])
+def test_unknown_forms_are_left_alone_or_refused(make: Any) -> None:
+    holder = nn.ModuleDict({"ghost": make()})
+    assert swap_ghosts(holder) == []
+    with pytest.raises(ArgumentError, match=r"expected 'ghost' to be a square nn.Linear"):
+        swap_ghosts(holder, ["ghost"])
+    assert not any(isinstance(part, GhostLinear) for part in holder.modules())
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="names of modules"):
+        swap_ghosts(nn.ModuleDict(), ["ghost"])
+
+
+def test_state_of_a_swapped_ghost_saves_and_loads() -> None:
+    torch.manual_seed(0)
+    holder, x = nn.ModuleDict({"ghost": ResidualGhost()}), hidden()
+    names = set(holder.state_dict())
+    swap_ghosts(holder)
+    assert set(holder.state_dict()) == names
+    file = io.BytesIO()
+    torch.save(holder.state_dict(), file)
+    file.seek(0)
+    other = nn.ModuleDict({"ghost": ResidualGhost()})
+    swap_ghosts(other)
+    other.load_state_dict(torch.load(file))
+    with torch.no_grad():
+        assert torch.equal(other["ghost"](x)[0], holder["ghost"](x)[0])

@@ -1,0 +1,127 @@
+"""Finding the extension, choosing a path, and falling back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from ghosted_fast import _native
+from ghosted_fast.errors import BackendError
+from ghosted_fast.ops import backend_status, ghost_apply
+
+needs_extension = pytest.mark.skipif(
+    _native.extension() is None, reason=f"the extension is absent: {_native.absence_reason()}"
+)
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@needs_extension
+def test_build_info_and_paths() -> None:
+    module = _native.extension()
+    assert module is not None
+    assert set(module.build_info()) == {"kind", "compiler", "torch", "paths"}
+    paths = module.cpu_paths()
+    assert paths[-1] == "portable" and set(paths) <= set(module.build_info()["paths"].split())
+    for path in paths:
+        module.set_cpu_path(path)
+        assert module.cpu_path() == path
+    module.set_cpu_path("auto")
+    assert module.cpu_path() == paths[0]
+    with pytest.raises(ValueError, match=r"expected one of auto, .*, got sse9"):
+        module.set_cpu_path("sse9")
+
+
+def test_status_names_every_backend() -> None:
+    status = {name: (available, text) for name, available, text in backend_status()}
+    assert set(status) == {"native", "reference", "triton"}
+    assert status["native"][0] == (_native.extension() is not None)
+    assert status["reference"][0] and not status["triton"][0]
+    assert all(text for _, text in status.values())
+
+
+def test_importing_the_package_loads_no_extension() -> None:
+    code = "import sys, ghosted_fast; print('ghosted_fast._C' in sys.modules)"
+    assert run_python(code).strip().endswith("False")
+
+
+APPLY = (
+    "import torch; from ghosted_fast.ops import *\n"
+    "x = torch.ones(1, 4)\n"
+    "for _ in range(3): print(ghost_apply(x, torch.eye(4)).sum())\n"
+)
+
+
+def test_switched_off_runs_plain_torch_without_a_warning() -> None:
+    output = run_python(APPLY, GHOSTED_FAST_NATIVE="0")
+    assert output.count("tensor(8.)") == 3 and "RuntimeWarning" not in output
+
+
+def test_absent_extension_is_warned_about_once_with_the_reason() -> None:
+    # None in sys.modules makes the import fail as it does where nothing was built.
+    output = run_python(
+        "import sys; sys.modules['ghosted_fast._C'] = None\n" + APPLY, GHOSTED_FAST_NATIVE="1"
+    )
+    assert output.count("tensor(8.)") == 3
+    assert output.count("RuntimeWarning: ghosted_fast runs on plain torch: ") == 1
+    assert "pip install --no-build-isolation" in output
+
+
+def test_named_backend_never_falls_back() -> None:
+    code = (
+        "import torch; from ghosted_fast.ops import ghost_apply\n"
+        "from ghosted_fast.errors import BackendError\n"
+        "try: ghost_apply(torch.ones(1, 4), torch.eye(4), backend='native')\n"
+        "except BackendError as error: print(error)\n"
+    )
+    assert "backend 'native': GHOSTED_FAST_NATIVE=0 is set" in run_python(
+        code, GHOSTED_FAST_NATIVE="0"
+    )
+
+
+@needs_extension
+def test_native_refuses_what_it_cannot_do() -> None:
+    x, weight = torch.ones(1, 4), torch.eye(4)
+    with pytest.raises(BackendError, match="expected tensors on the CPU, got meta"):
+        ghost_apply(x.to("meta"), weight.to("meta"), backend="native")
+    with pytest.raises(BackendError, match="expected inputs without gradients"):
+        ghost_apply(x, weight.requires_grad_(), backend="native")
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("operator", "arguments", "message"),
+    [
+        ("ghost_apply", (torch.ones(1, 4), torch.ones(3, 4), *[None] * 5), "weight of shape"),
+        ("ghost_solve", (torch.eye(4), torch.ones(4, 1), 0.1), "gram in Double, got Float"),
+        ("gram_update", (torch.ones(4), *[None] * 3, False, *[None] * 3), "x of shape"),
+    ],
+)
+def test_the_compiled_operator_checks_for_itself(
+    operator: str, arguments: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"{operator}: expected {message}"):
+        getattr(torch.ops.ghosted_fast, operator).default(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_other_devices_run_plain_torch() -> None:
+    x, weight = torch.randn(3, 16, device="cuda"), torch.randn(16, 16, device="cuda")
+    y = ghost_apply(x, weight)
+    assert torch.allclose(y, x + x @ weight.mT, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,63 @@
+"""The generation benchmark's gate: it passes the right model and stops at a wrong one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from ghosted_fast.modules import GhostLinear
+from ghosted_fast.surgery import remove_layers
+from ghosted_fast.testing import random_tokens, tiny_model
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "bench_generate.py"
+    spec = importlib.util.spec_from_file_location("bench_generate", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "REMOVED", (2, 3))
+    return module
+
+
+def random_ghost(norm_eps: float | None, seed: int = 0) -> GhostLinear:
+    ghost = GhostLinear(32, bias=True, norm_eps=norm_eps, first_state=True)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in ghost.parameters():
+        parameter.data.normal_(0.0, 0.2, generator=generator)
+    return ghost.requires_grad_(False)
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-6])
+@pytest.mark.parametrize("removed", [(2, 3), (4, 5)], ids=["middle", "end"])
+def test_gate(
+    bench: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    norm_eps: float | None,
+    removed: tuple[int, int],
+) -> None:
+    monkeypatch.setattr(bench, "REMOVED", removed)
+    dense, tokens = tiny_model("llama"), random_tokens(2, 24)
+    ghosted = remove_layers(dense, removed, [random_ghost(norm_eps)])
+    errors = bench.gate(dense, ghosted, tokens, "float32")
+    assert 0 <= max(errors.values()) < 1e-5
+    wrong = remove_layers(dense, [1, 2], [random_ghost(norm_eps)])
+    with pytest.raises(SystemExit, match=r"error_to_composition in float32 is .*, above 1e-04"):
+        bench.gate(dense, wrong, tokens, "float32")
+
+
+def test_bytes_and_flops_of_a_step(bench: ModuleType) -> None:
+    model = tiny_model("llama", 2)
+    embedding = model.get_input_embeddings().weight
+    assert not model.config.tie_word_embeddings
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    assert bench.decode_bytes(model, 3) == total - embedding.nbytes + 3 * 32 * 4
+    model.lm_head.weight = embedding
+    assert bench.decode_bytes(model, 3) == total - embedding.nbytes
+    per_layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    assert bench.linear_parameters(model) == 2 * per_layer + embedding.numel()

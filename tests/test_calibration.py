@@ -1,0 +1,181 @@
+"""One pass into the statistics of every interval: values, first tokens, refusals, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ghosted_fast.batches import Batch
+from ghosted_fast.boundaries import visit_boundaries
+from ghosted_fast.calibration import (
+    GhostOptions,
+    collect_statistics,
+    interval_bytes,
+    norm_eps_of,
+    token_weights,
+)
+from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
+from ghosted_fast.families import decoder_layers
+from ghosted_fast.fitting import FittedGhost, fit_ghost, fit_on_training_folds
+from ghosted_fast.gram import GramAccumulator
+from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
+
+
+def batches() -> list[Batch]:
+    result = []
+    for seed in range(3):
+        mask = torch.ones(5, 24, dtype=torch.int64)
+        mask[seed, :7] = 0  # left padding
+        mask[4, 20:] = 0  # right padding
+        result.append(Batch(random_tokens(5, 24, seed), mask))
+    return result
+
+
+@pytest.mark.parametrize("first_state", ["off", "on"])
+@pytest.mark.parametrize("input_form", ["normed", "hidden"])
+def test_statistics_are_those_of_the_dense_states(first_state: str, input_form: str) -> None:
+    model = tiny_model("llama")
+    options = GhostOptions(input=input_form, first_state=first_state)  # type: ignore[arg-type]
+    intervals = [(1, 3), (0, 2), (4, 6)]
+    collected = collect_statistics(model, batches(), intervals, options)
+    eps = norm_eps_of(model, options)
+    for item, (start, stop) in zip(collected, intervals, strict=True):
+        expected = GramAccumulator(32, 4, eps)
+        sequence, first_sum, firsts = 0, torch.zeros(32, dtype=torch.float64), 0
+        for batch in batches():
+            states: dict[int, torch.Tensor] = {}
+            visit_boundaries(model, batch, [start, stop], states.__setitem__)
+            weight = token_weights(states[start], states[stop], options, eps)
+            weight = weight * batch.attention_mask
+            if first_state == "on":
+                first_sum += states[stop][batch.is_first].double().sum(0)
+                firsts += int(batch.is_first.sum())
+                weight = weight.masked_fill(batch.is_first, 0.0)
+            for row in range(5):
+                expected.update(
+                    states[start][row], states[stop][row], weight[row], fold=sequence % 4
+                )
+                sequence += 1
+        for fold in range(4):
+            assert relative_rms(item.gram.fold(fold).gram, expected.fold(fold).gram) < 1e-6
+            assert relative_rms(item.gram.fold(fold).cross, expected.fold(fold).cross) < 1e-6
+        assert item.gram.num_tokens == expected.num_tokens
+        if first_state == "on":
+            assert item.first is not None and item.first.count == firsts == 15
+            torch.testing.assert_close(item.first.mean(), first_sum / firsts)
+        else:
+            assert item.first is None
+
+
+def test_split_into_batches_does_not_matter() -> None:
+    model = tiny_model("llama")
+    whole = [
+        Batch(
+            torch.cat([b.input_ids for b in batches()]),
+            torch.cat([b.attention_mask for b in batches()]),
+        )
+    ]
+    a = collect_statistics(model, whole, [(1, 3)])[0]
+    b = collect_statistics(model, batches(), [(1, 3)])[0]
+    for fold in range(4):
+        assert relative_rms(a.gram.fold(fold).cross, b.gram.fold(fold).cross) < 1e-5
+
+
+def sink_statistics(jump: bool) -> tuple[FittedGhost, FittedGhost]:
+    """Fit ghosts on a gap in which the first token does, or does not, gain a huge activation."""
+    model = tiny_model("llama")
+    generator = torch.Generator().manual_seed(1)
+    state = 1000.0 * torch.randn(32, generator=generator)
+    layer = decoder_layers(model)[2 if jump else 0]
+
+    def grow(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, 0] = state + torch.randn(len(output), 32, generator=generator)
+        return output
+
+    layer.register_forward_hook(grow)
+    tokens = [random_tokens(8, 24, seed) for seed in range(8)]
+    options = GhostOptions()
+    item = collect_statistics(model, tokens, [(2, 4)], options)[0]
+    judged = fit_on_training_folds(item, options)
+    return judged, fit_ghost(item, options)[0]
+
+
+def test_first_state_is_found_where_it_is_needed() -> None:
+    judged, fitted = sink_statistics(jump=True)
+    assert judged.has_first_state and fitted.has_first_state
+    assert fitted.first_state is not None and fitted.first_state.norm() > 1000
+
+
+def test_first_tokens_join_the_fit_where_a_map_serves_them() -> None:
+    model = tiny_model("llama")
+    tokens = [random_tokens(8, 24, seed) for seed in range(8)]
+    options = GhostOptions()
+    item = collect_statistics(model, tokens, [(2, 3)], options)[0]
+    apart = item.gram.num_tokens
+    fitted, solution = fit_ghost(item, options)
+    if fitted.has_first_state:
+        assert solution.num_tokens == apart == 8 * 8 * 23
+    else:
+        assert solution.num_tokens == 8 * 8 * 24
+
+
+def test_module_computes_what_was_fitted() -> None:
+    judged, _ = sink_statistics(jump=True)
+    x = torch.randn(2, 5, 32)
+    is_first = torch.zeros(2, 5, dtype=torch.bool)
+    is_first[:, 0] = True
+    y = judged.to_module(torch.float32, "cpu")(x, is_first)
+    expected = judged.apply(x.view(-1, 32)).view(2, 5, 32).float()
+    assert judged.first_state is not None
+    expected[is_first] = judged.first_state.float()
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_too_little_text_is_refused_with_the_number() -> None:
+    with pytest.raises(CalibrationError, match=r"at least 64 .* got 40"):
+        collect_statistics(tiny_model("llama"), [random_tokens(2, 20)], [(1, 3)])
+
+
+@pytest.mark.parametrize("position", [0, 9])
+def test_non_finite_activations_name_boundary_and_batch(position: int) -> None:
+    model = tiny_model("llama")
+    seen = 0
+
+    def poison(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            output = output.clone()
+            output[1, position] = float("nan")
+        return output
+
+    decoder_layers(model)[2].register_forward_hook(poison)
+    with pytest.raises(NonFiniteError, match=r"boundaries 1 and 3.*batch 2"):
+        collect_statistics(model, [random_tokens(4, 24, seed) for seed in range(4)], [(1, 3)])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"input": "raw"}, {"token_weight": "none"}, {"first_state": "yes"}, {"folds": 1}],
+)
+def test_refused_options(wrong: dict[str, object]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(wrong))):
+        GhostOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_memory_is_what_was_announced() -> None:
+    model = tiny_model("llama")
+    options = GhostOptions()
+    few = collect_statistics(model, [random_tokens(4, 24)], [(1, 3)], options)[0]
+    many = collect_statistics(
+        model, [random_tokens(8, 24, seed) for seed in range(300)], [(1, 3)], options
+    )[0]
+
+    def held(item: object) -> int:
+        assert few.first is not None and many.first is not None
+        first = few.first if item is few else many.first
+        gram = few.gram if item is few else many.gram
+        return gram.nbytes + sum(t.nbytes for t in (*first.x, *first.y, first.y_sum))
+
+    assert held(few) <= held(many) <= interval_bytes(32, options)

@@ -1,0 +1,121 @@
+"""The shape of the package: imports point down, and importing it loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ghosted_fast"
+
+# Each module may import from the floors below its own.
+FLOORS: list[set[str]] = [
+    {"errors", "_env", "derived", "first_token", "figures"},
+    {"_native", "batches", "readers"},
+    {"ops"},
+    {"gram", "families", "testing", "machine"},
+    {"solve", "modules", "boundaries"},
+    {"calibration", "ghosted_layers"},
+    {"fitting", "registry", "evaluation", "speed", "sources", "assets", "checkpoint"},
+    {"surgery", "selection", "comparison"},
+    {"report"},
+    {"pipeline"},
+    {"demo"},
+    {"cli"},
+]
+WITHOUT_TRANSFORMERS = {"ops", "gram", "solve", "batches", "_native", "derived", "first_token"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """Return the first part of the module's name below the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def floor_of(name: str) -> int:
+    for height, names in enumerate(FLOORS):
+        if name in names:
+            return height
+    raise AssertionError(f"{name} has no floor in tests/test_layering.py: decide where it belongs")
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path.name}: relative import"
+            found.add(node.module)
+            if node.module == "ghosted_fast":
+                found |= {f"ghosted_fast.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    name = room(path)
+    if name in ("__init__", "_hook"):
+        return
+    for imported in imports(path):
+        if imported.startswith("ghosted_fast."):
+            other = imported.split(".")[1]
+            if other == name or other in ("_hook", "__version__"):
+                continue
+            assert floor_of(other) < floor_of(name), f"{name} imports {other}, which is not below"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_core_does_not_know_transformers(path: Path) -> None:
+    if room(path) in WITHOUT_TRANSFORMERS:
+        assert not any(name.split(".")[0] == "transformers" for name in imports(path))
+
+
+def test_environment_is_read_in_one_place() -> None:
+    for path in modules():
+        if path.name != "_env.py":
+            assert "os.environ" not in path.read_text(), path
+            assert "getenv" not in path.read_text(), path
+
+
+def test_import_is_light() -> None:
+    script = (
+        "import sys, ghosted_fast; "
+        "heavy = [m for m in ('transformers', 'triton', 'ghosted_fast._C', 'torch') "
+        "if m in sys.modules]; print(heavy)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_names_exist() -> None:
+    import ghosted_fast
+
+    for name in ghosted_fast.__all__:
+        assert getattr(ghosted_fast, name) is not None
+
+
+def test_kernels_folder_is_no_package() -> None:
+    assert not (PACKAGE.parent / "kernels" / "__init__.py").exists()
+
+
+def test_no_file_is_two_rooms() -> None:
+    root = PACKAGE.parent
+    files = [
+        *root.glob("ghosted_fast/**/*.py"),
+        *root.glob("csrc/**/*.*"),
+        *root.glob("tests/**/*.py"),
+    ]
+    long = {
+        str(p.relative_to(root)): n for p in files if (n := len(p.read_text().splitlines())) > 400
+    }
+    assert not long

@@ -1,0 +1,179 @@
+"""The report: complete, self-contained, safe, and written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ghosted_fast import report as report_module
+from ghosted_fast.comparison import ModelRow, compare_models, ratio
+from ghosted_fast.errors import ArgumentError, MissingExtraError
+from ghosted_fast.evaluation import Perplexity
+from ghosted_fast.report import render_report, write_report
+from ghosted_fast.speed import Throughput
+from ghosted_fast.testing import random_tokens, tiny_model
+
+_VOID = {"meta", "br", "link", "img"}
+
+
+def row(name: str, dtype: str, decode: float) -> dict[str, Any]:
+    speed = Throughput(900.0, 890.0, 910.0, decode, decode - 1, decode + 1, 512, 64, 1, 5)
+    quality = Perplexity(29.08, 23.8, 35.9, 5110, (3.3, 3.4), (511, 511), 0.95)
+    return ModelRow(name, dtype, 30, 134_515_008, quality, speed).to_dict()
+
+
+def full_report() -> dict[str, Any]:
+    return {
+        "model": "some/model",
+        "num_layers": 30,
+        "removed": [3, 14, 15, 16],
+        "criterion": "ghost",
+        "scores": [
+            {"start": start, "stop": start + 3, "score": 3.3 + abs(start - 14)}
+            for start in range(28)
+        ],
+        "ghosts": [
+            {
+                "start": 14,
+                "stop": 17,
+                "input": "normed",
+                "bias": False,
+                "first_state": True,
+                "fit_error": 0.31,
+                "held_out_error": None,
+                "condition": 3e6,
+                "damping": 1e-4,
+                "num_tokens": 49152,
+            }
+        ],
+        "num_tokens": 49152,
+        "seconds": {"select": 60.0, "solve": 1.5},
+        "models": [row("dense", "bfloat16", 30.0), row("ghosted", "bfloat16", 36.0)],
+        "samples": [{"name": "ghosted", "prompt": "Why?", "text": "<b>Because</b>."}],
+        "checks": [{"label": "reloaded", "passed": True, "detail": "same logits"}],
+        "machine": {"processor": "a fast one"},
+    }
+
+
+class Balance(HTMLParser):
+    """Checks that every element is closed, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_full_page() -> None:
+    page = render_report(full_report())
+    for expected in (
+        "<title>some/model</title>",
+        "4 of 30 layers removed, [3, 4) and [14, 17)",
+        "49,152 tokens in 61.5 s",
+        "29.08",
+        "1.20\u00d7",
+        "134.5 M",
+        "3.0e+06",
+        "&lt;b&gt;Because&lt;/b&gt;.",
+        "same logits",
+        "a fast one",
+        "prefers-color-scheme: dark",
+    ):
+        assert expected in page, expected
+    assert page.count("<svg") == 2
+    balance = Balance()
+    balance.feed(page)
+    assert balance.open == []
+
+
+def test_page_needs_nothing_else() -> None:
+    page = render_report(full_report())
+    assert not re.search(r'(?:src|href)="(?!#)', page)
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    assert "<script" not in page
+
+
+def test_figures_take_the_colours_of_the_page() -> None:
+    for svg in re.findall(r"<svg.*?</svg>", render_report(full_report()), re.DOTALL):
+        assert "var(--ink)" in svg
+        assert not re.search(r"#[0-9a-f]{6}\b", svg)
+    page = render_report(full_report())
+    ids = re.findall(r'<svg.*?\bid="([^"]+)"', page, re.DOTALL)
+    assert len(set(ids)) == len(ids)
+
+
+def test_page_is_repeatable() -> None:
+    assert render_report(full_report()) == render_report(full_report())
+
+
+def test_every_key_may_be_absent() -> None:
+    assert "<h1>Ghosted model</h1>" in render_report({})
+    for key in full_report():
+        shorter = full_report()
+        del shorter[key]
+        assert "</html>" in render_report(shorter, "A title")
+
+
+def test_write(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "report.html"
+    assert write_report(path, full_report()) == path
+    assert path.read_text(encoding="utf-8") == render_report(full_report())
+    with pytest.raises(ArgumentError, match="expected a new file for the report"):
+        write_report(path, {})
+    write_report(path, {}, "Other", overwrite=True)
+    assert "Other" in path.read_text(encoding="utf-8")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_write_json(tmp_path: Path) -> None:
+    path = write_report(tmp_path / "report.json", full_report())
+    assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(full_report()))
+
+
+def test_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_report(tmp_path / "report.json", {"a": 1})
+    monkeypatch.setattr(report_module.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError()))
+    with pytest.raises(OSError):
+        write_report(path, {"a": 2}, overwrite=True)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=r"needs jinja2: pip install 'ghosted_fast\[report"):
+        render_report({})
+
+
+def test_ratio_is_to_the_dense_model_of_the_same_dtype() -> None:
+    rows = [row("dense", "bfloat16", 10.0), row("dense", "float32", 20.0)]
+    rows += [row("ghosted", "float32", 30.0), {**row("x", "float32", 1.0), "throughput": None}]
+    assert ratio(rows[2], rows, "decode_tokens_per_s") == pytest.approx(1.5)
+    assert ratio(rows[3], rows, "decode_tokens_per_s") is None
+
+
+def test_compare_models() -> None:
+    models = {"dense": tiny_model("llama", 3), "small": tiny_model("llama", 2)}
+    rows = compare_models(models, iter([random_tokens(2, 9)]), {"prompt_length": 8, "repeats": 1})
+    assert [(item.name, item.dtype, item.layers) for item in rows] == [
+        ("dense", "float32", 3),
+        ("small", "float32", 2),
+    ]
+    assert rows[0].parameters == sum(p.numel() for p in models["dense"].parameters())
+    assert all(item.perplexity and item.throughput for item in rows)
+    assert compare_models(models)[0].perplexity is None

@@ -1,0 +1,119 @@
+"""solve_ghost: agreement with a direct solve, damping, escalation, bias."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ghosted_fast.errors import ArgumentError, CalibrationError
+from ghosted_fast.gram import GramAccumulator
+from ghosted_fast.solve import DAMPING_PATH, mean_diagonal, solve_ghost
+from ghosted_fast.testing import relative_rms
+
+D = 20
+
+
+def data(tokens: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, D, generator=generator) * torch.logspace(-1, 1, D)
+    m = 0.3 * torch.randn(D, D, generator=torch.Generator().manual_seed(99)) / math.sqrt(D)
+    y = x + x @ m.mT + 0.5 + noise * torch.randn(tokens, D, generator=generator)
+    return x, y
+
+
+def accumulate(x: torch.Tensor, y: torch.Tensor, norm_eps: float | None = None) -> GramAccumulator:
+    gram = GramAccumulator(D, 4, norm_eps)
+    for k in range(4):
+        gram.update(x[k::4], y[k::4], fold=k)
+    return gram
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-6])
+def test_agrees_with_a_direct_solve(norm_eps: float | None) -> None:
+    x, y = data(2000, 0.1)
+    solution = solve_ghost(accumulate(x, y, norm_eps), damping=1e-6)
+    x64, y64 = x.double(), y.double()
+    f = x64
+    if norm_eps is not None:
+        f = x64 / (x64.square().mean(-1, keepdim=True) + norm_eps).sqrt()
+    gram = f.mT @ f + 1e-6 * torch.eye(D, dtype=torch.float64)
+    expected = torch.linalg.solve(gram, f.mT @ (y64 - x64)).mT
+    assert relative_rms(solution.weight, expected) <= 1e-5
+    assert solution.damping == 1e-6
+    assert solution.residual <= 1e-10
+    assert solution.num_tokens == 2000
+    error = float((y64 - x64 - f @ expected.mT).square().sum() / (y64 - x64).square().sum())
+    assert solution.fit_error == pytest.approx(error, rel=1e-4)
+
+
+def test_bias_takes_up_the_offset() -> None:
+    x, y = data(2000, 0.0)
+    plain = solve_ghost(accumulate(x, y), damping=0.0)
+    biased = solve_ghost(accumulate(x, y), damping=0.0, bias=True)
+    assert biased.bias is not None and plain.bias is None
+    torch.testing.assert_close(biased.bias, torch.full((D,), 0.5).double(), atol=1e-3, rtol=0)
+    assert biased.fit_error < 1e-6 < plain.fit_error
+
+
+def test_auto_damping_generalises_better() -> None:
+    x, y = data(40, 2.0)
+    gram = accumulate(x, y)
+    auto = solve_ghost(gram)
+    bare = solve_ghost(gram, damping=0.0)
+    assert auto.held_out_error is not None and bare.held_out_error is not None
+    assert auto.held_out_error < bare.held_out_error
+    assert auto.damping in [r * mean_diagonal(gram.total()) for r in DAMPING_PATH]
+    fresh_x, fresh_y = data(5000, 2.0, seed=5)
+    fresh = GramAccumulator(D).update(fresh_x, fresh_y).total()
+    assert fresh.error(auto.weight.mT) < fresh.error(bare.weight.mT)
+
+
+def test_held_out_error_is_that_of_each_fold_left_out() -> None:
+    x, y = data(400, 0.5)
+    damping = 1e-3
+    solution = solve_ghost(accumulate(x, y), damping=damping)
+    error = energy = 0.0
+    for k in range(4):
+        train = torch.arange(400) % 4 != k
+        xt, yt, xv, yv = (t.double() for t in (x[train], y[train], x[~train], y[~train]))
+        share = float(xt.square().sum() / x.double().square().sum())
+        gram = xt.mT @ xt + damping * share * torch.eye(D, dtype=torch.float64)
+        m = torch.linalg.solve(gram, xt.mT @ (yt - xt))
+        error += float((yv - xv - xv @ m).square().sum())
+        energy += float((yv - xv).square().sum())
+    assert solution.held_out_error == pytest.approx(error / energy, rel=1e-5)
+
+
+def test_singular_statistics_are_damped_and_reported() -> None:
+    x, y = data(300, 0.1)
+    x[:, 1] = x[:, 0]  # two equal channels: G is singular
+    x[:, 2] = 0.0
+    solution = solve_ghost(accumulate(x, y), damping=0.0)
+    assert torch.isfinite(solution.weight).all()
+    assert solution.damping >= 0.0
+    assert solution.fit_error < 1.0
+
+
+def test_identity_data_gives_no_ghost() -> None:
+    x, _ = data(300, 0.0)
+    solution = solve_ghost(accumulate(x, x.clone()))
+    assert solution.weight.abs().max() < 1e-6
+    assert solution.fit_error == 0.0
+
+
+def test_one_fold_has_no_held_out_error() -> None:
+    x, y = data(300, 0.1)
+    solution = solve_ghost(GramAccumulator(D, 1).update(x, y))
+    assert solution.held_out_error is None
+    assert solution.fit_error < 0.5
+
+
+def test_refusals() -> None:
+    with pytest.raises(CalibrationError, match="at least one token"):
+        solve_ghost(GramAccumulator(D))
+    x, y = data(300, 0.1)
+    for damping in (-1.0, float("nan"), "large"):
+        with pytest.raises(ArgumentError, match="damping >= 0"):
+            solve_ghost(accumulate(x, y), damping=damping)  # type: ignore[arg-type]
