@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _harness import GateError
+from _roofline import Roof, measure_roof
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -100,7 +102,7 @@ def gate(dense: Any, ghosted: Any, ids: Tensor, dtype: str) -> dict[str, float]:
     """Return the errors of the ghosted model, after checking that they are small enough.
 
     Raises:
-        SystemExit: An error is above its bound.
+        GateError: An error is above its bound.
     """
     [ghost] = [module for module in ghosted.modules() if isinstance(module, GhostLinear)]
     logits = ghosted(input_ids=ids, use_cache=False).logits
@@ -112,7 +114,7 @@ def gate(dense: Any, ghosted: Any, ids: Tensor, dtype: str) -> dict[str, float]:
     }
     for name, error in errors.items():
         if not error <= GATE_BOUNDS[dtype]:
-            raise SystemExit(f"{name} in {dtype} is {error:.1e}, above {GATE_BOUNDS[dtype]:.0e}")
+            raise GateError(f"{name} in {dtype} is {error:.1e}, above {GATE_BOUNDS[dtype]:.0e}")
     return errors
 
 
@@ -132,13 +134,14 @@ def linear_parameters(model: Any) -> int:
 
 
 def record(
-    row: ModelRow, rows: list[dict[str, Any]], model: Any, errors: dict[str, float]
+    row: ModelRow, rows: list[dict[str, Any]], model: Any, errors: dict[str, float], roof: Roof
 ) -> dict[str, Any]:
     """Return a line of the results file."""
     speed = row.throughput
     assert speed is not None
     step_s = speed.batch_size / speed.decode_tokens_per_s
     size = decode_bytes(model, speed.batch_size)
+    flops = 2 * linear_parameters(model) * speed.batch_size
     facts = row.to_dict()
     return {
         "benchmark": "generate",
@@ -151,8 +154,11 @@ def record(
         "decode_ratio": ratio(facts, rows, "decode_tokens_per_s"),
         "decode_ms": 1e3 * step_s,
         "decode_bytes": size,
-        "decode_flops": 2 * linear_parameters(model) * speed.batch_size,
+        "decode_flops": flops,
         "decode_gbps": size / step_s / 1e9,
+        "decode_roof_share": roof.ms(size, flops) / (1e3 * step_s),
+        "roof_gbps": roof.gbps,
+        "roof_gflops": roof.gflops,
         **errors,
         "machine": machine_facts(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -181,7 +187,8 @@ def main() -> None:
         "batch_size": options.batch_size,
         "repeats": options.repeats,
     }
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    roof = measure_roof()
     for dtype in options.dtype:
         dense = cast_parameters(copy.deepcopy(source), resolve_dtype(dtype) or torch.float32)
         ghosted, _ = ghost_model(dense, batches, removed=REMOVED)
@@ -192,12 +199,13 @@ def main() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("a", encoding="utf-8") as file:
             for row in rows:
-                line = record(row, facts, models[row.name], errors)
+                line = record(row, facts, models[row.name], errors, roof)
                 file.write(json.dumps(line) + "\n")
                 console.print(
                     f"{row.name:8} {dtype:9} prefill {line['prefill_tokens_per_s']:8.1f} tok/s "
                     f"({line['prefill_ratio']:.2f}x)  decode {line['decode_tokens_per_s']:6.1f} "
-                    f"tok/s ({line['decode_ratio']:.2f}x, {line['decode_gbps']:.1f} GB/s)"
+                    f"tok/s ({line['decode_ratio']:.2f}x, {line['decode_gbps']:.1f} GB/s, "
+                    f"{line['decode_roof_share']:.0%} of the roof)"
                 )
 
 

@@ -17,23 +17,30 @@ STABLE_TORCH_LIBRARY_IMPL(ghosted_fast, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of ghosted_fast; loading this registers them with torch.";
-  m.def("build_info", [] {
-    pybind11::dict info;
-    info["kind"] = GHOSTED_FAST_BUILD_KIND;
-    info["compiler"] = GHOSTED_FAST_COMPILER;
-    info["torch"] = GHOSTED_FAST_TORCH_VERSION;
-    info["paths"] = GHOSTED_FAST_COMPILED_PATHS;
-    return info;
-  }, "Return how the extension was built: kind, compiler, torch version, compiled paths.");
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["kind"] = GHOSTED_FAST_BUILD_KIND;
+        info["compiler"] = GHOSTED_FAST_COMPILER;
+        info["torch"] = GHOSTED_FAST_TORCH_VERSION;
+        info["paths"] = GHOSTED_FAST_COMPILED_PATHS;
+        return info;
+      },
+      "Return how the extension was built: kind, compiler, torch version, compiled paths.");
   m.def("cpu_paths", &ghosted_fast::cpu_paths,
         "Return the instruction-set paths that this processor can run, the best first.");
-  m.def("cpu_path", [] { return std::string(ghosted_fast::kernel_table().name); },
-        "Return the path in use.");
-  m.def("set_cpu_path", [](const std::string& name) {
-    if (!ghosted_fast::set_cpu_path(name)) {
-      std::string known = "auto";
-      for (const std::string& path : ghosted_fast::cpu_paths()) known += ", " + path;
-      throw pybind11::value_error("expected one of " + known + ", got " + name);
-    }
-  }, pybind11::arg("name"), "Use a path from now on; \"auto\" for the best.");
+  m.def(
+      "cpu_path", [] { return std::string(ghosted_fast::kernel_table().name); },
+      "Return the path in use.");
+  m.def(
+      "set_cpu_path",
+      [](const std::string& name) {
+        if (!ghosted_fast::set_cpu_path(name)) {
+          std::string known = "auto";
+          for (const std::string& path : ghosted_fast::cpu_paths()) known += ", " + path;
+          throw pybind11::value_error("expected one of " + known + ", got " + name);
+        }
+      },
+      pybind11::arg("name"), "Use a path from now on; \"auto\" for the best.");
 }

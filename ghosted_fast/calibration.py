@@ -166,8 +166,8 @@ def token_weights(x: Tensor, y: Tensor, options: GhostOptions, norm_eps: float |
     if norm_eps is not None:
         unit = x.float().square().mean(-1) + norm_eps
     # A row that is not finite keeps a plain weight, so that the accumulator sees and reports it.
-    usable = torch.isfinite(energy * unit) & (energy * unit > 0)
-    exponent = torch.where(usable, -0.5 * torch.log2(energy * unit), 0.0).round()
+    usable = torch.isfinite(energy) & torch.isfinite(unit) & (energy > 0) & (unit > 0)
+    exponent = torch.where(usable, -0.5 * (energy.log2() + unit.log2()), 0.0).round()
     power = exponent.clamp(_MIN_EXPONENT, _MAX_EXPONENT).to(torch.int32)
     power_of_four = ((2 * power + 127) << 23).view(torch.float32)
     return torch.where(usable, unit * power_of_four, 1.0)

@@ -136,14 +136,6 @@ class GramAccumulator:
         self._num_tokens = torch.zeros(folds, dtype=torch.int64)
 
     @property
-    def _cross_is_of_delta(self) -> bool:
-        """Whether the cross sums hold f delta^T; otherwise f y^T, from which G is taken at the end.
-
-        For `f = x` the second form needs no arithmetic on bf16 rows, so every product stays exact.
-        """
-        return self.norm_eps is not None
-
-    @property
     def device(self) -> torch.device:
         """Where the sums live."""
         return self._gram.device
@@ -202,7 +194,7 @@ class GramAccumulator:
                 targets,
                 weight,
                 norm_eps=self.norm_eps,
-                delta=self._cross_is_of_delta,
+                delta=True,
                 gram=self._gram[fold],
                 cross=self._cross[fold],
                 moments=self._moments[fold],
@@ -237,7 +229,13 @@ class GramAccumulator:
 
     def fold(self, index: int) -> NormalEquations:
         """Return the normal equations of one fold."""
-        return self._equations(self._gram[index], self._cross[index], slice(index, index + 1))
+        return NormalEquations(
+            self._gram[index],
+            self._cross[index],
+            self._moments[index],
+            float(self._weight_sum[index]),
+            int(self._num_tokens[index]),
+        )
 
     def fold_tokens(self, index: int) -> int:
         """Return the tokens with a weight above zero in one fold."""
@@ -245,15 +243,12 @@ class GramAccumulator:
 
     def total(self) -> NormalEquations:
         """Return the normal equations of all folds together."""
-        return self._equations(self._gram.sum(0), self._cross.sum(0), slice(None))
-
-    def _equations(self, gram: Tensor, cross: Tensor, folds: slice) -> NormalEquations:
         return NormalEquations(
-            gram,
-            cross if self._cross_is_of_delta else cross - mirror_lower(gram),
-            self._moments[folds].sum(0),
-            float(self._weight_sum[folds].sum()),
-            int(self._num_tokens[folds].sum()),
+            self._gram.sum(0),
+            self._cross.sum(0),
+            self._moments.sum(0),
+            float(self._weight_sum.sum()),
+            self.num_tokens,
         )
 
     def state_dict(self) -> dict[str, Any]:

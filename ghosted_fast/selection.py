@@ -32,7 +32,7 @@ from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.fitting import fit_on_training_folds
 from ghosted_fast.modules import GhostLinear
 
-DEFAULT_SCORE_TOKENS = 4096
+DEFAULT_SCORE_TOKENS = 2048
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,10 @@ def tiny_model(
                     module.weight.normal_(0.0, 0.25)
                 elif isinstance(module, nn.Embedding):
                     module.weight.normal_(0.0, 0.5)
-    return model.to(dtype).eval()
+        for parameter in model.parameters():  # buffers stay as loading in this dtype leaves them
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model.eval()
 
 
 def random_tokens(batch: int, length: int, seed: int = 0) -> Tensor:

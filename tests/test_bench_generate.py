@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from tiny_text import TEXT, save_tiny_model
 
+from ghosted_fast import sources
+from ghosted_fast.assets import DemoAssets
 from ghosted_fast.modules import GhostLinear
 from ghosted_fast.surgery import remove_layers
 from ghosted_fast.testing import random_tokens, tiny_model
@@ -17,6 +21,7 @@ from ghosted_fast.testing import random_tokens, tiny_model
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = Path(__file__).parent.parent / "benchmarks" / "bench_generate.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("bench_generate", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -47,7 +52,7 @@ def test_gate(
     errors = bench.gate(dense, ghosted, tokens, "float32")
     assert 0 <= max(errors.values()) < 1e-5
     wrong = remove_layers(dense, [1, 2], [random_ghost(norm_eps)])
-    with pytest.raises(SystemExit, match=r"error_to_composition in float32 is .*, above 1e-04"):
+    with pytest.raises(RuntimeError, match=r"error_to_composition in float32 is .*, above 1e-04"):
         bench.gate(dense, wrong, tokens, "float32")
 
 
@@ -61,3 +66,30 @@ def test_bytes_and_flops_of_a_step(bench: ModuleType) -> None:
     assert bench.decode_bytes(model, 3) == total - embedding.nbytes
     per_layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
     assert bench.linear_parameters(model) == 2 * per_layer + embedding.numel()
+
+
+def test_rows(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, output = tmp_path / "texts.jsonl", tmp_path / "results" / "rows.jsonl"
+    texts.write_text("".join(json.dumps({"0": TEXT}) + "\n" for _ in range(60)))
+    assets = DemoAssets(save_tiny_model(tmp_path / "tiny"), texts, texts)
+    monkeypatch.setattr(bench, "fetch_demo_assets", lambda: assets)
+    monkeypatch.setattr(bench, "measure_roof", lambda: bench.Roof(10.0, 100.0, 50.0))
+    monkeypatch.setattr(bench, "CALIBRATION_TOKENS", 1024)
+    monkeypatch.setattr(bench, "GATE_TOKENS", 24)
+    monkeypatch.setattr(
+        bench, "token_batches", lambda *args: sources.token_batches(*args, sequence_length=32)
+    )
+    command = ["bench_generate", "--dtype", "float32", "--prompt-length", "8", "--new-tokens", "2"]
+    monkeypatch.setattr("sys.argv", [*command, "--repeats", "1", "--output", str(output)])
+    bench.main()
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["model"], row["layers"]) for row in rows] == [
+        ("dense", 6),
+        ("pruned", 4),
+        ("ghosted", 4),
+    ]
+    assert rows[0]["decode_ratio"] == 1.0
+    for row in rows:
+        assert row["error_to_composition"] <= 1e-4
+        assert row["decode_roof_share"] > 0
+        assert "processor" in row["machine"]

@@ -28,7 +28,7 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoAssets:
 
 def test_demo(assets: DemoAssets, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    dtypes = ("bfloat16", "float32")
+    dtypes = ("float32", "bfloat16")
     result = run_demo(assets, output, 2, dtypes, tokens=1024, evaluation_rows=3, quick=True)
     assert [(row.name, row.dtype, row.layers) for row in result.rows] == [
         (name, dtype, layers)

@@ -23,8 +23,8 @@ std::vector<const KernelTable*> find_tables() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  // Intel's cores run vdpbf16ps at a quarter of the rate of an fp32 FMA [measured on Emerald Rapids:
-  // 85 against 175 GFLOP/s, at two products per lane], AMD's at the same rate.
+  // Intel's cores run vdpbf16ps at a quarter of the rate of an fp32 FMA [measured on Emerald
+  // Rapids: 85 against 175 GFLOP/s, at two products per lane], AMD's at the same rate.
   const bool fast_bf16 = bf16 && !__builtin_cpu_is("intel");
   if (fast_bf16) tables.push_back(&kAvx512Bf16Kernels);
   if (avx512) tables.push_back(&kAvx512Kernels);

@@ -54,8 +54,8 @@ void check_is_first(const Call& call) {
   bool same = is_first.dim() == call.x.dim() - 1;
   for (int64_t i = 0; same && i < is_first.dim(); ++i) same = is_first.size(i) == call.x.size(i);
   if (!same) {
-    fail(call.op, "is_first of x's shape ", shape_of(call.x),
-         " without its last dimension, got ", shape_of(is_first));
+    fail(call.op, "is_first of x's shape ", shape_of(call.x), " without its last dimension, got ",
+         shape_of(is_first));
   }
 }
 

@@ -58,7 +58,8 @@ void gram_update_cpu(Tensor x, OptionalTensor y, OptionalTensor token_weight,
     check_cpu(kOp, "token_weight", *token_weight);
     check_dtype(kOp, "token_weight", *token_weight, ScalarType::Float);
     check_shape(kOp, "token_weight", *token_weight, {args.num_tokens});
-    weight = token_weight->is_contiguous() ? *token_weight : torch::stable::contiguous(*token_weight);
+    weight =
+        token_weight->is_contiguous() ? *token_weight : torch::stable::contiguous(*token_weight);
     args.token_weight = static_cast<const float*>(weight.const_data_ptr());
   }
   args.gram = sums_of("gram", gram, args.hidden_size, args.hidden_size);

@@ -61,7 +61,7 @@ struct ApplyArgs {
 };
 
 struct SolveArgs {
-  const double* gram = nullptr;  // [size, size], contiguous, lower triangle
+  const double* gram = nullptr;   // [size, size], contiguous, lower triangle
   const double* cross = nullptr;  // [size, num_outputs], contiguous
   int64_t size = 0;
   int64_t num_outputs = 0;

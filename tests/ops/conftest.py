@@ -12,6 +12,12 @@ from ghosted_fast import _native
 PATHS = ("avx512bf16", "avx512", "avx2", "portable")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers for every test, in whatever order they run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=[*PATHS, "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a backend; for "native", with one path of the processor in use."""

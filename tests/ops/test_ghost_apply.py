@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ghosted_fast.errors import ArgumentError, BackendError
 from ghosted_fast.ops import ghost_apply, ghost_apply_rms_norm
-from ghosted_fast.ops.reference import ghost_apply_reference, rms_norm_reference
+from ghosted_fast.ops.reference import rms_norm_reference
 from ghosted_fast.testing import outlier_activations, relative_rms
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -112,14 +112,12 @@ def test_outliers(backend: str, rows: int, types: tuple[torch.dtype, torch.dtype
 
 
 def test_one_rounding(backend: str) -> None:
-    """The fp32 sum is rounded once: no error above half an ulp where fp32 is nearly exact."""
-    x, (weight, _) = torch.randn(64, 128).to(BF16), make_weight(128, BF16)
-    y = ghost_apply(x, weight, backend=backend)
-    exact = exact_fp64(x, weight)
-    assert (
-        torch.equal(y, ghost_apply_reference(x, weight))
-        or ((y.float() - exact).abs() <= exact.abs() * 2.0**-8 * 1.001).all()
-    )
+    """The fp32 sum is rounded once: half an ulp, and what fp32 loses where y cancels."""
+    for rows in (4, 64):
+        x, (weight, _) = torch.randn(rows, 128).to(BF16), make_weight(128, BF16)
+        exact = exact_fp64(x, weight)
+        error = (ghost_apply(x, weight, backend=backend).double() - exact).abs()
+        assert bool((error <= exact.abs() * 2.0**-8 + 1e-5).all())
 
 
 def test_zero_weight_is_the_identity(backend: str) -> None:
@@ -245,7 +243,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), ERRORS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), ERRORS, ids=[message for *_, message in ERRORS]
+)
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ghost_apply(**arguments(**changes))

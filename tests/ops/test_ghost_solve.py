@@ -165,7 +165,9 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), ERRORS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), ERRORS, ids=[message for *_, message in ERRORS]
+)
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     usual = {
         "gram": torch.eye(4, dtype=FP64),

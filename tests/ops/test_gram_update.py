@@ -267,7 +267,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), ERRORS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), ERRORS, ids=[message for *_, message in ERRORS]
+)
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         gram_update(**arguments(**changes))

@@ -49,7 +49,7 @@ def test_any_split_and_order_agree(
             merged.merge(GramAccumulator(16, 1, eps).update(*parts[index]))
     total = merged.total()
     assert relative_rms(total.gram.tril(), whole.gram.tril()) <= 1e-6
-    assert relative_rms(total.cross, whole.cross) <= 1e-5
+    assert relative_rms(total.cross, whole.cross) <= 1e-6
     assert relative_rms(total.moments, whole.moments) <= 1e-6
     assert total.num_tokens == whole.num_tokens
 
@@ -66,7 +66,7 @@ def test_a_linear_gap_is_closed_exactly(seed: int, size: int) -> None:
 
 
 @SETTINGS
-@given(st.integers(0, 10**6), st.floats(-12.0, 12.0), st.booleans())
+@given(st.integers(0, 10**6), st.floats(-9.0, 6.0), st.booleans())
 def test_weights_are_powers_of_two_near_the_inverse_energy(
     seed: int, log_scale: float, normed: bool
 ) -> None:

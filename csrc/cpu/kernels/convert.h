@@ -171,8 +171,8 @@ inline void row_to_float_typed(const StorageOf<kType>* from, int64_t count, int6
 inline void row_to_float(const void* from, Dtype dtype, int64_t count, int64_t padded, float* to) {
   switch (dtype) {
     case Dtype::kBFloat16:
-      return row_to_float_typed<Dtype::kBFloat16>(static_cast<const uint16_t*>(from), count,
-                                                  padded, to);
+      return row_to_float_typed<Dtype::kBFloat16>(static_cast<const uint16_t*>(from), count, padded,
+                                                  to);
     case Dtype::kFloat16:
       return row_to_float_typed<Dtype::kFloat16>(static_cast<const uint16_t*>(from), count, padded,
                                                  to);

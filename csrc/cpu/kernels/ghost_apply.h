@@ -18,9 +18,9 @@ constexpr int64_t kBytesPerThread = int64_t{256} << 10;
 // What turns sums into outputs.
 struct Epilogue {
   const ApplyArgs& args;
-  const float* bias = nullptr;           // fp32, padded
-  const float* row_factor = nullptr;     // 1 / rms(x), or null
-  const void* first_state = nullptr;     // in x's dtype
+  const float* bias = nullptr;        // fp32, padded
+  const float* row_factor = nullptr;  // 1 / rms(x), or null
+  const void* first_state = nullptr;  // in x's dtype
 };
 
 // y[row][column, column + count) from the sums of x W^T; `sums` may be read to a whole vector.
@@ -129,18 +129,17 @@ template <Dtype kType, bool kPairs>
 inline void apply_few(const Epilogue& epilogue, const Inputs& x, int64_t threads) {
   const ApplyArgs& args = epilogue.args;
   const int64_t size = args.hidden_size, bytes = bytes_of(kType);
-  for_each_task((size + kDotGroup - 1) / kDotGroup,
-                min64(threads, max64(1, size * size * bytes / kBytesPerThread)),
-                [&](int64_t group, int64_t) {
-                  alignas(64) float sums[kDotTokens * kDotGroup];
-                  const int64_t out = group * kDotGroup, rows = min64(kDotGroup, size - out);
-                  const char* weight = static_cast<const char*>(args.weight) + out * size * bytes;
-                  dot_group<kType, kPairs>(weight, size, rows, x.data, x.stride, args.num_rows,
-                                           sums);
-                  for (int64_t row = 0; row < args.num_rows; ++row) {
-                    finish_of(epilogue, row, out, rows, sums + row * kDotGroup);
-                  }
-                });
+  for_each_task(
+      (size + kDotGroup - 1) / kDotGroup,
+      min64(threads, max64(1, size * size * bytes / kBytesPerThread)), [&](int64_t group, int64_t) {
+        alignas(64) float sums[kDotTokens * kDotGroup];
+        const int64_t out = group * kDotGroup, rows = min64(kDotGroup, size - out);
+        const char* weight = static_cast<const char*>(args.weight) + out * size * bytes;
+        dot_group<kType, kPairs>(weight, size, rows, x.data, x.stride, args.num_rows, sums);
+        for (int64_t row = 0; row < args.num_rows; ++row) {
+          finish_of(epilogue, row, out, rows, sums + row * kDotGroup);
+        }
+      });
 }
 
 template <Dtype kType, bool kPairs>
@@ -196,20 +195,24 @@ inline void ghost_apply(const ApplyArgs& args) {
   const int64_t step = pairs ? 2 * kLanes : kLanes;
   const int64_t padded = round_up(size, step);
   const int64_t dwords = pairs ? padded / 2 : padded;
+  // The blocked product reads eight rows of x at once: at a distance of whole KiB they would fall
+  // into the same cache sets.
+  const bool spread = rows > kDotTokens && dwords % 256 == 0;
+  const int64_t stride = spread ? dwords + kPanel : dwords;
   // Rows that are whole steps of what the kernel reads are taken where they are.
-  const bool in_place = padded == size && (pairs || args.dtype == Dtype::kFloat32);
-  Scratch scratch(Scratch::bytes_for<float>(in_place ? 0 : rows * dwords) +
+  const bool in_place = !spread && padded == size && (pairs || args.dtype == Dtype::kFloat32);
+  Scratch scratch(Scratch::bytes_for<float>(in_place ? 0 : rows * stride) +
                   3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<float>(rows) +
                   Scratch::bytes_for<float>(small ? size * padded : 0));
-  Inputs x{static_cast<const float*>(args.x), dwords};
+  Inputs x{static_cast<const float*>(args.x), stride};
   if (!in_place) {
-    float* copy = scratch.take<float>(rows * dwords);
+    float* copy = scratch.take<float>(rows * stride);
     x.data = copy;
     const char* from = static_cast<const char*>(args.x);
     const int64_t row_bytes = size * bytes_of(args.dtype);
     for_each_task((rows + 63) / 64, threads, [&](int64_t task, int64_t) {
       for (int64_t row = task * 64; row < min64(rows, (task + 1) * 64); ++row) {
-        float* to = copy + row * dwords;
+        float* to = copy + row * stride;
         if (pairs) {
           std::memset(to + dwords - kLanes, 0, kLanes * sizeof(float));
           std::memcpy(to, from + row * row_bytes, static_cast<size_t>(row_bytes));

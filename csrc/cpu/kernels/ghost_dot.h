@@ -60,24 +60,31 @@ inline void sum_registers(const VecF* acc, float* sums) {
                          _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
   }
   // Within 128 bits: a 4 x 4 transposition with additions on the way.
-  const __m512 low01 = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-  const __m512 low23 = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-  const __m512 total = _mm512_add_ps(_mm512_shuffle_ps(low01, low23, 0x44),
-                                     _mm512_shuffle_ps(low01, low23, 0xee));
+  const __m512 low01 =
+      _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 low23 =
+      _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512 total =
+      _mm512_add_ps(_mm512_shuffle_ps(low01, low23, 0x44), _mm512_shuffle_ps(low01, low23, 0xee));
   // Lane 4q + r holds the register 4r + q.
-  const __m512i order =
-      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_ps(sums, _mm512_permutexvar_ps(order, total));
 #else
   for (int i = 0; i < kAccumulators; ++i) sums[i] = sum_of_lanes(acc[i]);
 #endif
 }
 
-// sums[row * kTokens + token] = weight[row] . x[token], for kAccumulators / kTokens rows.
+// Weight rows up to this long are prefetched a whole tile ahead: they are too short for the
+// hardware to find the stream. Longer ones 1 KiB ahead.
+constexpr int64_t kShortRowBytes = 4096;
+constexpr int64_t kPrefetchBytes = 1024;
+
+// sums[row * kTokens + token] = weight[row] . x[token], for kAccumulators / kTokens rows. With
+// kPrefetch the weights `ahead` elements on are prefetched.
 // x: rows of `x_stride` floats; in the pair form these are dwords of two bf16.
-template <Dtype kType, bool kPairs, int kTokens>
+template <Dtype kType, bool kPairs, int kTokens, bool kPrefetch>
 inline void dot_tile(const StorageOf<kType>* weight, int64_t size, const float* const* x,
-                     float* sums) {
+                     int64_t ahead, float* sums) {
   typedef WeightSource<kType, kPairs> Source;
   constexpr int kRows = kAccumulators / kTokens;
   VecF acc[kAccumulators] = {};
@@ -89,6 +96,7 @@ inline void dot_tile(const StorageOf<kType>* weight, int64_t size, const float* 
     for (int t = 0; t < kTokens; ++t) values[t] = load(x[t] + lane);
     GHOSTED_FAST_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      if constexpr (kPrefetch) __builtin_prefetch(weight + r * size + k + ahead);
       const VecF row = Source::load_step(weight + r * size + k);
       GHOSTED_FAST_UNROLL
       for (int t = 0; t < kTokens; ++t) {
@@ -110,8 +118,8 @@ inline void dot_tile(const StorageOf<kType>* weight, int64_t size, const float* 
   sum_registers(acc, sums);
 }
 
-// One tile of dot_group: weight rows from `row` and kTokens tokens from `token` on. Where fewer rows
-// or tokens are left than the tile has, it takes earlier rows or the last token again.
+// One tile of dot_group: weight rows from `row` and kTokens tokens from `token` on. Where fewer
+// rows or tokens are left than the tile has, it takes earlier rows or the last token again.
 template <Dtype kType, bool kPairs, int kTokens>
 inline void dot_group_tile(const StorageOf<kType>* weight, int64_t size, int64_t row, int64_t rows,
                            const float* x, int64_t x_stride, int64_t token, int64_t num_tokens,
@@ -121,7 +129,14 @@ inline void dot_group_tile(const StorageOf<kType>* weight, int64_t size, int64_t
   const float* tokens[kTokens];
   for (int t = 0; t < kTokens; ++t) tokens[t] = x + min64(token + t, num_tokens - 1) * x_stride;
   float sums[kAccumulators];
-  dot_tile<kType, kPairs, kTokens>(weight + from * size, size, tokens, sums);
+  constexpr int64_t kBytes = sizeof(StorageOf<kType>);
+  const int64_t ahead = size * kBytes <= kShortRowBytes ? kRows * size : kPrefetchBytes / kBytes;
+  const StorageOf<kType>* rows_begin = weight + from * size;
+  if (token == 0) {  // later tokens find the weights in the cache
+    dot_tile<kType, kPairs, kTokens, true>(rows_begin, size, tokens, ahead, sums);
+  } else {
+    dot_tile<kType, kPairs, kTokens, false>(rows_begin, size, tokens, ahead, sums);
+  }
   for (int64_t r = row - from; r < kRows; ++r) {
     for (int64_t t = 0; t < kTokens && token + t < num_tokens; ++t) {
       out[(token + t) * kDotGroup + from + r] = sums[r * kTokens + t];

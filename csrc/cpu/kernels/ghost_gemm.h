@@ -41,8 +41,8 @@ inline void transpose_16(const float* from, float* to) {
     a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
   }
   for (int c = 0; c < 4; ++c) {
-    const __m512 low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);        // quarters 0, 2
-    const __m512 high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);       // quarters 1, 3
+    const __m512 low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);   // quarters 0, 2
+    const __m512 high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);  // quarters 1, 3
     const __m512 low2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
     const __m512 high2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
     _mm512_storeu_ps(to + 16 * c, _mm512_shuffle_f32x4(low, low2, 0x88));

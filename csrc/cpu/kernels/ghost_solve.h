@@ -258,8 +258,8 @@ inline SolveInfo ghost_solve(const SolveArgs& args) {
   const int64_t panel_size = kSolveBlock * (u.stride + kStripWidth);
   const int64_t buffer_size = threads * (group + 1) * u.size * kStripWidth;
   const int64_t probe_size = (args.num_outputs + 2 * u.size) * kProbes;
-  const int64_t shared = max64(max64(panel_size, buffer_size),
-                               max64(probe_size, 2 * u.size * kDoubleLanes));
+  const int64_t shared =
+      max64(max64(panel_size, buffer_size), max64(probe_size, 2 * u.size * kDoubleLanes));
   Scratch scratch(Scratch::bytes_for<double>(u.size * u.stride) +
                   4 * Scratch::bytes_for<double>(u.size) + Scratch::bytes_for<double>(shared));
   u.data = scratch.take<double>(u.size * u.stride);

@@ -2,11 +2,11 @@
 //
 //   G += sum_t w_t f_t f_t^T (lower triangle)     C += sum_t w_t f_t t_t^T     t = y or y - x
 //
-// Rows scaled by sqrt(w) (and 1/rms) are packed once into panels [slab][16 columns][k][16 dwords], a
-// dword being one fp32 or the bf16 of two neighbouring tokens; the same panels serve both sides and
-// both products. A micro-kernel multiplies 8 columns of one side with 48 of the other over one slab
-// in registers; slabs are added in fp64 per block of 192 x 192, and blocks to the sums.
-// 2 T d^2 flops per product (half of that for G); accuracy: see GramAccuracy in the tests' table.
+// Rows scaled by sqrt(w) (and 1/rms) are packed once into panels [slab][16 columns][k][16 dwords],
+// a dword being one fp32 or the bf16 of two neighbouring tokens; the same panels serve both sides
+// and both products. A micro-kernel multiplies 8 columns of one side with 48 of the other over one
+// slab in registers; slabs are added in fp64 per block of 192 x 192, and blocks to the sums. 2 T
+// d^2 flops per product (half of that for G); accuracy: see GramAccuracy in the tests' table.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,8 @@
 namespace ghosted_fast {
 namespace {
 
-// Dwords per column that are summed in fp32 before they are promoted: 256 tokens of bf16, 128 of fp32.
+// Dwords per column that are summed in fp32 before they are promoted: 256 tokens of bf16, 128 of
+// fp32.
 constexpr int64_t kSlabDwords = 128;
 // Tokens that one register sums up; the sums of a slab's parts are then added. Without parts the
 // error of a sum that few tokens own would be twice as large.

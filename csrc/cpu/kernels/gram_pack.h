@@ -16,10 +16,10 @@ constexpr int kSafeExponent = 40;
 // The tokens that count, and what each is multiplied with.
 struct Tokens {
   int64_t count = 0;
-  int64_t* index = nullptr;        // row of x and y
-  float* feature_scale = nullptr;  // sqrt(w), or sqrt(w) / rms, times 2^feature_shift
-  float* target_scale = nullptr;   // sqrt(w) times 2^target_shift
-  double* weight = nullptr;        // w
+  int64_t* index = nullptr;          // row of x and y
+  float* feature_scale = nullptr;    // sqrt(w), or sqrt(w) / rms, times 2^feature_shift
+  float* target_scale = nullptr;     // sqrt(w) times 2^target_shift
+  double* weight = nullptr;          // w
   double* feature_weight = nullptr;  // w, or w / rms
   int feature_shift = 0;
   int target_shift = 0;
@@ -68,25 +68,25 @@ inline GramStatus prepare_tokens(const GramArgs& args, int64_t threads, Scratch&
   }
   constexpr int64_t kRowsPerTask = 32;
   double* inverse_rms = tokens.feature_weight;
-  for_each_task((tokens.count + kRowsPerTask - 1) / kRowsPerTask, threads,
-                [&](int64_t task, int64_t) {
-                  const int64_t end = min64(tokens.count, (task + 1) * kRowsPerTask);
-                  for (int64_t i = task * kRowsPerTask; i < end; ++i) {
-                    const char* x = row_of(args.x, tokens.index[i]);
-                    x_largest[i] = largest_magnitude(x, args.x.dtype, args.hidden_size);
-                    y_largest[i] = 0.0f;
-                    if (args.y.data != nullptr) {
-                      y_largest[i] = largest_magnitude(row_of(args.y, tokens.index[i]),
-                                                       args.y.dtype, args.num_outputs);
-                    }
-                    inverse_rms[i] = 1.0;
-                    if (args.normed && x_largest[i] <= 3.4e38f) {
-                      const double squares = sum_of_squares(x, args.x.dtype, args.hidden_size);
-                      const double size = static_cast<double>(args.hidden_size);
-                      inverse_rms[i] = 1.0 / std::sqrt(squares / size + args.norm_eps);
-                    }
-                  }
-                });
+  for_each_task(
+      (tokens.count + kRowsPerTask - 1) / kRowsPerTask, threads, [&](int64_t task, int64_t) {
+        const int64_t end = min64(tokens.count, (task + 1) * kRowsPerTask);
+        for (int64_t i = task * kRowsPerTask; i < end; ++i) {
+          const char* x = row_of(args.x, tokens.index[i]);
+          x_largest[i] = largest_magnitude(x, args.x.dtype, args.hidden_size);
+          y_largest[i] = 0.0f;
+          if (args.y.data != nullptr) {
+            y_largest[i] =
+                largest_magnitude(row_of(args.y, tokens.index[i]), args.y.dtype, args.num_outputs);
+          }
+          inverse_rms[i] = 1.0;
+          if (args.normed && x_largest[i] <= 3.4e38f) {
+            const double squares = sum_of_squares(x, args.x.dtype, args.hidden_size);
+            const double size = static_cast<double>(args.hidden_size);
+            inverse_rms[i] = 1.0 / std::sqrt(squares / size + args.norm_eps);
+          }
+        }
+      });
   for (int64_t i = 0; i < tokens.count; ++i) {
     if (!std::isfinite(x_largest[i])) return {GramProblem::kX, tokens.index[i]};
   }

@@ -41,11 +41,11 @@ inline GramStatus gram_update(const GramArgs& args) {
   const bool want_gram = args.gram != nullptr, want_cross = args.cross != nullptr;
   if (!want_gram && !want_cross) return status;
 
-  const bool exact = kHasPairs && args.x.dtype == Dtype::kBFloat16 &&
-                     tokens.feature_scales_are_exact;
+  const bool exact =
+      kHasPairs && args.x.dtype == Dtype::kBFloat16 && tokens.feature_scales_are_exact;
   const bool gram_pairs = exact;
-  const bool cross_pairs = exact && args.y.dtype == Dtype::kBFloat16 && !args.delta &&
-                           tokens.target_scales_are_exact;
+  const bool cross_pairs =
+      exact && args.y.dtype == Dtype::kBFloat16 && !args.delta && tokens.target_scales_are_exact;
   const bool need_pairs = (want_gram && gram_pairs) || (want_cross && cross_pairs);
   const bool need_floats = (want_gram && !gram_pairs) || (want_cross && !cross_pairs);
 
@@ -99,8 +99,8 @@ inline GramStatus gram_update(const GramArgs& args) {
       const Block& block = blocks[task];
       double* block_sums = sums + slot * sums_size;
       if (block.is_gram) {
-        gram_block(block, gram_panels, gram_panels, end - begin, args.hidden_size,
-                   args.hidden_size, gram_factor, block_panels, block_sums, args.gram);
+        gram_block(block, gram_panels, gram_panels, end - begin, args.hidden_size, args.hidden_size,
+                   gram_factor, block_panels, block_sums, args.gram);
       } else {
         gram_block(block, cross_panels, targets, end - begin, args.hidden_size, args.num_outputs,
                    cross_factor, block_panels, block_sums, args.cross);

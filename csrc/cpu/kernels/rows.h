@@ -70,11 +70,9 @@ inline double typed_sum_of_squares(const void* row, int64_t count) {
 }
 
 inline double sum_of_squares(const void* row, Dtype dtype, int64_t count) {
-  const double sum = dtype == Dtype::kBFloat16
-                         ? typed_sum_of_squares<Dtype::kBFloat16>(row, count)
-                     : dtype == Dtype::kFloat16
-                         ? typed_sum_of_squares<Dtype::kFloat16>(row, count)
-                         : typed_sum_of_squares<Dtype::kFloat32>(row, count);
+  const double sum = dtype == Dtype::kBFloat16  ? typed_sum_of_squares<Dtype::kBFloat16>(row, count)
+                     : dtype == Dtype::kFloat16 ? typed_sum_of_squares<Dtype::kFloat16>(row, count)
+                                                : typed_sum_of_squares<Dtype::kFloat32>(row, count);
   // Squares that may have left the range of fp32 on the way: once more, in fp64.
   if (dtype == Dtype::kFloat16 || (sum > 1e-25 && sum < 1e35)) return sum;
   double exact = 0.0;

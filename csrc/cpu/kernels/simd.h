@@ -2,8 +2,8 @@
 // different flags: all of it lives in an unnamed namespace, so that no code made for one processor
 // is ever linked into the path of another.
 //
-// Arithmetic uses the compiler's vector extension (GCC, clang), which also serves processors without
-// a path of their own; conversions use intrinsics where the extension gives slow code.
+// Arithmetic uses the compiler's vector extension (GCC, clang), which also serves processors
+// without a path of their own; conversions use intrinsics where the extension gives slow code.
 #pragma once
 
 #include <cstdint>

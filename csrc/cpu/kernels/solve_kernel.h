@@ -2,8 +2,8 @@
 //
 // The matrix is scaled, padded to whole tiles with ones on the diagonal, and factored as U^T U. The
 // upper triangle of `Factor` holds U; the strict lower one keeps the scaled matrix for residuals.
-// Right-hand sides are solved in strips [row][column], a few vectors wide, which are at the same time
-// the packed operand of the micro-kernel; U is read where it lies.
+// Right-hand sides are solved in strips [row][column], a few vectors wide, which are at the same
+// time the packed operand of the micro-kernel; U is read where it lies.
 #pragma once
 
 #include <cmath>
@@ -192,16 +192,17 @@ inline void subtract_matrix_product(const Factor& u, const double* x, double* re
         const double value = r == q  ? u.diagonal[g + r]
                              : q < r ? *u.at(g + r, g + q)
                                      : *u.at(g + q, g + r);
-        for (int64_t c = 0; c < kWidth; ++c) rows[r * kWidth + c] -= value * x[(g + q) * kWidth + c];
+        for (int64_t c = 0; c < kWidth; ++c)
+          rows[r * kWidth + c] -= value * x[(g + q) * kWidth + c];
       }
     }
   }
 }
 
-// Tile [row, row + kSolveRows) x [column, column + width) of U less a product; what lies left of the
-// diagonal is kept.
-inline void update_tile(const Factor& u, int64_t row, int64_t column, int64_t count, const double* a,
-                        const double* b, int64_t b_stride) {
+// Tile [row, row + kSolveRows) x [column, column + width) of U less a product; what lies left of
+// the diagonal is kept.
+inline void update_tile(const Factor& u, int64_t row, int64_t column, int64_t count,
+                        const double* a, const double* b, int64_t b_stride) {
   if (column >= row + kSolveRows - 1) {
     subtract_product<kSolveVectors>(count, a, 1, u.stride, b, b_stride, u.at(row, column),
                                     u.stride);

@@ -1,0 +1,252 @@
+"""Gate, then time, then report.
+
+Each variant's result is checked before any is timed. The variants of a case run in turn, so that
+whatever slows the machine slows all of them. A row holds the median and the 20th and 80th
+percentile, the share of the roof, and the ratio to the strongest rival; losing rows stay in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _roofline import Roof, measure_roof
+from rich.console import Console
+from rich.table import Table
+
+from ghosted_fast.machine import machine_facts
+from ghosted_fast.ops import backend_status
+
+RESULTS = Path(__file__).parent / "results"
+# A variant is repeated until its runs of a case have taken this long, in seconds.
+_SECONDS_PER_VARIANT = 0.6
+_QUICK_SECONDS_PER_VARIANT = 0.1
+_FEWEST_REPEATS = 5
+_MOST_REPEATS = 500
+
+
+class GateError(RuntimeError):
+    """A result is wrong; nothing may be reported."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case.
+
+    Attributes:
+        name: What the table calls it.
+        run: Computes it once; the i-th call gets i, to rotate inputs.
+        error: Returns the error of its result, in units of what is allowed; None: not gated (a
+            rival that promises less).
+        is_ours: Whether it is this library's; the others are rivals.
+        num_bytes: Bytes that it must move at least, where that differs from the case's.
+    """
+
+    name: str
+    run: Callable[[int], object]
+    error: Callable[[], float] | None = None
+    is_ours: bool = False
+    num_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one operator, with all its variants.
+
+    Attributes:
+        operator: Name of the operator.
+        shape: What the table calls the shape.
+        dtype: Dtype of the activations.
+        num_bytes: Bytes that must be moved at least.
+        flops: Flops that must be done at least.
+        variants: The ways to compute it.
+        fp64: Whether the flops are fp64.
+    """
+
+    operator: str
+    shape: str
+    dtype: str
+    num_bytes: float
+    flops: float
+    variants: list[Variant] = field(default_factory=list)
+    fp64: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one variant of one case. Times in milliseconds."""
+
+    operator: str
+    shape: str
+    dtype: str
+    backend: str
+    ms: float
+    ms_p20: float
+    ms_p80: float
+    num_bytes: float
+    flops: float
+    fp64: bool
+    gbps: float
+    gflops: float
+    roof_share: float
+    ratio_to_best_rival: float
+    threads: int
+
+
+def _percentile(sorted_values: list[float], share: float) -> float:
+    return sorted_values[round(share * (len(sorted_values) - 1))]
+
+
+def check_gates(case: Case) -> None:
+    """Run the gates of a case.
+
+    Raises:
+        GateError: A variant's error is above what is allowed, or NaN.
+    """
+    for variant in case.variants:
+        if variant.error is None:
+            continue
+        error = variant.error()
+        if not error <= 1.0:
+            raise GateError(
+                f"{case.operator} {case.shape} {case.dtype}, {variant.name}: "
+                f"error is {error:.3g} times what is allowed; nothing is reported"
+            )
+
+
+def time_case(case: Case, quick: bool) -> dict[str, list[float]]:
+    """Return the sorted times of each variant in milliseconds, the variants run in turn."""
+    budget = _QUICK_SECONDS_PER_VARIANT if quick else _SECONDS_PER_VARIANT
+    slowest = 0.0
+    for variant in case.variants:  # warms up, and finds the number of repeats
+        variant.run(0)
+        start = time.perf_counter()
+        variant.run(1)
+        slowest = max(slowest, time.perf_counter() - start)
+    repeats = min(max(int(budget / max(slowest, 1e-7)), _FEWEST_REPEATS), _MOST_REPEATS)
+    times: dict[str, list[float]] = {variant.name: [] for variant in case.variants}
+    for repeat in range(repeats):
+        for variant in case.variants:
+            start = time.perf_counter()
+            variant.run(repeat)
+            times[variant.name].append((time.perf_counter() - start) * 1e3)
+    return {name: sorted(values) for name, values in times.items()}
+
+
+def measure(case: Case, quick: bool) -> list[Row]:
+    """Gate and time one case. The rows' share of the roof is filled in when the roof is known.
+
+    Raises:
+        GateError: A result is wrong.
+    """
+    check_gates(case)
+    times = time_case(case, quick)
+    medians = {name: _percentile(values, 0.5) for name, values in times.items()}
+    best_rival = min(medians[v.name] for v in case.variants if not v.is_ours)
+    rows = []
+    for variant in case.variants:
+        median = medians[variant.name]
+        num_bytes = case.num_bytes if variant.num_bytes is None else variant.num_bytes
+        row = Row(
+            operator=case.operator,
+            shape=case.shape,
+            dtype=case.dtype,
+            backend=variant.name,
+            ms=median,
+            ms_p20=_percentile(times[variant.name], 0.2),
+            ms_p80=_percentile(times[variant.name], 0.8),
+            num_bytes=num_bytes,
+            flops=case.flops,
+            fp64=case.fp64,
+            gbps=num_bytes / median / 1e6,
+            gflops=case.flops / median / 1e6,
+            roof_share=0.0,
+            ratio_to_best_rival=best_rival / median,
+            threads=torch.get_num_threads(),
+        )
+        rows.append(row)
+    return rows
+
+
+def _print_table(console: Console, operator: str, rows: list[Row], roof: Roof) -> None:
+    title = (
+        f"{operator}, {torch.get_num_threads()} thread(s); roofs: {roof.gbps:.1f} GB/s, "
+        f"{roof.gflops:.0f} GF/s, fp64 {roof.gflops_fp64:.0f} GF/s"
+    )
+    table = Table(title=title)
+    for heading in ("shape", "dtype", "variant"):
+        table.add_column(heading)
+    for heading in ("ms", "p20", "p80", "GB/s", "GF/s", "% of roof", "x best rival"):
+        table.add_column(heading, justify="right")
+    shape = ""
+    for row in rows:
+        if shape and row.shape + row.dtype != shape:
+            table.add_section()
+        shape = row.shape + row.dtype
+        table.add_row(
+            row.shape,
+            row.dtype,
+            row.backend,
+            f"{row.ms:.4g}",
+            f"{row.ms_p20:.4g}",
+            f"{row.ms_p80:.4g}",
+            f"{row.gbps:.1f}",
+            f"{row.gflops:.0f}",
+            f"{100 * row.roof_share:.0f}",
+            f"{row.ratio_to_best_rival:.2f}",
+        )
+    console.print(table)
+
+
+def main(operator: str, description: str, make_cases: Callable[[bool], list[Case]]) -> None:
+    """Run one benchmark from the command line.
+
+    Args:
+        operator: Names the benchmark and its file of results.
+        description: For `--help`.
+        make_cases: Returns the cases; its argument is whether to be quick.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, fewer repeats")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    console = Console(width=140)
+    roof = measure_roof()
+    rows: list[Row] = []
+    with torch.no_grad():
+        for case in make_cases(arguments.quick):
+            rows += measure(case, arguments.quick)
+    roof = roof.highest(measure_roof())  # other programs may have slowed either
+    rows = [
+        replace(row, roof_share=roof.ms(row.num_bytes, row.flops, row.fp64) / row.ms)
+        for row in rows
+    ]
+    _print_table(console, operator, rows, roof)
+    target = arguments.json or (None if arguments.quick else RESULTS / f"bench_{operator}.jsonl")
+    if target is not None:
+        append_rows(target, rows)
+        console.print(f"{len(rows)} rows appended to {target}")
+
+
+def append_rows(target: Path, rows: list[Row]) -> None:
+    """Append rows to a JSONL file, each with the machine, the versions and the date."""
+    native = next(text for name, _, text in backend_status() if name == "native")
+    facts: dict[str, Any] = {
+        **machine_facts(),
+        "native": native,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({**facts, **asdict(row)}) + "\n")
