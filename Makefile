@@ -3,8 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-FORMATTED := $(SOURCES)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 
 .PHONY: setup demo test lint types format bench wheel clean assets
 .DELETE_ON_ERROR:
@@ -35,7 +34,7 @@ test: setup
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 types: .venv/.installed
 	$(BIN)/mypy
@@ -43,7 +42,7 @@ types: .venv/.installed
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(FORMATTED)
+	$(BIN)/clang-format -i $(SOURCES)
 
 bench: setup
 	for bench in gram_update ghost_apply ghost_solve calibration generate; do \
