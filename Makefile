@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/ghosted-fast demo --output demo
 
 test: setup
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

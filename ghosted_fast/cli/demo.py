@@ -12,7 +12,10 @@ from ghosted_fast.cli.verb import Result, TextTable, usage_error
 
 DtypesOption = Annotated[
     list[str],
-    typer.Option("--dtype", help="Dtype to measure in; repeat it. Layers are chosen in the first."),
+    typer.Option(
+        "--dtype",
+        help="Dtype to measure in; repeat it. The first chooses the layers, the last is saved.",
+    ),
 ]
 
 
@@ -23,7 +26,7 @@ def demo(
     num_layers: Annotated[
         int, typer.Option("--num-layers", min=1, max=29, help="Layers to remove, of 30.")
     ] = 5,
-    dtype: DtypesOption = ["bfloat16", "float32"],  # noqa: B006 - typer copies it
+    dtype: DtypesOption = ["float32", "bfloat16"],  # noqa: B006 - typer copies it
     tokens: options.TokensOption = 49152,
     quick: Annotated[
         bool, typer.Option("--quick", help="An eighth of the text, speed measured once.")
