@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
@@ -38,6 +39,8 @@ def selection_figure(
     scores: Sequence[Mapping[str, Any]], removed: Sequence[int], criterion: str | None
 ) -> str | None:
     """Draw the score of every candidate interval, the selected one marked.
+
+    The loss of the criterion `ghost` is shown as perplexity too, on the right.
 
     Args:
         scores: `IntervalScore` dicts: start, stop, score.
@@ -77,6 +80,11 @@ def selection_figure(
         axes.set_xlabel(f"first of the {width}removed layers")
         ghost = criterion == "ghost"
         axes.set_ylabel("held-out loss, nats/token" if ghost else f"{criterion} score")
+        if ghost:
+            perplexity = axes.secondary_yaxis("right", functions=(np.exp, np.log))
+            perplexity.set_ylabel("held-out perplexity")
+            perplexity.yaxis.set_major_locator(MaxNLocator(5))
+            perplexity.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
         figure.legend(loc="outside upper right", ncols=2)

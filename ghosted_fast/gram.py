@@ -22,6 +22,9 @@ from ghosted_fast.errors import ArgumentError, NonFiniteError
 from ghosted_fast.ops import gram_update
 
 _BYTES_PER_DOUBLE = 8
+# Tokens are added in fp64 if their energy is this many times the median, and they are this few.
+_OUTLIER_RATIO = 64.0
+_OUTLIER_SHARE = 1 / 16
 
 
 def statistics_bytes(hidden_size: int, folds: int = 4) -> int:
@@ -158,6 +161,9 @@ class GramAccumulator:
     ) -> GramAccumulator:
         """Add the tokens of one batch.
 
+        A few tokens of far more energy than the rest are added in fp64, the others through the
+        fast operator.
+
         Args:
             x: Hidden states that enter the ghost, [..., d], bf16, fp16 or fp32.
             y: Hidden states that the ghost should give, same shape.
@@ -188,21 +194,27 @@ class GramAccumulator:
                     f"got {list(token_weight.shape)}"
                 )
             weight = token_weight.reshape(-1).float()
+        outliers = _outliers(rows, targets, weight)
+        ordinary = weight
+        if outliers is not None:
+            ones = torch.ones(len(rows), device=rows.device) if weight is None else weight
+            ordinary = ones.masked_fill(outliers, 0.0)
+        settings: dict[str, Any] = {
+            "norm_eps": self.norm_eps,
+            "delta": True,
+            "gram": self._gram[fold],
+            "cross": self._cross[fold],
+            "moments": self._moments[fold],
+        }
         try:
-            gram_update(
-                rows,
-                targets,
-                weight,
-                norm_eps=self.norm_eps,
-                delta=True,
-                gram=self._gram[fold],
-                cross=self._cross[fold],
-                moments=self._moments[fold],
-            )
+            gram_update(rows, targets, ordinary, **settings)
         except RuntimeError as error:
             if _all_finite(rows, targets, weight):
                 raise
             raise NonFiniteError(str(error)) from error
+        if outliers is not None:
+            few = None if weight is None else weight[outliers]
+            gram_update(rows[outliers], targets[outliers], few, **settings, backend="reference")
         self._weight_sum[fold] += len(rows) if weight is None else weight.double().sum().cpu()
         self._num_tokens[fold] += len(rows) if weight is None else int((weight > 0).sum())
         return self
@@ -277,6 +289,27 @@ class GramAccumulator:
                 )
         for name in ("gram", "cross", "moments", "weight_sum", "num_tokens"):
             getattr(self, f"_{name}").copy_(state[name])
+
+
+def _outliers(x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Return which few tokens carry far more energy than the others [tokens] bool, or None.
+
+    In fp32 their products would drown the last bits of everybody else's, and the solve amplifies
+    just those. They are added in fp64. Token weights by inverse energy leave no such tokens.
+    """
+    if len(x) < 2:
+        return None
+    energy = x.float().square().mean(-1)
+    if weight is not None:
+        energy = energy * weight
+    counted = energy[energy > 0]
+    if not len(counted):
+        return None
+    outliers = torch.isfinite(energy) & (energy > _OUTLIER_RATIO * counted.median())
+    count = int(outliers.sum())
+    if not 0 < count <= max(1, int(_OUTLIER_SHARE * len(counted))):
+        return None
+    return outliers if _all_finite(x[outliers], y[outliers]) else None
 
 
 def _all_finite(*tensors: Tensor | None) -> bool:

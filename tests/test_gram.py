@@ -116,6 +116,25 @@ def test_closed_form_error() -> None:
     assert total.error(torch.zeros_like(solution)) == pytest.approx(total.energy)
 
 
+def test_massive_tokens_do_not_drown_the_others() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1024, D, generator=generator)
+    x[::128] = 3000.0 * torch.randn(D, generator=generator)
+    y = x + torch.randn(1024, D, generator=generator)
+    total = GramAccumulator(D).update(x, y).total()
+    g, c, _ = exact(x, y, torch.ones(1024), None)
+    direct = torch.linalg.solve(g, c)
+    solved = torch.linalg.solve(mirror_lower(total.gram), total.cross)
+    assert relative_rms(solved, direct) <= 1e-6
+    x[128] = float("nan")
+    with pytest.raises(NonFiniteError, match="128"):
+        GramAccumulator(D).update(x, y)
+    x[128] = x[0]
+    y[128] = float("inf")
+    with pytest.raises(NonFiniteError, match="128"):
+        GramAccumulator(D).update(x, y)
+
+
 def test_hidden_states_in_batches() -> None:
     x, y = activations(torch.float32)
     flat = GramAccumulator(D).update(x, y).total()
