@@ -114,13 +114,6 @@ class _PassThrough(nn.Module):
         return hidden_states if self._hidden is None else self._hidden
 
 
-@contextmanager
-def skipping(model: nn.Module, skipped: Sequence[int]) -> Iterator[None]:
-    """Pass over some layers of a model while the context lasts."""
-    with _replaced(model, {i: _PassThrough(decoder_layers(model)[i]) for i in skipped}):
-        yield
-
-
 def resume(model: nn.Module, batch: Batch, boundary: int, hidden: Tensor) -> Tensor:
     """Return the logits that follow from given hidden states at a boundary.
 

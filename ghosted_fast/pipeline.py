@@ -29,8 +29,11 @@ from ghosted_fast.selection import (
     IntervalScore,
     candidate_intervals,
     check_layer_count,
+    default_memory_budget,
+    passes_within,
     select_layers,
 )
+from ghosted_fast.solve import GhostSolution
 from ghosted_fast.surgery import remove_layers, removed_intervals
 
 
@@ -160,9 +163,9 @@ def ghost_model(
     if (num_layers is None) == (removed is None):
         raise ArgumentError("expected either num_layers or removed, got both or neither")
     layers = layer_count(model)
-    seconds: dict[str, float] = {}
+    seconds = {"select": 0.0, "calibrate": 0.0, "solve": 0.0}
     scores: list[IntervalScore] = []
-    statistics: list[IntervalStatistics] | None = None
+    winner: IntervalStatistics | None = None
     chosen: list[int]
     if removed is not None:
         chosen = sorted(removed)
@@ -183,34 +186,27 @@ def ghost_model(
         )
         seconds["select"] = time.perf_counter() - began
         chosen, scores = selection.removed, selection.scores
-        if selection.statistics is not None:
-            statistics = [selection.statistics]
+        winner = selection.statistics
     intervals = removed_intervals(chosen, layers)
-    if statistics is None:
-        began = time.perf_counter()
-        statistics = collect_statistics(model, batches, intervals, options, progress)
-        seconds["calibrate"] = time.perf_counter() - began
-    began = time.perf_counter()
     parameter = next(model.parameters())
+    budget = memory_budget or default_memory_budget(parameter.device)
+    groups = passes_within(intervals, hidden_size(model), options, budget)
+    if len(groups) > 1:
+        batches = list(iterate_batches(batches))
     ghosts, facts = [], []
-    for item in statistics:
-        fitted, solution = fit_ghost(item, options)
-        ghosts.append(fitted.to_module(parameter.dtype, parameter.device))
-        facts.append(
-            GhostFacts(
-                start=item.start,
-                stop=item.stop,
-                input=input,
-                bias=bias,
-                first_state=fitted.has_first_state,
-                fit_error=solution.fit_error,
-                held_out_error=solution.held_out_error,
-                condition=solution.condition,
-                damping=solution.damping,
-                num_tokens=solution.num_tokens,
-            )
-        )
-    seconds["solve"] = time.perf_counter() - began
+    for group in groups:
+        began = time.perf_counter()
+        if winner is not None:
+            statistics = [winner]
+        else:
+            statistics = collect_statistics(model, batches, group, options, progress)
+        seconds["calibrate"] += time.perf_counter() - began
+        began = time.perf_counter()
+        for item in statistics:
+            fitted, solution = fit_ghost(item, options)
+            ghosts.append(fitted.to_module(parameter.dtype, parameter.device))
+            facts.append(_facts(item, options, fitted.has_first_state, solution))
+        seconds["solve"] += time.perf_counter() - began
     report = GhostReport(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
         family=find_family(model).name,
@@ -223,6 +219,23 @@ def ghost_model(
         seconds=seconds,
     )
     return remove_layers(model, chosen, ghosts, inplace=inplace), report
+
+
+def _facts(
+    item: IntervalStatistics, options: GhostOptions, first_state: bool, solution: GhostSolution
+) -> GhostFacts:
+    return GhostFacts(
+        start=item.start,
+        stop=item.stop,
+        input=options.input,
+        bias=options.bias,
+        first_state=first_state,
+        fit_error=solution.fit_error,
+        held_out_error=solution.held_out_error,
+        condition=solution.condition,
+        damping=solution.damping,
+        num_tokens=solution.num_tokens,
+    )
 
 
 def statistics_bytes_needed(
