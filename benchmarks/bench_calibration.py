@@ -3,19 +3,20 @@
 Gate first: the statistics are compared with those of hidden states that transformers itself
 recorded. Then, interleaved batch by batch in one process: the bare layers up to the last boundary,
 and the same with statistics. Memory is measured in new processes, one per number of tokens, as the
-peak of the resident set above the model and one bare forward pass.
+peak of the resident set above the model, beside that of one bare forward pass (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,22 +107,37 @@ def overheads(model: Any, batches: list[torch.Tensor]) -> dict[str, dict[str, fl
     return result
 
 
-def peak_bytes() -> int:
-    """Return the peak of this process's resident set."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_above(resident: int, work: Callable[[], object]) -> int:
+    """Return by how many bytes the resident set exceeded `resident` at most while work ran."""
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    work()
+    return status_bytes("VmHWM") - resident
+
+
+def status_bytes(name: str) -> int:
+    """Return a size that Linux keeps of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
 def measure_memory(dtype: str, tokens: int) -> None:
-    """Print the bytes that calibrating and fitting took above one bare forward pass."""
+    """Print the peak above the model of one bare forward pass, and of calibrating and fitting."""
     model, tokenizer = dense_model(dtype)
     batches = calibration_tokens(tokenizer, tokens)
-    for item in iterate_batches(batches[:1]):
-        visit_boundaries(model, item, [INTERVAL[1]], lambda *_: None)
-    before = peak_bytes()
     options = GhostOptions()
-    fit_ghost(collect_statistics(model, batches, [INTERVAL], options)[0], options)
-    needed = interval_bytes(hidden_size(model), options)
-    sys.stdout.write(json.dumps({"above": peak_bytes() - before, "statistics": needed}))
+
+    def bare() -> None:
+        for item in iterate_batches(batches[:1]):
+            visit_boundaries(model, item, [INTERVAL[1]], lambda *_: None)
+
+    def calibrate() -> None:
+        fit_ghost(collect_statistics(model, batches, [INTERVAL], options)[0], options)
+
+    gc.collect()
+    resident = status_bytes("VmRSS")
+    facts = {"bare": peak_above(resident, bare), "peak": peak_above(resident, calibrate)}
+    facts["statistics"] = interval_bytes(hidden_size(model), options)
+    sys.stdout.write(json.dumps(facts))
 
 
 def main() -> None:
@@ -155,9 +171,11 @@ def main() -> None:
         )
         memory = json.loads(done.stdout)
         rows.append({"what": "memory", "dtype": options.dtype[0], "tokens": tokens, **memory})
+        above = memory["peak"] - memory["bare"]
         console.print(
-            f"{options.dtype[0]:9} {tokens:6} tokens: peak {memory['above'] / 2**20:.0f} MiB above "
-            f"a bare forward pass = {memory['above'] / memory['statistics']:.2f} x the statistics"
+            f"{options.dtype[0]:9} {tokens:6} tokens: peak {memory['peak'] / 2**20:.0f} MiB above "
+            f"the model, of a bare forward pass {memory['bare'] / 2**20:.0f}; the difference is "
+            f"{above / memory['statistics']:.2f} x the statistics"
         )
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     options.output.parent.mkdir(parents=True, exist_ok=True)

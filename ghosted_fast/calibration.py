@@ -15,7 +15,7 @@ from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.boundaries import visit_intervals
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
 from ghosted_fast.families import hidden_size
-from ghosted_fast.gram import GramAccumulator, NormalEquations, statistics_bytes
+from ghosted_fast.gram import GramAccumulator, NormalEquations, mean_square, statistics_bytes
 
 Input = Literal["normed", "hidden"]
 TokenWeight = Literal["inverse_energy", "uniform"]
@@ -161,10 +161,10 @@ def token_weights(x: Tensor, y: Tensor, options: GhostOptions, norm_eps: float |
     """
     if options.token_weight == "uniform":
         return torch.ones(x.shape[:-1], device=x.device)
-    energy = y.float().square().mean(-1)
+    energy = mean_square(y)
     unit = torch.ones_like(energy)
     if norm_eps is not None:
-        unit = x.float().square().mean(-1) + norm_eps
+        unit = mean_square(x) + norm_eps
     # A row that is not finite keeps a plain weight, so that the accumulator sees and reports it.
     usable = torch.isfinite(energy) & torch.isfinite(unit) & (energy > 0) & (unit > 0)
     exponent = torch.where(usable, -0.5 * (energy.log2() + unit.log2()), 0.0).round()

@@ -81,7 +81,7 @@ def selection_figure(
         ghost = criterion == "ghost"
         axes.set_ylabel("held-out loss, nats/token" if ghost else f"{criterion} score")
         if ghost:
-            perplexity = axes.secondary_yaxis("right", functions=(np.exp, np.log))
+            perplexity = axes.secondary_yaxis("right", functions=(_exp, _log))
             perplexity.set_ylabel("held-out perplexity")
             perplexity.yaxis.set_major_locator(MaxNLocator(5))
             perplexity.yaxis.set_minor_formatter(NullFormatter())
@@ -89,6 +89,15 @@ def selection_figure(
         axes.grid(axis="y")
         figure.legend(loc="outside upper right", ncols=2)
         return _svg(figure, "selection")
+
+
+# While matplotlib sets an axis up, it tries values far beyond any loss.
+def _exp(values: Any) -> Any:
+    return np.exp(np.minimum(values, 700.0))
+
+
+def _log(values: Any) -> Any:
+    return np.log(np.maximum(values, np.finfo(np.float64).tiny))
 
 
 def speed_figure(rows: Sequence[Mapping[str, Any]]) -> str | None:

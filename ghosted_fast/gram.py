@@ -37,6 +37,12 @@ def mirror_lower(matrix: Tensor) -> Tensor:
     return matrix.tril() + matrix.tril(-1).mT
 
 
+def mean_square(rows: Tensor) -> Tensor:
+    """Return the mean square of each row of [..., d], fp32 [...], without a copy of the rows."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+    return norm.square() / rows.shape[-1]
+
+
 @dataclass(frozen=True)
 class NormalEquations:
     """The sums of one set of tokens. They add and subtract.
@@ -299,7 +305,7 @@ def _outliers(x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor | None:
     """
     if len(x) < 2:
         return None
-    energy = x.float().square().mean(-1)
+    energy = mean_square(x)
     if weight is not None:
         energy = energy * weight
     counted = energy[energy > 0]
