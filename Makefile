@@ -23,7 +23,7 @@ setup: .venv/.installed assets
 	touch $@
 
 assets: .venv/.installed
-	@$(BIN)/python -m ghosted_fast.assets
+	@$(BIN)/python -c "from ghosted_fast.assets import fetch_demo_assets; fetch_demo_assets()"
 
 demo: setup
 	$(BIN)/ghosted-fast demo --output demo
