@@ -43,12 +43,24 @@ constexpr int kTilePanels = 1;
 constexpr int kTileColumns = kTilePanels * kPanel;
 constexpr int64_t kTileSize = kTileRows * kTileColumns;
 
+// to[0, kLanes) = or += sum, in fp64.
+inline void promote(VecF sum, bool first, double* to) {
+#if defined(__AVX512F__)
+  VecD low = (VecD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)sum));
+  VecD high = (VecD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)sum, 1));
+  store(to, first ? low : load(to) + low);
+  store(to + kDoubleLanes, first ? high : load(to + kDoubleLanes) + high);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = (first ? 0.0 : to[lane]) + sum[lane];
+#endif
+}
+
 // sums[row][column] (+)= sum_k a[k][row] * b[k][column] over one slab, added up in fp32 registers.
 template <bool kPairs, int kPanels>
-inline void gram_tile(int64_t dwords, const float* a, const float* b, bool first, double* sums) {
+inline void gram_tile(int64_t dwords, const float* a, const float* b, bool first, float* parts,
+                      double* sums) {
   constexpr int kVectors = kPanels * kPanelVectors;
   constexpr int64_t kPart = kPairs ? kPartTokens / 2 : kPartTokens;
-  alignas(64) float tile[kTileRows * kVectors * kLanes];
   for (int64_t begin = 0; begin < dwords; begin += kPart) {
     const int64_t end = min64(dwords, begin + kPart);
     VecF acc[kTileRows][kVectors] = {};
@@ -68,30 +80,31 @@ inline void gram_tile(int64_t dwords, const float* a, const float* b, bool first
         }
       }
     }
+    // The earlier parts' sums, the slab's sums, and the tile's: fp32, fp32, fp64.
     GHOSTED_FAST_UNROLL
     for (int r = 0; r < kTileRows; ++r) {
       GHOSTED_FAST_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        float* to = tile + (r * kVectors + v) * kLanes;
-        store(to, begin == 0 ? acc[r][v] : load(to) + acc[r][v]);
+        const int at = (r * kVectors + v) * kLanes;
+        const VecF sum = begin == 0 ? acc[r][v] : load(parts + at) + acc[r][v];
+        if (end < dwords) {
+          store(parts + at, sum);
+        } else {
+          promote(sum, first, sums + at);
+        }
       }
     }
-  }
-  if (first) {
-    for (int i = 0; i < kTileRows * kVectors * kLanes; ++i) sums[i] = tile[i];
-  } else {
-    for (int i = 0; i < kTileRows * kVectors * kLanes; ++i) sums[i] += tile[i];
   }
 }
 
 template <bool kPairs>
 inline void gram_tile_of(int64_t panels, int64_t dwords, const float* a, const float* b, bool first,
-                         double* sums) {
+                         float* parts, double* sums) {
   if constexpr (kTilePanels == 3) {
-    if (panels >= 3) return gram_tile<kPairs, 3>(dwords, a, b, first, sums);
-    if (panels == 2) return gram_tile<kPairs, 2>(dwords, a, b, first, sums);
+    if (panels >= 3) return gram_tile<kPairs, 3>(dwords, a, b, first, parts, sums);
+    if (panels == 2) return gram_tile<kPairs, 2>(dwords, a, b, first, parts, sums);
   }
-  return gram_tile<kPairs, 1>(dwords, a, b, first, sums);
+  return gram_tile<kPairs, 1>(dwords, a, b, first, parts, sums);
 }
 
 // Panels of one chunk: slab s begins at data + s * panels * kPanelStride.
@@ -107,6 +120,13 @@ struct Block {
   int64_t row_panel = 0, column_panel = 0;  // of its corner
 };
 
+// The sums that a tile is added to lie in memory: they travel while the tile is multiplied.
+inline void prefetch_tile(const double* out, int64_t rows, int64_t stride, int64_t panels) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < panels * kPanel; c += 8) __builtin_prefetch(out + r * stride + c, 1, 2);
+  }
+}
+
 // One block of G (lower triangle) or C over all slabs of a chunk, added to the sums times `factor`.
 inline void gram_block(const Block& block, const Panels& left, const Panels& right,
                        int64_t num_tokens, int64_t rows, int64_t columns, double factor,
@@ -116,6 +136,8 @@ inline void gram_block(const Block& block, const Panels& left, const Panels& rig
   const int64_t column_begin = block.column_panel * kPanel;
   const int64_t column_end = min64(column_begin + block_panels * kPanel, right.count * kPanel);
   const int64_t slab_tokens = left.tokens_per_slab();
+  float* parts = reinterpret_cast<float*>(scratch);
+  scratch += kTileSize * sizeof(float) / sizeof(double);
   // Calls visit(panels, row, column, sums) for the tiles that hold a wanted element.
   auto for_tiles = [&](auto visit) {
     double* sums = scratch;
@@ -133,13 +155,15 @@ inline void gram_block(const Block& block, const Panels& left, const Panels& rig
     const int64_t dwords = left.pairs ? (tokens + 1) / 2 : tokens;
     const float* a = left.data + slab * left.count * kPanelStride;
     const float* b = right.data + slab * right.count * kPanelStride;
+    const bool is_last = start + slab_tokens >= num_tokens;
     for_tiles([&](int64_t panels, int64_t i, int64_t j, double* sums) {
+      if (is_last) prefetch_tile(out + i * columns + j, min64(kTileRows, rows - i), columns, panels);
       const float* a_tile = a + (i / kPanel) * kPanelStride + i % kPanel;
       const float* b_tile = b + (j / kPanel) * kPanelStride;
       if (kHasPairs && left.pairs) {
-        gram_tile_of<kHasPairs>(panels, dwords, a_tile, b_tile, slab == 0, sums);
+        gram_tile_of<kHasPairs>(panels, dwords, a_tile, b_tile, slab == 0, parts, sums);
       } else {
-        gram_tile_of<false>(panels, dwords, a_tile, b_tile, slab == 0, sums);
+        gram_tile_of<false>(panels, dwords, a_tile, b_tile, slab == 0, parts, sums);
       }
     });
   }

@@ -68,7 +68,7 @@ inline GramStatus gram_update(const GramArgs& args) {
   int64_t block_panels = kBlockPanels;
   if (threads > 1 && block_count(block_panels) < 4 * threads) block_panels /= 2;
   const int64_t max_blocks = block_count(block_panels);
-  const int64_t sums_size = block_panels * block_panels * kPanel * kPanel;
+  const int64_t sums_size = block_panels * block_panels * kPanel * kPanel + kTileSize;
   Scratch scratch(Scratch::bytes_for<float>(floats_for(chunk)) + 3 * 64 +
                   Scratch::bytes_for<Block>(max_blocks) +
                   static_cast<size_t>(threads) * Scratch::bytes_for<double>(sums_size));
