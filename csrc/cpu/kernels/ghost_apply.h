@@ -10,8 +10,6 @@
 namespace ghosted_fast {
 namespace {
 
-// Rows up to which streaming the weight beats packing it.
-constexpr int64_t kDotTokens = 16;
 // Bytes of weights below which waking another thread costs more than it saves.
 constexpr int64_t kBytesPerThread = int64_t{256} << 10;
 
@@ -105,41 +103,21 @@ struct Inputs {
   int64_t stride = 0;
 };
 
-// Hidden sizes below one tile of the dot product: plain loops.
-inline void apply_small(const Epilogue& epilogue, const Inputs& x, float* weight) {
-  const ApplyArgs& args = epilogue.args;
-  const int64_t size = args.hidden_size, padded = round_up(size, kLanes);
-  for (int64_t out = 0; out < size; ++out) {
-    const char* from = static_cast<const char*>(args.weight);
-    row_to_float(from + out * size * bytes_of(args.weight_dtype), args.weight_dtype, size, padded,
-                 weight + out * padded);
-  }
-  for (int64_t row = 0; row < args.num_rows; ++row) {
-    float sums[kAccumulators] = {};
-    for (int64_t out = 0; out < size; ++out) {
-      for (int64_t k = 0; k < size; ++k) {
-        sums[out] += weight[out * padded + k] * x.data[row * x.stride + k];
-      }
-    }
-    finish_of(epilogue, row, 0, size, sums);
-  }
-}
-
 template <Dtype kType, bool kPairs>
 inline void apply_few(const Epilogue& epilogue, const Inputs& x, int64_t threads) {
   const ApplyArgs& args = epilogue.args;
   const int64_t size = args.hidden_size, bytes = bytes_of(kType);
-  for_each_task(
-      (size + kDotGroup - 1) / kDotGroup,
-      min64(threads, max64(1, size * size * bytes / kBytesPerThread)), [&](int64_t group, int64_t) {
-        alignas(64) float sums[kDotTokens * kDotGroup];
-        const int64_t out = group * kDotGroup, rows = min64(kDotGroup, size - out);
-        const char* weight = static_cast<const char*>(args.weight) + out * size * bytes;
-        dot_group<kType, kPairs>(weight, size, rows, x.data, x.stride, args.num_rows, sums);
-        for (int64_t row = 0; row < args.num_rows; ++row) {
-          finish_of(epilogue, row, out, rows, sums + row * kDotGroup);
-        }
-      });
+  const int64_t used = min64(threads, max64(1, size * size * bytes / kBytesPerThread));
+  for_each_task((size + kDotGroup - 1) / kDotGroup, used, [&](int64_t group, int64_t) {
+    alignas(64) float sums[kDotTokens * kDotGroup];
+    const int64_t out = group * kDotGroup, rows = min64(kDotGroup, size - out);
+    const char* weight = static_cast<const char*>(args.weight) + out * size * bytes;
+    dot_group<kType, kPairs>(weight, size, rows, used * kDotGroup * size, x.data, x.stride,
+                             args.num_rows, sums);
+    for (int64_t row = 0; row < args.num_rows; ++row) {
+      finish_of(epilogue, row, out, rows, sums + row * kDotGroup);
+    }
+  });
 }
 
 template <Dtype kType, bool kPairs>
@@ -190,20 +168,18 @@ inline void ghost_apply(const ApplyArgs& args) {
   const int64_t size = args.hidden_size, rows = args.num_rows;
   if (size == 0 || rows == 0) return;
   const int64_t threads = max64(1, num_threads());
-  const bool small = size < kAccumulators;
-  const bool pairs = kHasPairs && args.dtype == Dtype::kBFloat16 && !small;
+  const bool pairs = kHasPairs && args.dtype == Dtype::kBFloat16;
   const int64_t step = pairs ? 2 * kLanes : kLanes;
   const int64_t padded = round_up(size, step);
   const int64_t dwords = pairs ? padded / 2 : padded;
-  // The blocked product reads eight rows of x at once: at a distance of whole KiB they would fall
-  // into the same cache sets.
-  const bool spread = rows > kDotTokens && dwords % 256 == 0;
+  // Several rows of x are read at once: at a distance of whole KiB they would fall into the same
+  // cache sets.
+  const bool spread = rows > 1 && dwords % 256 == 0;
   const int64_t stride = spread ? dwords + kPanel : dwords;
   // Rows that are whole steps of what the kernel reads are taken where they are.
   const bool in_place = !spread && padded == size && (pairs || args.dtype == Dtype::kFloat32);
   Scratch scratch(Scratch::bytes_for<float>(in_place ? 0 : rows * stride) +
-                  3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<float>(rows) +
-                  Scratch::bytes_for<float>(small ? size * padded : 0));
+                  3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<float>(rows));
   Inputs x{static_cast<const float*>(args.x), stride};
   if (!in_place) {
     float* copy = scratch.take<float>(rows * stride);
@@ -257,9 +233,7 @@ inline void ghost_apply(const ApplyArgs& args) {
     });
     epilogue.row_factor = factor;
   }
-  if (small) {
-    apply_small(epilogue, x, scratch.take<float>(size * padded));
-  } else if (pairs && args.weight_dtype == Dtype::kInt8) {
+  if (pairs && args.weight_dtype == Dtype::kInt8) {
     apply_typed<Dtype::kInt8, kHasPairs>(epilogue, x, threads);
   } else if (pairs) {
     apply_typed<Dtype::kBFloat16, kHasPairs>(epilogue, x, threads);

@@ -1,7 +1,8 @@
 // ghost_apply for a few rows: every row of the weight [out, in] is read once, as it lies in memory.
 //
-// A micro-kernel holds the dot products of kAccumulators / kTokens weight rows with kTokens tokens,
-// each spread over the lanes of one register, and adds the lanes at the end.
+// A micro-kernel holds the dot products of a few weight rows with a few tokens, each spread over
+// the lanes of one register or more; the lanes are added at the end. One row at a time is one
+// stream from memory, which is what memory delivers fastest.
 #pragma once
 
 #include "convert.h"
@@ -14,8 +15,10 @@ constexpr int kAccumulators = 16;
 #else
 constexpr int kAccumulators = 8;
 #endif
-// Outputs per task: 64 rows of weights.
-constexpr int64_t kDotGroup = 64;
+// Outputs per task: rows of weights.
+constexpr int64_t kDotGroup = 32;
+// Rows of x up to which streaming the weight beats packing it.
+constexpr int64_t kDotTokens = 16;
 
 // Where a step of weights comes from. In the pair form a step is 32 bf16, otherwise kLanes numbers.
 template <Dtype kType, bool kPairs>
@@ -74,98 +77,140 @@ inline void sum_registers(const VecF* acc, float* sums) {
 #endif
 }
 
-// Weight rows up to this long are prefetched a whole tile ahead: they are too short for the
-// hardware to find the stream. Longer ones 1 KiB ahead.
-constexpr int64_t kShortRowBytes = 4096;
-constexpr int64_t kPrefetchBytes = 1024;
+// Elements of a row of x that a pass over a tile's weights covers: those of all tokens, 16 KiB,
+// stay in the L1 cache beside the weights.
+constexpr int64_t kPassDwords = 4096;
+// How far ahead weights are prefetched from memory into L1: what arrives in one latency, twice.
+constexpr int64_t kPrefetchBytes = 8192;
 
-// sums[row * kTokens + token] = weight[row] . x[token], for kAccumulators / kTokens rows. With
-// kPrefetch the weights `ahead` elements on are prefetched.
-// x: rows of `x_stride` floats; in the pair form these are dwords of two bf16.
-template <Dtype kType, bool kPairs, int kTokens, bool kPrefetch>
-inline void dot_tile(const StorageOf<kType>* weight, int64_t size, const float* const* x,
-                     int64_t ahead, float* sums) {
+// lanes[row * lane_stride + token] (+)= the products of weight[row] and x[token] for k in
+// [begin, end), not yet added up over the lanes. Each is summed in kChains registers, so that there
+// are enough to hide the latency of an addition. The first kPrefetched rows at `ahead` are
+// prefetched on the way: into L1 if kNear, else into L2.
+// x: rows of floats; in the pair form these are dwords of two bf16. Only the last end of a row may
+// be no whole step.
+template <Dtype kType, bool kPairs, int kRows, int kTokens, int kChains, int kPrefetched,
+          bool kNear>
+inline void dot_lanes(const StorageOf<kType>* weight, int64_t size, int64_t begin, int64_t end,
+                      const float* const* x, const StorageOf<kType>* ahead, VecF* lanes,
+                      int64_t lane_stride) {
   typedef WeightSource<kType, kPairs> Source;
-  constexpr int kRows = kAccumulators / kTokens;
-  VecF acc[kAccumulators] = {};
-  int64_t k = 0;
-  for (; k + Source::kStep <= size; k += Source::kStep) {
-    const int64_t lane = kPairs ? k / 2 : k;
-    VecF values[kTokens];
-    GHOSTED_FAST_UNROLL
-    for (int t = 0; t < kTokens; ++t) values[t] = load(x[t] + lane);
+  VecF acc[kChains][kRows * kTokens] = {};
+  auto step = [&](int64_t k, VecF* sums, auto load_weights) {
+    VecF rows[kRows];
     GHOSTED_FAST_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kPrefetch) __builtin_prefetch(weight + r * size + k + ahead);
-      const VecF row = Source::load_step(weight + r * size + k);
+      if (r < kPrefetched) __builtin_prefetch(ahead + r * size + k, 0, kNear ? 0 : 2);
+      rows[r] = load_weights(weight + r * size + k);
+    }
+    GHOSTED_FAST_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      const VecF value = load(x[t] + (kPairs ? k / 2 : k));
       GHOSTED_FAST_UNROLL
-      for (int t = 0; t < kTokens; ++t) {
-        VecF& sum = acc[r * kTokens + t];
-        sum = multiply_add<kPairs>(sum, row, values[t]);
+      for (int r = 0; r < kRows; ++r) {
+        VecF& sum = sums[r * kTokens + t];
+        sum = multiply_add<kPairs>(sum, rows[r], value);
       }
     }
+  };
+  auto whole = [](const StorageOf<kType>* from) { return Source::load_step(from); };
+  int64_t k = begin;
+  for (; k + kChains * Source::kStep <= end; k += kChains * Source::kStep) {
+    GHOSTED_FAST_UNROLL
+    for (int chain = 0; chain < kChains; ++chain)
+      step(k + chain * Source::kStep, acc[chain], whole);
   }
-  if (k < size) {
-    const int64_t lane = kPairs ? k / 2 : k;
-    for (int r = 0; r < kRows; ++r) {
-      const VecF row = Source::load_step(weight + r * size + k, size - k);
-      for (int t = 0; t < kTokens; ++t) {
-        VecF& sum = acc[r * kTokens + t];
-        sum = multiply_add<kPairs>(sum, row, load(x[t] + lane));
-      }
+  for (; k + Source::kStep <= end; k += Source::kStep) step(k, acc[0], whole);
+  if (k < end) {
+    step(k, acc[0], [&](const StorageOf<kType>* from) { return Source::load_step(from, end - k); });
+  }
+  GHOSTED_FAST_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    GHOSTED_FAST_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      VecF sum = acc[0][r * kTokens + t];
+      GHOSTED_FAST_UNROLL
+      for (int chain = 1; chain < kChains; ++chain) sum += acc[chain][r * kTokens + t];
+      VecF& lane = lanes[r * lane_stride + t];
+      lane = begin == 0 ? sum : lane + sum;
     }
   }
-  sum_registers(acc, sums);
 }
 
-// One tile of dot_group: weight rows from `row` and kTokens tokens from `token` on. Where fewer
-// rows or tokens are left than the tile has, it takes earlier rows or the last token again.
-template <Dtype kType, bool kPairs, int kTokens>
-inline void dot_group_tile(const StorageOf<kType>* weight, int64_t size, int64_t row, int64_t rows,
-                           const float* x, int64_t x_stride, int64_t token, int64_t num_tokens,
-                           float* out) {
-  constexpr int kRows = kAccumulators / kTokens;
-  const int64_t from = min64(row, rows - kRows);
-  const float* tokens[kTokens];
-  for (int t = 0; t < kTokens; ++t) tokens[t] = x + min64(token + t, num_tokens - 1) * x_stride;
-  float sums[kAccumulators];
+// One tile of weights and all tokens, kTokens at a time.
+//
+// Up to kTokens tokens: one pass over the weights, bound by their reading, and the next rows are
+// prefetched. More: each pass over a part of the tile finds it in the L2 cache, where the passes
+// over the part before have prefetched it, each its share of the rows: memory never waits.
+template <Dtype kType, bool kPairs, int kTokens, int kRows, int kChains>
+inline void dot_tile(const StorageOf<kType>* weight, int64_t size, int64_t rows,
+                     int64_t to_next_tile, const float* x, int64_t x_stride, int64_t num_tokens,
+                     float* out) {
+  constexpr int64_t kDwordElements = WeightSource<kType, kPairs>::kStep / kLanes;
   constexpr int64_t kBytes = sizeof(StorageOf<kType>);
-  const int64_t ahead = size * kBytes <= kShortRowBytes ? kRows * size : kPrefetchBytes / kBytes;
-  const StorageOf<kType>* rows_begin = weight + from * size;
-  if (token == 0) {  // later tokens find the weights in the cache
-    dot_tile<kType, kPairs, kTokens, true>(rows_begin, size, tokens, ahead, sums);
-  } else {
-    dot_tile<kType, kPairs, kTokens, false>(rows_begin, size, tokens, ahead, sums);
-  }
-  for (int64_t r = row - from; r < kRows; ++r) {
-    for (int64_t t = 0; t < kTokens && token + t < num_tokens; ++t) {
-      out[(token + t) * kDotGroup + from + r] = sums[r * kTokens + t];
+  const int64_t groups = (num_tokens + kTokens - 1) / kTokens, all = groups * kTokens;
+  const float* tokens[kDotTokens];
+  for (int64_t t = 0; t < all; ++t) tokens[t] = x + min64(t, num_tokens - 1) * x_stride;
+  alignas(64) VecF lanes[kDotGroup * kDotTokens];
+  const int64_t block = kTokens == 1 ? size : kPassDwords / kTokens * kDwordElements;
+  const int64_t part = min64(size, block);
+  const int64_t near = round_up(max64(1, kPrefetchBytes / (part * kBytes)), kRows);
+  const int64_t whole_rows = rows / kRows * kRows;
+  for (int64_t k = 0; k < size; k += block) {
+    const int64_t end = min64(size, k + block);
+    // From a row of this part to the same row of the next part that this thread will read.
+    const int64_t to_next_part = end < size ? block : to_next_tile - k;
+    for (int64_t g = 0; g < groups; ++g) {
+      VecF* to = lanes + g * kTokens;
+      const float* const* x_rows = tokens + g * kTokens;
+      for (int64_t row = 0; row < whole_rows; row += kRows) {
+        const StorageOf<kType>* begin = weight + row * size;
+        const StorageOf<kType>* ahead = begin + to_next_part;
+        if (groups > 1 && g < kRows) {
+          dot_lanes<kType, kPairs, kRows, kTokens, kChains, 1, false>(
+              begin, size, k, end, x_rows, ahead + g * size, to + row * all, all);
+        } else if (groups > 1) {
+          dot_lanes<kType, kPairs, kRows, kTokens, kChains, 0, false>(begin, size, k, end, x_rows,
+                                                                      ahead, to + row * all, all);
+        } else {
+          ahead = row + near < rows ? begin + near * size : ahead + (near - rows) * size;
+          dot_lanes<kType, kPairs, kRows, kTokens, kChains, kRows, true>(
+              begin, size, k, end, x_rows, ahead, to + row * all, all);
+        }
+      }
+      for (int64_t row = whole_rows; row < rows; ++row) {
+        dot_lanes<kType, kPairs, 1, kTokens, kChains, 0, true>(weight + row * size, size, k, end,
+                                                               x_rows, weight, to + row * all, all);
+      }
     }
+  }
+  const int64_t count = rows * all, padded = round_up(count, kAccumulators);
+  for (int64_t i = count; i < padded; ++i) lanes[i] = VecF{};
+  float sums[kDotGroup * kDotTokens];
+  for (int64_t i = 0; i < padded; i += kAccumulators) sum_registers(lanes + i, sums + i);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    for (int64_t row = 0; row < rows; ++row) out[t * kDotGroup + row] = sums[row * all + t];
   }
 }
 
-// out[token * kDotGroup + row] for the weight rows [0, rows) and all tokens; rows <= kDotGroup, and
-// at least kAccumulators rows of weights lie before the last one.
+// out[token * kDotGroup + row] for the weight rows [0, rows) and all tokens; rows <= kDotGroup,
+// num_tokens <= kDotTokens. `to_next_tile` is the distance, in elements, to the rows that this
+// thread will take next.
 // x: rows of x_stride floats, zero-padded to a whole step.
 template <Dtype kType, bool kPairs>
-inline void dot_group(const void* weight_rows, int64_t size, int64_t rows, const float* x,
-                      int64_t x_stride, int64_t num_tokens, float* out) {
+inline void dot_group(const void* weight_rows, int64_t size, int64_t rows, int64_t to_next_tile,
+                      const float* x, int64_t x_stride, int64_t num_tokens, float* out) {
   const StorageOf<kType>* weight = static_cast<const StorageOf<kType>*>(weight_rows);
-  const int64_t rest = num_tokens % 4 == 3 ? 0 : num_tokens % 4;
-  const int64_t in_fours = num_tokens - rest;
-  for (int64_t row = 0; row < rows && in_fours > 0; row += kAccumulators / 4) {
-    for (int64_t token = 0; token < in_fours; token += 4) {
-      dot_group_tile<kType, kPairs, 4>(weight, size, row, rows, x, x_stride, token, num_tokens,
-                                       out);
-    }
-  }
-  for (int64_t row = 0; row < rows && rest == 2; row += kAccumulators / 2) {
-    dot_group_tile<kType, kPairs, 2>(weight, size, row, rows, x, x_stride, in_fours, num_tokens,
-                                     out);
-  }
-  for (int64_t row = 0; row < rows && rest == 1; row += kAccumulators) {
-    dot_group_tile<kType, kPairs, 1>(weight, size, row, rows, x, x_stride, in_fours, num_tokens,
-                                     out);
+  constexpr int kChains = kAccumulators / 4;
+  if (num_tokens == 1) {
+    dot_tile<kType, kPairs, 1, 1, kChains>(weight, size, rows, to_next_tile, x, x_stride,
+                                           num_tokens, out);
+  } else if (num_tokens <= 4) {
+    dot_tile<kType, kPairs, 4, 1, kChains>(weight, size, rows, to_next_tile, x, x_stride,
+                                           num_tokens, out);
+  } else {
+    dot_tile<kType, kPairs, kAccumulators / 2, 2, 1>(weight, size, rows, to_next_tile, x, x_stride,
+                                                     num_tokens, out);
   }
 }
 

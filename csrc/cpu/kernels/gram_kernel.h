@@ -157,7 +157,8 @@ inline void gram_block(const Block& block, const Panels& left, const Panels& rig
     const float* b = right.data + slab * right.count * kPanelStride;
     const bool is_last = start + slab_tokens >= num_tokens;
     for_tiles([&](int64_t panels, int64_t i, int64_t j, double* sums) {
-      if (is_last) prefetch_tile(out + i * columns + j, min64(kTileRows, rows - i), columns, panels);
+      if (is_last)
+        prefetch_tile(out + i * columns + j, min64(kTileRows, rows - i), columns, panels);
       const float* a_tile = a + (i / kPanel) * kPanelStride + i % kPanel;
       const float* b_tile = b + (j / kPanel) * kPanelStride;
       if (kHasPairs && left.pairs) {
