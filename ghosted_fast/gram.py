@@ -12,7 +12,8 @@ Source: Yun et al., arXiv 2605.15491 (the normal equations); folds, weights and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,14 +51,18 @@ class NormalEquations:
     Attributes:
         gram: G [d, d] fp64; only the lower triangle holds values.
         cross: C [d, d] fp64, rows are features, columns are outputs.
-        moments: [3, d] fp64: sum w f, sum w delta, and per channel sum w delta^2.
+        feature_sum: sum w f [d] fp64.
+        delta_sum: sum w delta [d] fp64.
+        energy: E = sum w |delta|^2, the error of leaving the ghost out.
         weight_sum: sum of the token weights.
         num_tokens: tokens with a weight above zero.
     """
 
     gram: Tensor
     cross: Tensor
-    moments: Tensor
+    feature_sum: Tensor
+    delta_sum: Tensor
+    energy: float
     weight_sum: float
     num_tokens: int
 
@@ -65,7 +70,9 @@ class NormalEquations:
         return NormalEquations(
             self.gram + other.gram,
             self.cross + other.cross,
-            self.moments + other.moments,
+            self.feature_sum + other.feature_sum,
+            self.delta_sum + other.delta_sum,
+            self.energy + other.energy,
             self.weight_sum + other.weight_sum,
             self.num_tokens + other.num_tokens,
         )
@@ -74,35 +81,52 @@ class NormalEquations:
         return NormalEquations(
             self.gram - other.gram,
             self.cross - other.cross,
-            self.moments - other.moments,
+            self.feature_sum - other.feature_sum,
+            self.delta_sum - other.delta_sum,
+            self.energy - other.energy,
             self.weight_sum - other.weight_sum,
             self.num_tokens - other.num_tokens,
         )
-
-    @property
-    def energy(self) -> float:
-        """E = sum w |delta|^2: the error of leaving the ghost out."""
-        return float(self.moments[2].sum())
 
     def error(self, solution: Tensor, bias: Tensor | None = None) -> float:
         """Return sum w |delta - M f - b|^2 over these tokens, in closed form.
 
         Args:
-            solution: M^T [d, d] fp64.
-            bias: b [d] fp64, or None.
+            solution: M^T [d, outputs] fp64.
+            bias: b [outputs] fp64, or None.
+        """
+        return max(self.energy + self.error_change(solution, bias), 0.0)
 
-        Source: E - 2 tr(M C) + tr(M G M^T), with the terms of the bias added.
+    def error_change(self, solution: Tensor, bias: Tensor | None = None) -> float:
+        """Return what a ghost adds to the error of leaving it out; below zero where it helps.
+
+        Args:
+            solution: M^T [d, outputs] fp64.
+            bias: b [outputs] fp64, or None.
+
+        Source: tr(M G M^T) - 2 tr(M C), with the terms of the bias added.
         """
         product = mirror_lower(self.gram) @ solution
-        product.sub_(self.cross, alpha=2.0).mul_(solution)
-        error = self.energy + float(product.sum())
+        change = float(product.sub_(self.cross, alpha=2.0).mul_(solution).sum())
         if bias is not None:
-            feature_sum, delta_sum = self.moments[0], self.moments[1]
-            error += float(
-                2.0 * (bias @ (solution.mT @ feature_sum - delta_sum))
+            change += float(
+                2.0 * (bias @ (solution.mT @ self.feature_sum - self.delta_sum))
                 + self.weight_sum * (bias @ bias)
             )
-        return max(error, 0.0)
+        return change
+
+    def sketch(self, signs: Tensor) -> NormalEquations:
+        """Return the equations of s random mixtures of the outputs in place of the outputs.
+
+        On average over the signs, `error_change` is the same; it costs s / d of the time.
+
+        Args:
+            signs: R [d, s] fp64 of +1 and -1; the mixtures are the outputs times R / sqrt(s).
+
+        Source: the trace estimator of Hutchinson (1990).
+        """
+        mixed = signs / math.sqrt(signs.shape[1])
+        return replace(self, cross=self.cross @ mixed, delta_sum=self.delta_sum @ mixed)
 
 
 class GramAccumulator:
@@ -247,10 +271,13 @@ class GramAccumulator:
 
     def fold(self, index: int) -> NormalEquations:
         """Return the normal equations of one fold."""
+        feature_sum, delta_sum, delta_squares = self._moments[index]
         return NormalEquations(
             self._gram[index],
             self._cross[index],
-            self._moments[index],
+            feature_sum,
+            delta_sum,
+            float(delta_squares.sum()),
             float(self._weight_sum[index]),
             int(self._num_tokens[index]),
         )
@@ -261,10 +288,13 @@ class GramAccumulator:
 
     def total(self) -> NormalEquations:
         """Return the normal equations of all folds together."""
+        feature_sum, delta_sum, delta_squares = self._moments.sum(0)
         return NormalEquations(
             self._gram.sum(0),
             self._cross.sum(0),
-            self._moments.sum(0),
+            feature_sum,
+            delta_sum,
+            float(delta_squares.sum()),
             float(self._weight_sum.sum()),
             self.num_tokens,
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ghosted_fast.errors import ArgumentError, CalibrationError
-from ghosted_fast.gram import GramAccumulator
+from ghosted_fast.gram import GramAccumulator, mirror_lower
 from ghosted_fast.solve import DAMPING_PATH, mean_diagonal, solve_ghost
 from ghosted_fast.testing import relative_rms
 
@@ -68,6 +68,47 @@ def test_auto_damping_generalises_better() -> None:
     fresh_x, fresh_y = data(5000, 2.0, seed=5)
     fresh = GramAccumulator(D).update(fresh_x, fresh_y).total()
     assert fresh.error(auto.weight.mT) < fresh.error(bare.weight.mT)
+
+
+def wide(tokens: int, size: int) -> GramAccumulator:
+    """Statistics of more outputs than the choice of the damping looks at one by one."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, size, generator=generator) * torch.logspace(-2, 1, size)
+    m = torch.randn(size, size, generator=generator) / size**0.5
+    y = x + x @ m.mT + 3.0 * torch.randn(tokens, size, generator=generator)
+    gram = GramAccumulator(size, 4)
+    for k in range(4):
+        gram.update(x[k::4], y[k::4], fold=k)
+    return gram
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [500, 2000])
+def test_damping_chosen_on_mixtures_is_as_good_as_the_best(tokens: int, bias: bool) -> None:
+    gram = wide(tokens, 250)
+    unit = mean_diagonal(gram.total())
+    errors = [solve_ghost(gram, r * unit, bias).held_out_error for r in DAMPING_PATH]
+    assert None not in errors
+    chosen = solve_ghost(gram, "auto", bias)
+    assert chosen.held_out_error == pytest.approx(
+        errors[[r * unit for r in DAMPING_PATH].index(chosen.damping)], rel=1e-9
+    )
+    assert chosen.held_out_error <= 1.002 * min(errors)
+    assert max(errors) > 1.05 * min(errors)  # or any choice would pass
+
+
+def test_a_sketch_keeps_the_change_of_error_on_average() -> None:
+    total = wide(600, 150).total()
+    solution = torch.linalg.solve(mirror_lower(total.gram) + torch.eye(150), total.cross)
+    exact = total.error_change(solution)
+    generator = torch.Generator().manual_seed(1)
+    estimates = []
+    for _ in range(40):
+        signs = 2.0 * torch.randint(0, 2, (150, 16), generator=generator).double() - 1.0
+        mixed = signs / 4.0
+        estimates.append(total.sketch(signs).error_change(solution @ mixed))
+    mean = sum(estimates) / len(estimates)
+    assert mean == pytest.approx(exact, rel=0.05)
 
 
 def test_held_out_error_is_that_of_each_fold_left_out() -> None:
