@@ -1,8 +1,10 @@
 """Gate, then time, then report.
 
 Each variant's result is checked before any is timed. The variants of a case run in turn, so that
-whatever slows the machine slows all of them. A row holds the median and the 20th and 80th
-percentile, the share of the roof, and the ratio to the strongest rival; losing rows stay in.
+whatever slows the machine slows all of them; each timed run follows an untimed one of the same
+variant, so that none pays for what its predecessor left in the caches. A row holds the median and
+the 20th and 80th percentile, the share of the roof, and the ratio to each rival; losing rows stay
+in. What the library promises itself is printed beside what was reached.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import datetime
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,32 @@ from ghosted_fast.ops import backend_status
 
 RESULTS = Path(__file__).parent / "results"
 # A variant is repeated until its runs of a case have taken this long, in seconds.
-_SECONDS_PER_VARIANT = 0.6
+_SECONDS_PER_VARIANT = 0.4
 _QUICK_SECONDS_PER_VARIANT = 0.1
-_FEWEST_REPEATS = 5
+_FEWEST_REPEATS = 3
 _MOST_REPEATS = 500
+# Above this the caches are cold anyway, and an untimed run would only take long, in seconds.
+_LONG_RUN = 0.1
 
 
 class GateError(RuntimeError):
     """A result is wrong; nothing may be reported."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a variant should reach.
+
+    Attributes:
+        against: Name of the variant that it is compared with; "best rival"; "roof" for a share of
+            the roof; "one thread" for its own time on one thread.
+        floor: The ratio that it must reach.
+        stretch: The ratio that would be excellent.
+    """
+
+    against: str
+    floor: float
+    stretch: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,8 @@ class Variant:
             rival that promises less).
         is_ours: Whether it is this library's; the others are rivals.
         num_bytes: Bytes that it must move at least, where that differs from the case's.
+        flops: Flops that it must do at least, by kind, where that differs from the case's.
+        goals: What it should reach.
     """
 
     name: str
@@ -54,6 +76,8 @@ class Variant:
     error: Callable[[], float] | None = None
     is_ours: bool = False
     num_bytes: float | None = None
+    flops: Mapping[str, float] | None = None
+    goals: tuple[Goal, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,39 +89,45 @@ class Case:
         shape: What the table calls the shape.
         dtype: Dtype of the activations.
         num_bytes: Bytes that must be moved at least.
-        flops: Flops that must be done at least.
+        flops: Flops that must be done at least, by kind: bf16, fp32, fp64.
         variants: The ways to compute it.
-        fp64: Whether the flops are fp64.
     """
 
     operator: str
     shape: str
     dtype: str
     num_bytes: float
-    flops: float
+    flops: Mapping[str, float]
     variants: list[Variant] = field(default_factory=list)
-    fp64: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one variant of one case. Times in milliseconds."""
+    """What was measured of one variant of one case. Times in milliseconds.
+
+    Attributes:
+        ratios: Time of each rival over this one's; with more threads, under "one thread" the time
+            on one thread over this one's.
+        roof_share: The least time that the machine allows over this one's.
+    """
 
     operator: str
     shape: str
     dtype: str
     backend: str
+    is_ours: bool
+    threads: int
     ms: float
     ms_p20: float
     ms_p80: float
     num_bytes: float
-    flops: float
-    fp64: bool
+    flops: dict[str, float]
     gbps: float
     gflops: float
     roof_share: float
     ratio_to_best_rival: float
-    threads: int
+    ratios: dict[str, float]
+    goals: tuple[Goal, ...]
 
 
 def _percentile(sorted_values: list[float], share: float) -> float:
@@ -124,18 +154,21 @@ def check_gates(case: Case) -> None:
 def time_case(case: Case, quick: bool) -> dict[str, list[float]]:
     """Return the sorted times of each variant in milliseconds, the variants run in turn."""
     budget = _QUICK_SECONDS_PER_VARIANT if quick else _SECONDS_PER_VARIANT
-    slowest = 0.0
+    seconds: dict[str, float] = {}
     for variant in case.variants:  # warms up, and finds the number of repeats
         variant.run(0)
         start = time.perf_counter()
         variant.run(1)
-        slowest = max(slowest, time.perf_counter() - start)
+        seconds[variant.name] = time.perf_counter() - start
+    slowest = max(seconds.values())
     repeats = min(max(int(budget / max(slowest, 1e-7)), _FEWEST_REPEATS), _MOST_REPEATS)
     times: dict[str, list[float]] = {variant.name: [] for variant in case.variants}
     for repeat in range(repeats):
         for variant in case.variants:
+            if seconds[variant.name] < _LONG_RUN:
+                variant.run(2 * repeat)
             start = time.perf_counter()
-            variant.run(repeat)
+            variant.run(2 * repeat + 1)
             times[variant.name].append((time.perf_counter() - start) * 1e3)
     return {name: sorted(values) for name, values in times.items()}
 
@@ -154,36 +187,50 @@ def measure(case: Case, quick: bool) -> list[Row]:
     for variant in case.variants:
         median = medians[variant.name]
         num_bytes = case.num_bytes if variant.num_bytes is None else variant.num_bytes
+        flops = dict(case.flops if variant.flops is None else variant.flops)
         row = Row(
             operator=case.operator,
             shape=case.shape,
             dtype=case.dtype,
             backend=variant.name,
+            is_ours=variant.is_ours,
+            threads=torch.get_num_threads(),
             ms=median,
             ms_p20=_percentile(times[variant.name], 0.2),
             ms_p80=_percentile(times[variant.name], 0.8),
             num_bytes=num_bytes,
-            flops=case.flops,
-            fp64=case.fp64,
+            flops=flops,
             gbps=num_bytes / median / 1e6,
-            gflops=case.flops / median / 1e6,
+            gflops=sum(flops.values()) / median / 1e6,
             roof_share=0.0,
             ratio_to_best_rival=best_rival / median,
-            threads=torch.get_num_threads(),
+            ratios={
+                **{name: other / median for name, other in medians.items()},
+                "best rival": best_rival / median,
+            },
+            goals=variant.goals,
         )
         rows.append(row)
     return rows
 
 
-def _print_table(console: Console, operator: str, rows: list[Row], roof: Roof) -> None:
-    title = (
-        f"{operator}, {torch.get_num_threads()} thread(s); roofs: {roof.gbps:.1f} GB/s, "
-        f"{roof.gflops:.0f} GF/s, fp64 {roof.gflops_fp64:.0f} GF/s"
-    )
+def compare_with_one_thread(rows: list[Row]) -> list[Row]:
+    """Return the rows, those of more threads with their speed-up over one."""
+    alone = {(row.shape, row.dtype, row.backend): row.ms for row in rows if row.threads == 1}
+    compared = []
+    for row in rows:
+        one_thread = alone.get((row.shape, row.dtype, row.backend))
+        if row.threads > 1 and one_thread is not None:
+            row = replace(row, ratios={**row.ratios, "one thread": one_thread / row.ms})
+        compared.append(row)
+    return compared
+
+
+def _print_table(console: Console, title: str, rows: list[Row]) -> None:
     table = Table(title=title)
     for heading in ("shape", "dtype", "variant"):
         table.add_column(heading)
-    for heading in ("ms", "p20", "p80", "GB/s", "GF/s", "% of roof", "x best rival"):
+    for heading in ("ms", "p20", "p80", "GB/s", "GF/s", "% of roof", "x best rival", "x 1 thread"):
         table.add_column(heading, justify="right")
     shape = ""
     for row in rows:
@@ -201,8 +248,42 @@ def _print_table(console: Console, operator: str, rows: list[Row], roof: Roof) -
             f"{row.gflops:.0f}",
             f"{100 * row.roof_share:.0f}",
             f"{row.ratio_to_best_rival:.2f}",
+            f"{row.ratios['one thread']:.2f}" if "one thread" in row.ratios else "",
         )
     console.print(table)
+
+
+def reached(row: Row, goal: Goal) -> float | None:
+    """Return what a row reached of a goal; None where it was not measured."""
+    return row.roof_share if goal.against == "roof" else row.ratios.get(goal.against)
+
+
+def _print_goals(console: Console, rows: list[Row]) -> None:
+    table = Table(title="goals")
+    for heading in ("threads", "shape", "dtype", "variant", "against"):
+        table.add_column(heading)
+    for heading in ("reached", "floor", "stretch"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for row in rows:
+        for goal in row.goals:
+            value = reached(row, goal)
+            if value is None:
+                continue
+            verdict = f"misses by {1 - value / goal.floor:.0%}" if value < goal.floor else ""
+            table.add_row(
+                str(row.threads),
+                row.shape,
+                row.dtype,
+                row.backend,
+                goal.against,
+                f"{value:.2f}",
+                f"{goal.floor:g}",
+                f"{goal.stretch:g}",
+                verdict or ("stretch" if value >= goal.stretch else "floor"),
+            )
+    if table.rows:
+        console.print(table)
 
 
 def main(operator: str, description: str, make_cases: Callable[[bool], list[Case]]) -> None:
@@ -215,31 +296,38 @@ def main(operator: str, description: str, make_cases: Callable[[bool], list[Case
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer shapes, fewer repeats")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="torch's threads (default: 1)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    console = Console(width=140)
-    roof = measure_roof()
+    console = Console(width=150)
     rows: list[Row] = []
-    with torch.no_grad():
-        for case in make_cases(arguments.quick):
-            rows += measure(case, arguments.quick)
-    roof = roof.highest(measure_roof())  # other programs may have slowed either
-    rows = [
-        replace(row, roof_share=roof.ms(row.num_bytes, row.flops, row.fp64) / row.ms)
-        for row in rows
-    ]
-    _print_table(console, operator, rows, roof)
+    roofs: dict[int, Roof] = {}
+    for threads in sorted(set(arguments.threads)):
+        torch.manual_seed(0)
+        torch.set_num_threads(threads)
+        roof, measured = measure_roof(), []
+        with torch.no_grad():
+            for case in make_cases(arguments.quick):
+                measured += measure(case, arguments.quick)
+        roofs[threads] = roof = roof.highest(measure_roof())  # others may have slowed either
+        rows += [
+            replace(row, roof_share=roof.ms(row.num_bytes, row.flops) / row.ms) for row in measured
+        ]
+    rows = compare_with_one_thread(rows)
+    for threads, roof in roofs.items():
+        title = f"{operator}, {threads} thread(s); roofs: {roof}"
+        _print_table(console, title, [row for row in rows if row.threads == threads])
+    _print_goals(console, rows)
     target = arguments.json or (None if arguments.quick else RESULTS / f"bench_{operator}.jsonl")
     if target is not None:
-        append_rows(target, rows)
+        append_rows(target, rows, roofs)
         console.print(f"{len(rows)} rows appended to {target}")
 
 
-def append_rows(target: Path, rows: list[Row]) -> None:
-    """Append rows to a JSONL file, each with the machine, the versions and the date."""
+def append_rows(target: Path, rows: list[Row], roofs: Mapping[int, Roof]) -> None:
+    """Append rows to a JSONL file, each with the machine, the roofs, the versions and the date."""
     native = next(text for name, _, text in backend_status() if name == "native")
     facts: dict[str, Any] = {
         **machine_facts(),
@@ -249,4 +337,6 @@ def append_rows(target: Path, rows: list[Row]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({**facts, **asdict(row)}) + "\n")
+            roof = roofs[row.threads]
+            limits = {"roof_gbps": roof.gbps, "roof_gflops": dict(roof.gflops)}
+            file.write(json.dumps({**facts, **limits, **asdict(row)}) + "\n")

@@ -1,16 +1,32 @@
-"""What this machine gives at best, measured in the same run: bytes and flops per second."""
+"""What this machine gives at best, measured in the same run: bytes and flops per second.
+
+Flops are those of multiply-adds from registers and bytes those of reading memory, by `roof.cpp`,
+compiled for this very processor. Without a compiler the fastest of torch's square products and
+`torch.sum` stand in for them.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import subprocess
+import sysconfig
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-_MATRIX_SIZE = 1024
+_SOURCE = Path(__file__).parent / "roof.cpp"
+_ROUNDS = 2_000_000
 _STREAM_BYTES = 256 << 20
+_MATRIX_SIZE = 1024
+_REPEATS = 5
+KINDS = ("bf16", "fp32", "fp64")
 
 
 @dataclass(frozen=True)
@@ -18,64 +34,110 @@ class Roof:
     """The limits that operators are held against.
 
     Attributes:
-        gbps: Bytes read from memory, GB/s, by `torch.sum` over 256 MiB.
-        gflops: Flops per second by the fastest of torch's square products in fp32 and bf16, GF/s.
-        gflops_fp64: The same in fp64.
+        gbps: Bytes read from memory, GB/s, by all threads together.
+        gflops: Flops per second of bf16, fp32 and fp64 multiply-adds, GF/s, by all threads
+            together. Where the processor has no bf16 multiply-add: that of fp32.
     """
 
     gbps: float
-    gflops: float
-    gflops_fp64: float
+    gflops: Mapping[str, float]
 
     def highest(self, other: Roof) -> Roof:
         """Return the higher of each roof."""
         return Roof(
             max(self.gbps, other.gbps),
-            max(self.gflops, other.gflops),
-            max(self.gflops_fp64, other.gflops_fp64),
+            {kind: max(self.gflops[kind], other.gflops[kind]) for kind in KINDS},
         )
 
-    def ms(self, num_bytes: float, flops: float, fp64: bool = False) -> float:
-        """Return the least time for so many bytes and flops, in milliseconds."""
-        peak = self.gflops_fp64 if fp64 else self.gflops
-        return max(num_bytes / self.gbps, flops / peak) / 1e6
+    def ms(self, num_bytes: float, flops: Mapping[str, float]) -> float:
+        """Return the least time for so many bytes, and flops of each kind, in milliseconds."""
+        seconds = sum(count / self.gflops[kind] for kind, count in flops.items())
+        return max(num_bytes / self.gbps, seconds) / 1e6
+
+    def __str__(self) -> str:
+        peaks = ", ".join(f"{kind} {self.gflops[kind]:.0f} GF/s" for kind in KINDS)
+        return f"{self.gbps:.1f} GB/s, {peaks}"
 
 
-def _best_seconds(call: Callable[[], object], repeats: int = 7) -> float:
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Return the compiled `roof.cpp`, or None without a compiler."""
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++"
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "roof.so"
+        flags = ["-O3", "-march=native", "-shared", "-fPIC"]
+        command = [*compiler.split(), *flags, str(_SOURCE), "-o", str(target)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        library = ctypes.CDLL(str(target))
+    for kind in KINDS:
+        getattr(library, f"roof_{kind}").restype = ctypes.c_double
+    return library
+
+
+def _best_seconds(call: Callable[[], object]) -> float:
     call()
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(_REPEATS):
         start = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)
     return best
 
 
+def _on_all_threads(call: Callable[[int], object]) -> float:
+    """Return the seconds for a call on each of torch's threads at once; ctypes lets them."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        return _best_seconds(lambda: list(pool.map(call, range(threads))))
+
+
 def measure_roof() -> Roof:
     """Measure the roofs with torch's current number of threads."""
-    stream = torch.ones(_STREAM_BYTES // 4)
-    gbps = _STREAM_BYTES / _best_seconds(stream.sum, repeats=5) / 1e9
-    flops = 2.0 * _MATRIX_SIZE**3
+    library, threads = _library(), torch.get_num_threads()
+    stream = torch.ones(_STREAM_BYTES // 8, dtype=torch.int64)
+    if library is None:
+        return _torch_roof(stream)
+    gflops = {}
+    for kind in KINDS:
+        function, sink = getattr(library, f"roof_{kind}"), (ctypes.c_double * threads)()
+        flops = function(ctypes.c_int64(1), sink) * _ROUNDS * threads
 
+        def multiply(i: int) -> None:
+            function(ctypes.c_int64(_ROUNDS), ctypes.byref(sink, 8 * i))  # noqa: B023
+
+        gflops[kind] = flops / _on_all_threads(multiply) / 1e9
+    gflops["bf16"] = max(gflops["bf16"], gflops["fp32"])
+    share = _STREAM_BYTES // threads // 64 * 64
+    sinks = (ctypes.c_uint64 * threads)()
+
+    def read(i: int) -> None:
+        address = ctypes.c_void_p(stream.data_ptr() + i * share)
+        library.roof_read(address, ctypes.c_size_t(share), ctypes.byref(sinks, 8 * i))
+
+    return Roof(share * threads / _on_all_threads(read) / 1e9, gflops)
+
+
+def _torch_roof(stream: torch.Tensor) -> Roof:
     def product_gflops(dtype: torch.dtype) -> float:
         a = torch.randn(_MATRIX_SIZE, _MATRIX_SIZE).to(dtype)
-        return flops / _best_seconds(lambda: a @ a) / 1e9
+        return 2.0 * _MATRIX_SIZE**3 / _best_seconds(lambda: a @ a) / 1e9
 
-    return Roof(
-        gbps,
-        max(product_gflops(torch.float32), product_gflops(torch.bfloat16)),
-        product_gflops(torch.float64),
-    )
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+    gflops = {kind: product_gflops(dtype) for kind, dtype in dtypes.items()}
+    return Roof(_STREAM_BYTES / _best_seconds(stream.sum) / 1e9, gflops)
 
 
 def bytes_past_the_cache() -> int:
     """Return how many bytes of inputs to rotate, so that each comes from memory when its turn is.
 
-    Twice the last-level cache, but at most 256 MiB: some machines report a cache that is shared
-    with others.
+    Four times the last-level cache, but at most 256 MiB: some machines report a cache that is
+    shared with others.
     """
     try:
         cache = os.sysconf("SC_LEVEL3_CACHE_SIZE")
     except (ValueError, OSError):
         cache = 0
-    return min(2 * max(cache, 16 << 20), 256 << 20)
+    return min(4 * max(cache, 16 << 20), 256 << 20)

@@ -142,6 +142,7 @@ def record(
     step_s = speed.batch_size / speed.decode_tokens_per_s
     size = decode_bytes(model, speed.batch_size)
     flops = 2 * linear_parameters(model) * speed.batch_size
+    kind = "bf16" if row.dtype == "bfloat16" else "fp32"
     facts = row.to_dict()
     return {
         "benchmark": "generate",
@@ -156,9 +157,9 @@ def record(
         "decode_bytes": size,
         "decode_flops": flops,
         "decode_gbps": size / step_s / 1e9,
-        "decode_roof_share": roof.ms(size, flops) / (1e3 * step_s),
+        "decode_roof_share": roof.ms(size, {kind: flops}) / (1e3 * step_s),
         "roof_gbps": roof.gbps,
-        "roof_gflops": roof.gflops,
+        "roof_gflops": roof.gflops[kind],
         **errors,
         "machine": machine_facts(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

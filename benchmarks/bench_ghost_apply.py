@@ -1,106 +1,150 @@
 """The ghost in a running model: decoding (1 to 16 rows) and prefill (512 rows).
 
 Gate: error against fp64 at most twice the torch expression's, plus one rounding. For decoding the
-weights are rotated past the cache, as other layers' weights pass between two uses of a ghost.
-Rivals: `x + F.linear` in the model's dtype, and a forward hook that keeps an fp32 weight. Bytes:
-the weight once, x and y.
+weights are rotated past the cache, as other layers' weights pass between two uses of a ghost; the
+shapes marked "cached" are also measured with one weight that stays there. Rivals: `x + F.linear`
+and `torch.addmm` in the model's dtype, the former compiled too, and a forward hook that keeps an
+fp32 weight. Bytes: the weight once, x and y.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 import torch
-from _harness import Case, Variant, main
+from _harness import Case, Goal, Variant, main
 from _roofline import bytes_past_the_cache
 from torch import Tensor
 from torch.nn import functional
 
-from ghosted_fast.ops import ghost_apply
+from ghosted_fast.ops import ghost_apply, ghost_apply_rms_norm
 from ghosted_fast.testing import relative_rms
 
-HIDDEN_SIZES = (576, 2048)
+HIDDEN_SIZES = (576, 2048, 4096)
 ROWS = (1, 4, 16, 512)
+BF16, FP32 = torch.bfloat16, torch.float32
+EPS = 1e-6
+LINEAR, HOOK = "x + F.linear", "hook, fp32 weight"
+ROOF = Goal("roof", 0.85, 0.95)
+FROM_MEMORY = {1: (2.2, 2.5), 4: (1.9, 2.2), 16: (1.5, 2.0)}
 
 
-def _copies(weight: Tensor, limit: int) -> list[Tensor]:
-    return [
-        weight.clone() for _ in range(min(limit, math.ceil(bytes_past_the_cache() / weight.nbytes)))
-    ]
+def _goals(hidden_size: int, rows: int, dtype: torch.dtype, cached: bool) -> tuple[Goal, ...]:
+    if dtype != BF16:
+        return ()
+    if rows > 16:
+        return (Goal("best rival", 1.0, 1.1), Goal("one thread", 1.8, 2.0))
+    if cached:
+        return (Goal(LINEAR, 4.0, 6.0), Goal(HOOK, 2.7, 4.0)) if rows == 1 else ()
+    if hidden_size < 2048:
+        return ()
+    return (Goal("best rival", *FROM_MEMORY[rows]), *((ROOF,) if rows == 1 else ()))
 
 
-def _case(hidden_size: int, rows: int, dtype: torch.dtype) -> Case:
+def _copies(weight: Tensor, limit: int) -> Callable[[], Tensor]:
+    """Return what hands out equal weights in turn, so many that each has left the caches.
+
+    Their number has no divisor in common with the calls of a round, so that no variant keeps
+    meeting the same copies: where the pages of a copy lie in memory shows in its speed.
+    """
+    count = min(limit, math.ceil(bytes_past_the_cache() / weight.nbytes))
+    if count > 1:
+        count = next(n for n in itertools.count(count) if math.gcd(n, 6) == 1)
+    return itertools.cycle([weight.clone() for _ in range(count)]).__next__
+
+
+def _expression(x: Tensor, weight: Tensor) -> Tensor:
+    return x + functional.linear(x, weight)
+
+
+# One graph for all shapes: a user's model meets prompts of any length.
+_compiled = torch.compile(_expression, dynamic=True)
+
+
+def _case(hidden_size: int, rows: int, dtype: torch.dtype, cached: bool = False) -> Case:
     x = torch.randn(rows, hidden_size).to(dtype)
     base = torch.randn(hidden_size, hidden_size) / hidden_size**0.5
-    limit = 4 if rows > 16 else 1 << 16
-    weights = _copies(base.to(dtype), limit)
-    wide = _copies(base.to(dtype).float(), limit)
+    limit = 1 if cached else 4 if rows > 16 else 1 << 16
     scale = base.abs().amax(1) / 127
-    integers = _copies((base / scale[:, None]).round().to(torch.int8), limit)
-    exact = x.double() + x.double() @ weights[0].double().mT
-    exact_normed = (
-        x.double()
-        + (x.double() / (x.double().square().mean(1, keepdim=True) + 1e-6).sqrt())
-        @ weights[0].double().mT
-    )
-    exact_int8 = x.double() + x.double() @ (scale.double()[:, None] * integers[0].double()).mT
-    rounding = torch.finfo(dtype).eps / (1 if dtype == torch.float32 else 2)
+    weight, integer = base.to(dtype), (base / scale[:, None]).round().to(torch.int8)
+    next_weight, next_wide = _copies(weight, limit), _copies(weight.float(), limit)
+    next_integer = _copies(integer, limit)
+    norm_weight = torch.rand(hidden_size).to(dtype)
+    x64, w64 = x.double(), weight.double()
+    exact = x64 + x64 @ w64.mT
+    exact_normed = x64 + x64 / (x64.square().mean(1, keepdim=True) + EPS).sqrt() @ w64.mT
+    exact_int8 = x64 + x64 @ (scale.double()[:, None] * integer.double()).mT
+    rms = (exact.square().mean(1, keepdim=True) + EPS).sqrt()
+    exact_rms_norm = norm_weight.double() * exact / rms
+    rounding = torch.finfo(dtype).eps / (1 if dtype == FP32 else 2)
 
-    def gate(result: Callable[[], Tensor], wanted: Tensor) -> Callable[[], float]:
-        rival = x + functional.linear(x, weights[0])
-        allowed = 2 * relative_rms(rival, exact) + rounding
+    def gate(
+        result: Callable[[], Tensor], wanted: Tensor, roundings: int = 1
+    ) -> Callable[[], float]:
+        allowed = 2 * relative_rms(_expression(x, weight), exact) + roundings * rounding
         return lambda: relative_rms(result(), wanted) / allowed
 
-    def weight_of(variant: int, i: int) -> Tensor:
-        """One that no other variant has just brought into the cache."""
-        return weights[(i + variant * len(weights) // 3) % len(weights)]
+    def plain(_: int) -> Tensor:
+        return ghost_apply(x, next_weight())
 
-    def plain(i: int) -> Tensor:
-        return ghost_apply(x, weight_of(0, i))
+    def normed(_: int) -> Tensor:
+        return ghost_apply(x, next_weight(), norm_eps=EPS)
 
-    def normed(i: int) -> Tensor:
-        return ghost_apply(x, weight_of(1, i), norm_eps=1e-6)
+    def int8(_: int) -> Tensor:
+        return ghost_apply(x, next_integer(), None, scale)
 
-    def linear(i: int) -> Tensor:
-        return x + functional.linear(x, weight_of(2, i))
+    def rms_norm(_: int) -> Tensor:
+        return ghost_apply_rms_norm(x, next_weight(), norm_weight, EPS)[1]
 
-    def int8(i: int) -> Tensor:
-        return ghost_apply(x, integers[i % len(integers)], None, scale)
-
-    def hook(i: int) -> Tensor:
+    def hook(_: int) -> Tensor:
         inputs = x.float()
-        return (inputs + functional.linear(inputs, wide[i % len(wide)])).to(dtype)
+        return (inputs + functional.linear(inputs, next_wide())).to(dtype)
 
-    name = str(dtype).removeprefix("torch.")
+    goals = _goals(hidden_size, rows, dtype, cached)
+    int8_goals = (Goal("ghosted_fast", 1.4, 1.7),) if rows == 1 and hidden_size >= 2048 else ()
+    int8_bytes = float(integer.nbytes + 2 * x.nbytes)
+    variants = [
+        Variant("ghosted_fast", plain, gate(lambda: plain(0), exact), True, goals=goals),
+        Variant("ghosted_fast normed", normed, gate(lambda: normed(0), exact_normed), True),
+        Variant(
+            "ghosted_fast and next norm",
+            rms_norm,
+            gate(lambda: rms_norm(0), exact_rms_norm, roundings=3),
+            is_ours=True,
+        ),
+        Variant(
+            "ghosted_fast int8",
+            int8,
+            gate(lambda: int8(0), exact_int8),
+            is_ours=True,
+            num_bytes=int8_bytes,
+            goals=int8_goals,
+        ),
+        Variant(LINEAR, lambda _: _expression(x, next_weight())),
+        Variant("torch.addmm", lambda _: torch.addmm(x, x, next_weight().mT)),
+        Variant("torch.compile", lambda _: _compiled(x, next_weight())),
+        Variant(HOOK, hook, num_bytes=float(4 * weight.numel() + 2 * x.nbytes)),
+    ]
     return Case(
         "ghost_apply",
-        f"d={hidden_size} rows={rows}",
-        name,
-        num_bytes=float(weights[0].nbytes + 2 * x.nbytes),
-        flops=2.0 * rows * hidden_size**2,
-        variants=[
-            Variant("ghosted_fast", plain, gate(lambda: plain(0), exact), is_ours=True),
-            Variant("ghosted_fast normed", normed, gate(lambda: normed(0), exact_normed), True),
-            Variant(
-                "ghosted_fast int8",
-                int8,
-                gate(lambda: int8(0), exact_int8),
-                is_ours=True,
-                num_bytes=float(integers[0].nbytes + 2 * x.nbytes),
-            ),
-            Variant(f"x + F.linear {name}", linear),
-            Variant("hook, fp32 weight", hook, num_bytes=float(wide[0].nbytes + 2 * x.nbytes)),
-        ],
+        f"d={hidden_size} rows={rows}{' cached' if cached else ''}",
+        str(dtype).removeprefix("torch."),
+        num_bytes=float(weight.nbytes + 2 * x.nbytes),
+        flops={"bf16" if dtype == BF16 else "fp32": 2.0 * rows * hidden_size**2},
+        variants=variants,
     )
 
 
 def make_cases(quick: bool) -> list[Case]:
-    """Return the cases: two hidden sizes, decoding and prefill, bf16 and (576) fp32."""
+    """Return the cases: decoding and prefill, bf16, and at the smallest size fp32 and cached."""
     sizes = HIDDEN_SIZES[:1] if quick else HIDDEN_SIZES
-    cases = [_case(d, rows, torch.bfloat16) for d in sizes for rows in ROWS]
+    cases = [_case(size, rows, BF16) for size in sizes for rows in ROWS]
     if not quick:
-        cases += [_case(576, rows, torch.float32) for rows in ROWS]
+        smallest = HIDDEN_SIZES[0]
+        cases += [_case(smallest, 1, BF16, cached=True)]
+        cases += [_case(smallest, rows, FP32) for rows in ROWS]
     return cases
 
 

@@ -120,7 +120,7 @@ struct Block {
   int64_t row_panel = 0, column_panel = 0;  // of its corner
 };
 
-// The sums that a tile is added to lie in memory: they travel while the tile is multiplied.
+// The sums that a tile is added to lie in memory: they travel while its last slab is multiplied.
 inline void prefetch_tile(const double* out, int64_t rows, int64_t stride, int64_t panels) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < panels * kPanel; c += 8) __builtin_prefetch(out + r * stride + c, 1, 2);
@@ -157,8 +157,9 @@ inline void gram_block(const Block& block, const Panels& left, const Panels& rig
     const float* b = right.data + slab * right.count * kPanelStride;
     const bool is_last = start + slab_tokens >= num_tokens;
     for_tiles([&](int64_t panels, int64_t i, int64_t j, double* sums) {
-      if (is_last)
-        prefetch_tile(out + i * columns + j, min64(kTileRows, rows - i), columns, panels);
+      double* to = out + i * columns + j;
+      const int64_t tile_rows = min64(kTileRows, rows - i);
+      if (is_last) prefetch_tile(to, tile_rows, columns, panels);
       const float* a_tile = a + (i / kPanel) * kPanelStride + i % kPanel;
       const float* b_tile = b + (j / kPanel) * kPanelStride;
       if (kHasPairs && left.pairs) {
@@ -166,17 +167,15 @@ inline void gram_block(const Block& block, const Panels& left, const Panels& rig
       } else {
         gram_tile_of<false>(panels, dwords, a_tile, b_tile, slab == 0, parts, sums);
       }
+      if (!is_last) return;
+      const int64_t width = panels * kPanel;
+      for (int64_t r = 0; r < tile_rows; ++r, to += columns) {
+        const int64_t limit = block.is_gram ? min64(columns, i + r + 1) : columns;
+        const int64_t count = min64(width, limit - j);
+        for (int64_t c = 0; c < count; ++c) to[c] += factor * sums[r * width + c];
+      }
     });
   }
-  for_tiles([&](int64_t panels, int64_t i, int64_t j, const double* sums) {
-    const int64_t width = panels * kPanel;
-    for (int64_t r = 0; r < kTileRows && i + r < rows; ++r) {
-      const int64_t limit = block.is_gram ? min64(columns, i + r + 1) : columns;
-      const int64_t count = min64(width, limit - j);
-      double* to = out + (i + r) * columns + j;
-      for (int64_t c = 0; c < count; ++c) to[c] += factor * sums[r * width + c];
-    }
-  });
 }
 
 }  // namespace
