@@ -12,6 +12,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -33,16 +34,23 @@ from ghosted_fast.calibration import (
     norm_eps_of,
     token_weights,
 )
+from ghosted_fast.evaluation import perplexity
 from ghosted_fast.families import hidden_size, num_layers
-from ghosted_fast.fitting import fit_ghost
+from ghosted_fast.fitting import fit_ghost, fit_on_training_folds
 from ghosted_fast.machine import machine_facts
-from ghosted_fast.selection import candidate_intervals
+from ghosted_fast.selection import candidate_intervals, held_out_batches, score_intervals
 from ghosted_fast.sources import cast_parameters, load_model, load_texts, token_batches
+from ghosted_fast.surgery import remove_layers
 from ghosted_fast.testing import relative_rms
 
 RESULTS = Path(__file__).parent / "results" / "bench_calibration.jsonl"
 INTERVAL = (14, 19)
 OPTIONS = GhostOptions(first_state="off")
+# What is promised: at most this times the bare layers, or the evaluations of whole models.
+GOALS = {"one interval": 1.10, "all intervals": 1.40, "scoring": 0.60}
+SCORE_TOKENS = 2048
+# Of the evaluations of whole models every so many is measured; the rest take as long.
+EVALUATE_EVERY = 3
 
 
 def dense_model(dtype: str) -> tuple[Any, Any]:
@@ -107,6 +115,38 @@ def overheads(model: Any, batches: list[torch.Tensor]) -> dict[str, dict[str, fl
     return result
 
 
+def scoring(model: Any, batches: list[torch.Tensor]) -> dict[str, float]:
+    """Return the time of scoring every candidate of one length over that of evaluating as many.
+
+    Raises:
+        SystemExit: The best candidate's score is not the loss of the model cut there.
+    """
+    intervals = candidate_intervals(INTERVAL[1] - INTERVAL[0], num_layers(model))
+    statistics_ = collect_statistics(model, batches, intervals, OPTIONS)
+    dtype = next(model.parameters()).dtype
+    ghosts = [fit_on_training_folds(item, OPTIONS).to_module(dtype, "cpu") for item in statistics_]
+    held_out = held_out_batches(list(iterate_batches(batches)), OPTIONS, SCORE_TOKENS)
+    began = time.perf_counter()
+    scores = score_intervals(model, held_out, intervals, ghosts)
+    seconds = time.perf_counter() - began
+    best = min(range(len(scores)), key=scores.__getitem__)
+    evaluated, whole = 0.0, []
+    chosen = sorted({*range(0, len(intervals), EVALUATE_EVERY), best})
+    for index in chosen:
+        start, stop = intervals[index]
+        smaller = remove_layers(model, list(range(start, stop)), [ghosts[index]], inplace=False)
+        began = time.perf_counter()
+        whole.append(math.log(float(perplexity(smaller, held_out))))
+        evaluated += time.perf_counter() - began
+    difference = abs(whole[chosen.index(best)] - scores[best])
+    if not difference <= 2e-2:
+        raise SystemExit(f"the best score differs from the loss of the whole model by {difference}")
+    if min(whole) != whole[chosen.index(best)]:
+        raise SystemExit("another candidate has a lower loss than the best score's")
+    full = evaluated / len(chosen) * len(intervals)
+    return {"ratio": seconds / full, "seconds": seconds, "intervals": float(len(intervals))}
+
+
 def peak_above(resident: int, work: Callable[[], object]) -> int:
     """Return by how many bytes the resident set exceeded `resident` at most while work ran."""
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
@@ -162,8 +202,15 @@ def main() -> None:
             rows.append({"what": name, "dtype": dtype, "error": error, **found})
             console.print(
                 f"{dtype:9} {name:13} ({found['intervals']:2.0f}): {found['ratio']:.3f} x the bare "
-                f"layers ({found['ratio_p20']:.3f} to {found['ratio_p80']:.3f})"
+                f"layers ({found['ratio_p20']:.3f} to {found['ratio_p80']:.3f}; "
+                f"goal: {GOALS[name]:.2f})"
             )
+        found = scoring(model, batches)
+        rows.append({"what": "scoring", "dtype": dtype, **found})
+        console.print(
+            f"{dtype:9} scoring       ({found['intervals']:2.0f}): {found['ratio']:.3f} x as many "
+            f"evaluations of whole models (goal: {GOALS['scoring']:.2f})"
+        )
     for tokens in options.memory_tokens:
         command = [sys.executable, __file__, "--dtype", options.dtype[0]]
         done = subprocess.run(

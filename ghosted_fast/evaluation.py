@@ -112,10 +112,27 @@ def _parts(ids: Tensor, mask: Tensor, model: Any) -> Iterable[tuple[Tensor, Tens
 def cross_entropy_sum(
     logits: Tensor, input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum the next-token loss of each row over its attended tokens.
+    """Sum the next-token loss of each row over its attended tokens, in fp64.
 
-    The loss is computed in fp32 in slices of positions, so that no fp32 copy of the logits of a
-    whole batch exists, and summed in fp64.
+    Args:
+        logits: As in `token_losses`, as the others.
+        input_ids: Likewise.
+        attention_mask: Likewise.
+
+    Returns:
+        The sum of losses [B], fp64, nats, and the number of predicted tokens [B], int64.
+    """
+    losses, predicted = token_losses(logits, input_ids, attention_mask)
+    return losses.sum(1, dtype=torch.float64), predicted.sum(1)
+
+
+def token_losses(
+    logits: Tensor, input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the next-token loss of each position.
+
+    It is computed in fp32 in slices of positions, so that no fp32 copy of the logits of a whole
+    batch exists.
 
     Args:
         logits: [B, T, V], any floating dtype; position t predicts token t + 1.
@@ -123,22 +140,21 @@ def cross_entropy_sum(
         attention_mask: [B, T]; 0 marks padding, whose logits may be anything, NaN included.
 
     Returns:
-        The sum of losses [B], fp64, nats, and the number of predicted tokens [B], int64.
+        The losses [B, T - 1], fp32, nats, 0 where no token is predicted; and where one is,
+        [B, T - 1] bool.
     """
     batch, length, vocabulary = logits.shape
     predicted = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
-    total = torch.zeros(batch, dtype=torch.float64, device=logits.device)
+    losses = torch.zeros(batch, length - 1, device=logits.device)
     step = max(1, _SLICE_ELEMENTS // (batch * vocabulary))
     for start in range(0, length - 1, step):
         stop = min(start + step, length - 1)
-        loss = functional.cross_entropy(
+        losses[:, start:stop] = functional.cross_entropy(
             logits[:, start:stop].float().flatten(0, 1),
             input_ids[:, start + 1 : stop + 1].flatten(),
             reduction="none",
         ).view(batch, stop - start)
-        kept = predicted[:, start:stop]
-        total += torch.where(kept, loss, 0.0).sum(1, dtype=torch.float64)
-    return total, predicted.sum(1)
+    return torch.where(predicted, losses, 0.0), predicted
 
 
 def _summary(total: Any, tokens: Any, confidence: float, seed: int) -> Perplexity:

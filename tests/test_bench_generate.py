@@ -73,7 +73,11 @@ def test_rows(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     texts.write_text("".join(json.dumps({"0": TEXT}) + "\n" for _ in range(60)))
     assets = DemoAssets(save_tiny_model(tmp_path / "tiny"), texts, texts)
     monkeypatch.setattr(bench, "fetch_demo_assets", lambda: assets)
-    monkeypatch.setattr(bench, "measure_roof", lambda: bench.Roof(10.0, 100.0, 50.0))
+    monkeypatch.setattr(
+        bench,
+        "measure_roof",
+        lambda: bench.Roof(10.0, {"bf16": 100.0, "fp32": 100.0, "fp64": 50.0}),
+    )
     monkeypatch.setattr(bench, "CALIBRATION_TOKENS", 1024)
     monkeypatch.setattr(bench, "GATE_TOKENS", 24)
     monkeypatch.setattr(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from ghosted_fast import selection
 from ghosted_fast.batches import iterate_batches
 from ghosted_fast.calibration import GhostOptions, collect_statistics, interval_bytes
 from ghosted_fast.errors import ArgumentError, CalibrationError
@@ -39,24 +40,24 @@ def test_shortgpt_removes_the_layers_that_turn_the_state_least() -> None:
     influence = [
         float((1 - torch.cosine_similarity(states[i], states[i + 1])).mean()) for i in range(5)
     ]
-    selection = select_layers(model, tokens(), 2, "shortgpt")
-    for score, expected in zip(selection.scores[:5], influence, strict=True):
+    chosen = select_layers(model, tokens(), 2, "shortgpt")
+    for score, expected in zip(chosen.scores[:5], influence, strict=True):
         assert score.score == pytest.approx(expected, rel=1e-4)
-    lowest = sorted(selection.scores, key=lambda s: s.score)[:2]
-    assert selection.removed == sorted(s.start for s in lowest)
-    assert len(selection.scores) == 6
+    lowest = sorted(chosen.scores, key=lambda s: s.score)[:2]
+    assert chosen.removed == sorted(s.start for s in lowest)
+    assert len(chosen.scores) == 6
 
 
 def test_streamline_compares_the_ends_of_every_interval() -> None:
     model = tiny_model("llama")
     states = hidden_states(model)
-    selection = select_layers(model, tokens(), 3, "streamline")
-    assert [(s.start, s.stop) for s in selection.scores] == [(0, 3), (1, 4), (2, 5), (3, 6)]
-    for score in selection.scores[:3]:
+    chosen = select_layers(model, tokens(), 3, "streamline")
+    assert [(s.start, s.stop) for s in chosen.scores] == [(0, 3), (1, 4), (2, 5), (3, 6)]
+    for score in chosen.scores[:3]:
         cosine = torch.cosine_similarity(states[score.start], states[score.stop])
         assert score.score == pytest.approx(float((1 - cosine).mean()), rel=1e-4)
-    best = min(selection.scores, key=lambda s: s.score)
-    assert selection.removed == [best.start, best.start + 1, best.start + 2]
+    best = min(chosen.scores, key=lambda s: s.score)
+    assert chosen.removed == [best.start, best.start + 1, best.start + 2]
 
 
 def test_scores_are_losses_of_the_model_with_the_ghost_in_place() -> None:
@@ -105,14 +106,56 @@ def loss_by_hooks(
     return total / count
 
 
+def test_clearly_worse_candidates_are_dropped_and_still_ranked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    intervals = [(0, 2), (1, 3), (2, 4), (4, 6)]
+    texts = [random_tokens(8, 64, seed) for seed in range(10)]
+    with (
+        torch.no_grad()
+    ):  # what the model itself would say, so that removing layers costs something
+        for position in range(4, 64):
+            for text in texts:
+                text[:, position] = 1 + model(text[:, :position]).logits[:, -1, 1:].argmax(-1)
+    statistics = collect_statistics(model, texts, intervals, OPTIONS)
+    ghosts = [
+        fit_on_training_folds(item, OPTIONS).to_module(torch.float32, "cpu") for item in statistics
+    ]
+    for spoilt in (0, 2):
+        ghosts[spoilt].weight.copy_(torch.randn(32, 32))
+    held_out = held_out_batches(list(iterate_batches(texts)), OPTIONS, 10**6)
+    resumed: list[int] = []
+    resume = selection.resume
+
+    def counted(model: object, batch: object, stop: int, hidden: torch.Tensor) -> torch.Tensor:
+        resumed.append(stop)
+        return resume(model, batch, stop, hidden)
+
+    monkeypatch.setattr(selection, "resume", counted)
+    monkeypatch.setattr(selection, "_FEWEST_TOKENS_TO_DROP", 10**9)
+    whole = score_intervals(model, held_out, intervals, ghosts)
+    assert len(resumed) == len(held_out) * len(intervals)
+    resumed.clear()
+    monkeypatch.setattr(selection, "_FEWEST_TOKENS_TO_DROP", 256)
+    raced = score_intervals(model, held_out, intervals, ghosts)
+    # 252 tokens of four batches do not suffice for a verdict, 315 of five do.
+    assert resumed.count(2) == resumed.count(4) == 5
+    assert resumed.count(3) + resumed.count(6) > len(held_out)
+    best = min(range(4), key=whole.__getitem__)
+    assert min(range(4), key=raced.__getitem__) == best
+    assert raced[best] == pytest.approx(whole[best], rel=1e-6)
+    assert raced == pytest.approx(whole, rel=0.05)
+
+
 def test_ghost_criterion_takes_the_lowest_loss_and_keeps_its_statistics() -> None:
     model = tiny_model("llama")
-    selection = select_layers(model, tokens(), 2, score_tokens=100)
-    assert [(s.start, s.stop) for s in selection.scores] == [(i, i + 2) for i in range(5)]
-    best = min(selection.scores, key=lambda s: s.score)
-    assert selection.removed == [best.start, best.start + 1]
-    assert selection.statistics is not None
-    assert (selection.statistics.start, selection.statistics.stop) == (best.start, best.stop)
+    chosen = select_layers(model, tokens(), 2, score_tokens=100)
+    assert [(s.start, s.stop) for s in chosen.scores] == [(i, i + 2) for i in range(5)]
+    best = min(chosen.scores, key=lambda s: s.score)
+    assert chosen.removed == [best.start, best.start + 1]
+    assert chosen.statistics is not None
+    assert (chosen.statistics.start, chosen.statistics.stop) == (best.start, best.stop)
 
 
 def test_several_passes_give_the_scores_of_one() -> None:
