@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
+CLANG_SOURCES = $(SOURCES) $(wildcard tests/*/*.cpp benchmarks/*.cpp)
 
 .PHONY: setup demo test lint types format bench wheel clean assets
 .DELETE_ON_ERROR:
@@ -34,7 +35,7 @@ test: setup
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES)
 
 types: .venv/.installed
 	$(BIN)/mypy
@@ -42,7 +43,7 @@ types: .venv/.installed
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(CLANG_SOURCES)
 
 # Ten minutes. Nothing else should run beside it.
 bench: setup

@@ -138,4 +138,5 @@ def _extensions() -> list[setuptools.Extension]:
     ]
 
 
-setuptools.setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":
+    setuptools.setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildExtension})

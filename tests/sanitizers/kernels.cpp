@@ -1,0 +1,276 @@
+// Runs the kernels of one path on buffers that end where the data ends, for AddressSanitizer and
+// UBSan: tails, strides, odd sizes. Values are compared with plain loops in fp64. Threads and
+// scratch memory are simple stand-ins for csrc/cpu/parallel.cpp that reuse nothing.
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "parallel.h"
+
+namespace ghosted_fast {
+
+extern const KernelTable PATH_TABLE;
+
+int64_t num_threads() { return 2; }
+
+void run_tasks(int64_t count, int64_t max_threads, void (*task)(void*, int64_t, int64_t),
+               void* context) {
+  for (int64_t i = 0; i < count; ++i) task(context, i, i % (max_threads > 0 ? max_threads : 1));
+}
+
+Scratch::Scratch(size_t bytes) {
+  block_ = next_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64));
+  std::memset(block_, 0xff, bytes);  // NaN, whatever it is read as
+}
+
+Scratch::~Scratch() { std::free(block_); }
+
+}  // namespace ghosted_fast
+
+using namespace ghosted_fast;
+
+namespace {
+
+std::mt19937 generator(0);
+int failures = 0;
+
+void expect(bool holds, const std::string& what) {
+  if (holds) return;
+  std::printf("wrong: %s\n", what.c_str());
+  ++failures;
+}
+
+float bits(uint32_t value) {
+  float result;
+  std::memcpy(&result, &value, 4);
+  return result;
+}
+
+// Numbers that every dtype holds exactly: k / 8, |k| <= 32.
+struct Buffer {
+  Dtype dtype;
+  int64_t bytes;
+  std::unique_ptr<char[]> data;
+  std::vector<double> values;
+
+  Buffer(Dtype dtype, int64_t count) : dtype(dtype), values(static_cast<size_t>(count)) {
+    const int64_t size = dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2;
+    bytes = size * count;
+    data.reset(new char[bytes > 0 ? bytes : 1]);
+    for (int64_t i = 0; i < count; ++i) {
+      const int k = static_cast<int>(generator() % 65) - 32;
+      const float value = dtype == Dtype::kInt8 ? static_cast<float>(k) : static_cast<float>(k) / 8;
+      values[i] = value;
+      store(i, value);
+    }
+  }
+
+  void store(int64_t i, float value) {
+    uint32_t raw;
+    std::memcpy(&raw, &value, 4);
+    if (dtype == Dtype::kFloat32) {
+      std::memcpy(data.get() + 4 * i, &raw, 4);
+    } else if (dtype == Dtype::kInt8) {
+      data[i] = static_cast<char>(static_cast<int8_t>(value));
+    } else {
+      uint16_t half = static_cast<uint16_t>(raw >> 16);
+      if (dtype == Dtype::kFloat16) {
+        const uint32_t exponent = (raw >> 23) & 0xff;
+        const uint32_t sign = (raw >> 16) & 0x8000;
+        half = static_cast<uint16_t>(
+            exponent == 0 ? sign : sign | ((exponent - 112) << 10) | ((raw >> 13) & 0x3ff));
+      }
+      std::memcpy(data.get() + 2 * i, &half, 2);
+    }
+  }
+
+  double load(int64_t i) const {
+    if (dtype == Dtype::kFloat32) {
+      float value;
+      std::memcpy(&value, data.get() + 4 * i, 4);
+      return value;
+    }
+    uint16_t half;
+    std::memcpy(&half, data.get() + 2 * i, 2);
+    if (dtype == Dtype::kBFloat16) return bits(static_cast<uint32_t>(half) << 16);
+    const uint32_t exponent = (half >> 10) & 0x1f, sign = (half & 0x8000u) << 16;
+    if (exponent == 0) return (sign ? -1.0 : 1.0) * (half & 0x3ff) * std::ldexp(1.0, -24);
+    return bits(sign | ((exponent + 112) << 23) | ((half & 0x3ffu) << 13));
+  }
+};
+
+std::string name_of(const char* op, std::vector<int64_t> numbers) {
+  std::string name = op;
+  for (int64_t number : numbers) name += " " + std::to_string(number);
+  return name;
+}
+
+void check_gram(Dtype dtype, int64_t tokens, int64_t size, int64_t outputs, int64_t gap,
+                bool weighted, bool normed) {
+  const int64_t x_stride = size + gap, y_stride = outputs + gap;
+  const Buffer x(dtype, tokens == 0 ? 0 : (tokens - 1) * x_stride + size);
+  const Buffer y(dtype, tokens == 0 ? 0 : (tokens - 1) * y_stride + outputs);
+  std::vector<float> weight(tokens);
+  for (int64_t t = 0; t < tokens; ++t) weight[t] = t % 3 == 0 ? 0.0f : 0.25f * (t % 5 + 1);
+  std::vector<double> gram(size * size), cross(size * outputs), exact_gram(size * size),
+      exact_cross(size * outputs), moments(3 * size);
+  GramArgs args;
+  args.x = {x.data.get(), dtype, x_stride};
+  args.y = {y.data.get(), dtype, y_stride};
+  args.num_tokens = tokens;
+  args.hidden_size = size;
+  args.num_outputs = outputs;
+  args.token_weight = weighted ? weight.data() : nullptr;
+  args.normed = normed;
+  args.norm_eps = 1e-5;
+  args.delta = size == outputs;
+  args.gram = gram.data();
+  args.cross = cross.data();
+  args.moments = size == outputs ? moments.data() : nullptr;
+  const GramStatus status = PATH_TABLE.gram_update(args);
+  expect(status.problem == GramProblem::kNone, name_of("gram status", {tokens, size, outputs}));
+  for (int64_t t = 0; t < tokens; ++t) {
+    const double* row = x.values.data() + t * x_stride;
+    const double* target = y.values.data() + t * y_stride;
+    double squares = 0;
+    for (int64_t i = 0; i < size; ++i) squares += row[i] * row[i];
+    const double inverse = normed ? 1 / std::sqrt(squares / size + 1e-5) : 1.0;
+    const double w = weighted ? weight[t] : 1.0;
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        exact_gram[i * size + j] += w * inverse * inverse * row[i] * row[j];
+      }
+      for (int64_t j = 0; j < outputs; ++j) {
+        const double change = target[j] - (args.delta ? row[j] : 0.0);
+        exact_cross[i * outputs + j] += w * inverse * row[i] * change;
+      }
+    }
+  }
+  double error = 0, total = 0;
+  for (size_t i = 0; i < gram.size(); ++i) {
+    error += (gram[i] - exact_gram[i]) * (gram[i] - exact_gram[i]);
+    total += exact_gram[i] * exact_gram[i];
+  }
+  for (size_t i = 0; i < cross.size(); ++i) {
+    error += (cross[i] - exact_cross[i]) * (cross[i] - exact_cross[i]);
+    total += exact_cross[i] * exact_cross[i];
+  }
+  expect(error <= 1e-12 * total, name_of("gram", {tokens, size, outputs, gap, weighted, normed}));
+}
+
+void check_apply(Dtype dtype, bool int8, int64_t rows, int64_t size, bool extras) {
+  const Buffer x(dtype, rows * size), weight(int8 ? Dtype::kInt8 : dtype, size * size);
+  const Buffer bias(dtype, size), state(dtype, size), norm(dtype, size);
+  Buffer y(dtype, rows * size), normalized(dtype, rows * size);
+  std::vector<float> scale(size, 0.125f);
+  const std::unique_ptr<bool[]> is_first(new bool[rows > 0 ? rows : 1]);
+  for (int64_t r = 0; r < rows; ++r) is_first[r] = r % 3 == 1;
+  ApplyArgs args;
+  args.x = x.data.get();
+  args.dtype = dtype;
+  args.num_rows = rows;
+  args.hidden_size = size;
+  args.weight = weight.data.get();
+  args.weight_dtype = weight.dtype;
+  args.scale = int8 ? scale.data() : nullptr;
+  args.y = y.data.get();
+  if (extras) {
+    args.bias = bias.data.get();
+    args.bias_dtype = dtype;
+    args.normed = true;
+    args.norm_eps = 1e-5;
+    args.first_state = state.data.get();
+    args.first_state_dtype = dtype;
+    args.is_first = is_first.get();
+    args.norm_weight = norm.data.get();
+    args.output_eps = 1e-5;
+    args.normalized = normalized.data.get();
+  }
+  PATH_TABLE.ghost_apply(args);
+  double error = 0, total = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const double* row = x.values.data() + r * size;
+    double squares = 0;
+    for (int64_t k = 0; k < size; ++k) squares += row[k] * row[k];
+    const double factor =
+        (extras ? 1 / std::sqrt(squares / size + 1e-5) : 1.0) * (int8 ? 0.125 : 1.0);
+    for (int64_t o = 0; o < size; ++o) {
+      double sum = 0;
+      for (int64_t k = 0; k < size; ++k) sum += row[k] * weight.values[o * size + k];
+      double wanted = row[o] + factor * sum + (extras ? bias.values[o] : 0.0);
+      if (extras && is_first[r]) wanted = state.values[o];
+      const double difference = y.load(r * size + o) - wanted;
+      error += difference * difference;
+      total += wanted * wanted;
+      if (extras) expect(std::isfinite(normalized.load(r * size + o)), "the norm is finite");
+    }
+  }
+  const double bound = dtype == Dtype::kFloat32 ? 1e-6 : dtype == Dtype::kFloat16 ? 1e-3 : 4e-3;
+  expect(error <= bound * bound * total, name_of("apply", {int(dtype), int8, rows, size, extras}));
+}
+
+void check_solve(int64_t size, int64_t outputs) {
+  const Buffer tokens(Dtype::kFloat32, (2 * size + 3) * size),
+      right(Dtype::kFloat32, size * outputs);
+  std::vector<double> gram(size * size), cross(right.values), solution(size * outputs);
+  for (int64_t t = 0; t < 2 * size + 3; ++t) {
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t j = 0; j < size; ++j) {
+        gram[i * size + j] += tokens.values[t * size + i] * tokens.values[t * size + j];
+      }
+    }
+  }
+  SolveArgs args{gram.data(), cross.data(), size, outputs, 0.5, solution.data()};
+  const SolveInfo info = PATH_TABLE.ghost_solve(args);
+  expect(info.failing_pivot == 0, name_of("solve pivot", {size, outputs}));
+  double error = 0, total = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    for (int64_t c = 0; c < outputs; ++c) {
+      double sum = 0.5 * solution[i * outputs + c];
+      for (int64_t j = 0; j < size; ++j) sum += gram[i * size + j] * solution[j * outputs + c];
+      error += (sum - cross[i * outputs + c]) * (sum - cross[i * outputs + c]);
+      total += cross[i * outputs + c] * cross[i * outputs + c];
+    }
+  }
+  expect(error <= 1e-20 * total, name_of("solve", {size, outputs}));
+}
+
+}  // namespace
+
+int main() {
+  const Dtype dtypes[] = {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32};
+  for (Dtype dtype : dtypes) {
+    for (int64_t tokens : {0, 1, 2, 7, 65, 129, 257, 300}) {
+      for (int64_t size : {1, 8, 15, 17, 49}) {
+        check_gram(dtype, tokens, size, size, 0, true, true);
+        check_gram(dtype, tokens, size, size + 3, 5, false, false);
+      }
+    }
+    check_gram(dtype, 70, 193, 195, 1, true, false);
+    for (bool int8 : {false, true}) {
+      for (int64_t rows : {0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33}) {
+        for (int64_t size : {1, 3, 16, 31, 33, 65, 100}) {
+          check_apply(dtype, int8, rows, size, false);
+          check_apply(dtype, int8, rows, size, true);
+        }
+      }
+      // More than one pass over a row, the last one odd.
+      check_apply(dtype, int8, 7, 1059, true);
+      check_apply(dtype, int8, 13, 1059, true);
+      check_apply(dtype, int8, 40, 333, true);
+    }
+  }
+  for (int64_t size : {1, 2, 7, 8, 9, 95, 97, 200}) {
+    for (int64_t outputs : {1, 23, 25, 60}) check_solve(size, outputs);
+  }
+  std::printf("%s: %d failures\n", PATH_TABLE.name, failures);
+  return failures == 0 ? 0 : 1;
+}
