@@ -15,20 +15,36 @@ def _part(value, PART: tl.constexpr):
 
 
 @triton.jit
-def _product(left, right, total, LEFT_PARTS: tl.constexpr, RIGHT_PARTS: tl.constexpr):
-    """Return total + left right in bf16 parts: left [., tokens] any float, right [tokens, .] fp32.
+def _product(left, right, LEFT_PARTS: tl.constexpr, RIGHT_PARTS: tl.constexpr):
+    """Return left right in bf16 parts: left [., tokens] any float, right [tokens, .] fp32.
 
-    Parts i and j meet at 2^(-8 (i + j)) of the product: beyond i + j = 2 nothing reaches fp32.
+    Parts i and j meet at 2^(-8 (i + j)) of the product: beyond i + j = 2 nothing reaches fp32. The
+    small products have a sum of their own, so that the adders cut them where they are small.
     """
-    for j in tl.static_range(RIGHT_PARTS):
-        second = _part(right, j)
-        if LEFT_PARTS == 1:
-            total = tl.dot(left, second, total)
-        else:
-            for i in tl.static_range(LEFT_PARTS):
-                if i + j <= 2:
-                    total = tl.dot(_part(left.to(tl.float32), i), second, total)
-    return total
+    small = tl.zeros((left.shape[0], right.shape[1]), tl.float32)
+    for j in tl.static_range(RIGHT_PARTS - 1, -1, -1):
+        for i in tl.static_range(LEFT_PARTS - 1, -1, -1):
+            if i + j <= 2 and i + j > 0:
+                small = tl.dot(_left_part(left, i, LEFT_PARTS), _part(right, j), small)
+    return small + _separate_dot(_left_part(left, 0, LEFT_PARTS), _part(right, 0))
+
+
+@triton.jit
+def _left_part(left, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Return a part of x, which is whole where there is one."""
+    if PARTS == 1:
+        return left
+    return _part(left.to(tl.float32), PART)
+
+
+@triton.jit
+def _separate_dot(left, right):
+    """Return left right as a sum of its own.
+
+    The bound keeps the compiler from folding a later addition into the product: the adders of
+    tensor cores truncate, so a long chain of sums in them drifts.
+    """
+    return tl.dot(left, right, max_num_imprecise_acc=left.shape[1])
 
 
 @triton.jit
@@ -94,17 +110,18 @@ def accumulate(
     LOWER: tl.constexpr,
     EXACT: tl.constexpr,
     X_PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     PROMOTE_TOKENS: tl.constexpr,
     SLICES: tl.constexpr,
 ):
     """Add sum factor x other^T, or x (other - subtracted)^T, of one tile to the fp64 sums."""
-    rows = row_tile * BLOCK + tl.arange(0, BLOCK)
-    columns = column_tile * BLOCK + tl.arange(0, BLOCK)
+    rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row_exists, column_exists = (rows < hidden_size)[:, None], (columns < width)[None, :]
     for chunk in range(0, num_tokens, PROMOTE_TOKENS):
-        total = tl.zeros((BLOCK, BLOCK), tl.float32)
+        total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for start in range(chunk, tl.minimum(chunk + PROMOTE_TOKENS, num_tokens), BLOCK_TOKENS):
             tokens = start + tl.arange(0, BLOCK_TOKENS)
             kept = tokens < num_tokens
@@ -124,7 +141,7 @@ def accumulate(
             if EXACT:
                 if factor is not None:
                     right = (right.to(tl.float32) * factors[:, None]).to(right.dtype)
-                total = tl.dot(left, right, total)
+                total += _separate_dot(left, right)
             else:
                 change = right.to(tl.float32)
                 if subtracted is not None:
@@ -135,16 +152,16 @@ def accumulate(
                     ).to(tl.float32)
                 if factor is not None:
                     change *= factors[:, None]
-                total = _product(left, change, total, X_PARTS, 3)
+                total += _product(left, change, X_PARTS, 3)
         _promote(
             total,
             sums,
-            row_tile * BLOCK,
-            column_tile * BLOCK,
+            row_tile * BLOCK_ROWS,
+            column_tile * BLOCK_COLUMNS,
             hidden_size,
             width,
-            BLOCK,
-            BLOCK,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
             LOWER,
             SLICES,
         )

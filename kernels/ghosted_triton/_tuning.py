@@ -47,21 +47,23 @@ class GramConfig:
     """How `gram_update` is cut up.
 
     Attributes:
-        block_rows: Rows of a tile of the sums, a power of two >= 16; also its columns.
+        block_rows: Rows of a tile of the sums, a power of two >= 16.
+        block_columns: Its columns, a power of two >= 16 that divides `block_rows`.
         block_tokens: Tokens of a step, a power of two >= 16 that divides `promote_tokens`.
         num_warps: Warps of a program.
         num_stages: Steps in flight.
-        promote_tokens: Tokens accumulated in fp32 before they are added to the fp64 sums.
         slices: Parts of a tile that are promoted one after the other, to save registers.
+        promote_tokens: Tokens accumulated in fp32 before they are added to the fp64 sums.
         inspect_rows: Tokens of a program that looks for what is not finite, a power of two.
     """
 
     block_rows: int
+    block_columns: int
     block_tokens: int
     num_warps: int
     num_stages: int
-    promote_tokens: int = 256
     slices: int = 1
+    promote_tokens: int = 256
     inspect_rows: int = 4
 
 
@@ -100,9 +102,9 @@ _TABLES: dict[int, Architecture] = {
         small=ApplyConfig(64, 64, 64, 4, 4),
         prefill=ApplyConfig(128, 128, 64, 8, 3),
         prefill_narrow=ApplyConfig(128, 64, 128, 8, 3),
-        gram=GramConfig(128, 16, 8, 4, slices=8),
-        gram_parts=GramConfig(64, 32, 8, 2, slices=2),
-        gram_wide=GramConfig(64, 16, 4, 3, slices=4),
+        gram=GramConfig(128, 128, 16, 8, 4, slices=8),
+        gram_parts=GramConfig(64, 64, 16, 4, 3, slices=4),
+        gram_wide=GramConfig(64, 64, 16, 4, 3, slices=4),
     ),
     # 99 KB of shared memory in place of 163 or 227: fewer stages.
     89: Architecture(
@@ -112,31 +114,31 @@ _TABLES: dict[int, Architecture] = {
         small=ApplyConfig(64, 64, 64, 4, 4),
         prefill=ApplyConfig(128, 128, 32, 8, 3),
         prefill_narrow=ApplyConfig(128, 64, 128, 8, 3),
-        gram=GramConfig(128, 16, 8, 4, slices=8),
-        gram_parts=GramConfig(64, 32, 8, 2, slices=2),
-        gram_wide=GramConfig(64, 16, 4, 3, slices=4),
+        gram=GramConfig(128, 128, 16, 8, 4, slices=8),
+        gram_parts=GramConfig(64, 64, 16, 4, 3, slices=4),
+        gram_wide=GramConfig(64, 64, 16, 4, 3, slices=4),
     ),
     90: Architecture(
         multiprocessors=132,
-        decode=ApplyConfig(16, 64, 128, 4, 4),
+        decode=ApplyConfig(16, 64, 64, 4, 5),
         decode_narrow=ApplyConfig(16, 128, 128, 8, 4),
         small=ApplyConfig(64, 64, 64, 4, 4),
         prefill=ApplyConfig(128, 128, 64, 8, 4),
         prefill_narrow=ApplyConfig(128, 64, 128, 8, 3),
-        gram=GramConfig(128, 32, 8, 4, slices=4),
-        gram_parts=GramConfig(128, 16, 8, 3, slices=8),
-        gram_wide=GramConfig(128, 16, 8, 2, slices=8),
+        gram=GramConfig(128, 64, 64, 8, 3, slices=4),
+        gram_parts=GramConfig(128, 64, 32, 8, 3, slices=4),
+        gram_wide=GramConfig(64, 64, 32, 8, 3, slices=2),
     ),
     100: Architecture(
         multiprocessors=148,
-        decode=ApplyConfig(16, 64, 128, 4, 4),
+        decode=ApplyConfig(16, 64, 64, 4, 5),
         decode_narrow=ApplyConfig(16, 128, 128, 8, 4),
         small=ApplyConfig(64, 64, 64, 4, 4),
         prefill=ApplyConfig(128, 128, 64, 8, 4),
         prefill_narrow=ApplyConfig(128, 64, 128, 8, 3),
-        gram=GramConfig(128, 64, 8, 2, slices=4),
-        gram_parts=GramConfig(128, 32, 8, 2, slices=4),
-        gram_wide=GramConfig(128, 32, 8, 2, slices=4),
+        gram=GramConfig(128, 64, 64, 8, 3, slices=4),
+        gram_parts=GramConfig(128, 64, 32, 8, 3, slices=4),
+        gram_wide=GramConfig(128, 64, 32, 8, 3, slices=8),
     ),
 }
 # The oldest first: a GPU uses the newest table that is not newer than itself.
@@ -189,7 +191,7 @@ def apply_config(
         affordable = int(_PARTIALS_SHARE * hidden_size * weight_bytes / (8 * num_tokens))
         splits = max(1, min(wanted, affordable, hidden_size // config.block_inputs))
         if splits == 1:  # no partial sums: narrower tiles are what is left to fill the GPU
-            config = replace(config, block_outputs=32 if weight_bytes == 1 else 16)
+            config = replace(config, block_outputs=32, num_warps=2)
         return replace(config, splits=splits)
     if num_tokens <= 64:
         return known.small

@@ -66,7 +66,8 @@ def gram_tiles_kernel(
     GRAM_EXACT: tl.constexpr,
     CROSS_EXACT: tl.constexpr,
     X_PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     PROMOTE_TOKENS: tl.constexpr,
     SLICES: tl.constexpr,
@@ -76,14 +77,18 @@ def gram_tiles_kernel(
     tile = tl.program_id(0)
     if gram is not None:
         if tile < gram_tiles:
-            # Row n - 1 - line of the triangle and row line - odd fill one line together.
-            height = tl.cdiv(hidden_size, BLOCK)
+            # Squares of the triangle, each cut into tiles side by side. Row n - 1 - line of the
+            # squares and row line - odd fill one line together.
+            per_square: tl.constexpr = BLOCK_ROWS // BLOCK_COLUMNS
+            square = tile // per_square
+            height = tl.cdiv(hidden_size, BLOCK_ROWS)
             odd = height % 2
             length = height + 1 - odd
-            line, place = tile // length, tile % length
+            line, place = square // length, square % length
             in_long = place < height - line
             row_tile = tl.where(in_long, height - 1 - line, line - odd)
-            column_tile = tl.where(in_long, place, place - (height - line))
+            column = tl.where(in_long, place, place - (height - line))
+            column_tile = column * per_square + tile % per_square
             accumulate(
                 x,
                 x,
@@ -100,14 +105,15 @@ def gram_tiles_kernel(
                 True,
                 GRAM_EXACT,
                 X_PARTS,
-                BLOCK,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
                 BLOCK_TOKENS,
                 PROMOTE_TOKENS,
                 SLICES,
             )
     if cross is not None:
         if tile >= gram_tiles:
-            width = tl.cdiv(outputs, BLOCK)
+            width = tl.cdiv(outputs, BLOCK_COLUMNS)
             place = tile - gram_tiles
             accumulate(
                 x,
@@ -125,7 +131,8 @@ def gram_tiles_kernel(
                 False,
                 CROSS_EXACT,
                 X_PARTS,
-                BLOCK,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
                 BLOCK_TOKENS,
                 PROMOTE_TOKENS,
                 SLICES,
@@ -148,9 +155,10 @@ def launch_gram_update(
     """Launch the tiles on the current stream. x [T, d] and y [T, m] with neighbouring elements."""
     num_tokens, hidden_size = x.shape
     height = triton.cdiv(hidden_size, config.block_rows)
-    gram_tiles = 0 if gram is None else height * (height + 1) // 2
+    per_square = config.block_rows // config.block_columns
+    gram_tiles = 0 if gram is None else height * (height + 1) // 2 * per_square
     outputs = 0 if cross is None else cross.shape[1]
-    cross_tiles = height * triton.cdiv(outputs, config.block_rows)
+    cross_tiles = height * triton.cdiv(outputs, config.block_columns)
     gram_tiles_kernel[(gram_tiles + cross_tiles,)](
         x,
         y,
@@ -169,7 +177,8 @@ def launch_gram_update(
         GRAM_EXACT=gram_exact,
         CROSS_EXACT=cross_exact,
         X_PARTS=_X_PARTS[x.dtype],
-        BLOCK=config.block_rows,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_COLUMNS=config.block_columns,
         BLOCK_TOKENS=config.block_tokens,
         PROMOTE_TOKENS=config.promote_tokens,
         SLICES=config.slices,

@@ -24,13 +24,13 @@ BLOCKED = ApplyConfig(32, 128, 64, 4, 2, group=2)
 CASES = [
     (SPLIT, 1, 64),
     (SPLIT, 15, 192),
-    (SPLIT, 16, 320),
-    (NARROW, 1, 64),
-    (NARROW, 16, 192),
+    pytest.param(SPLIT, 16, 320, marks=pytest.mark.interpreter),
+    pytest.param(NARROW, 1, 64, marks=pytest.mark.interpreter),
+    pytest.param(NARROW, 16, 192, marks=pytest.mark.interpreter),
     (BLOCKED, 1, 64),
-    (BLOCKED, 31, 192),
+    pytest.param(BLOCKED, 31, 192, marks=pytest.mark.interpreter),
     (BLOCKED, 33, 192),
-    (BLOCKED, 97, 320),
+    pytest.param(BLOCKED, 97, 320, marks=pytest.mark.interpreter),
 ]
 TYPES = [(x, w) for x in (BF16, FP16) for w in (x, INT8, FP8)]
 

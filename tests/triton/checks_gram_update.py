@@ -28,8 +28,8 @@ from ghosted_fast.kernels.gram_update import gram_update
 from ghosted_fast.testing import outlier_activations, relative_rms
 
 # One tile for all of test_values: in an interpreter the number of steps is what costs.
-CONFIG = GramConfig(128, 64, 4, 2, slices=4, inspect_rows=64)
-SMALL = GramConfig(32, 16, 4, 2, promote_tokens=64, inspect_rows=16)
+CONFIG = GramConfig(128, 128, 64, 4, 2, slices=4, inspect_rows=64)
+SMALL = GramConfig(32, 16, 16, 4, 2, slices=2, promote_tokens=64, inspect_rows=16)
 
 
 @pytest.fixture(autouse=True)
@@ -50,19 +50,43 @@ def update(
     gram_update(x, y, weight, norm_eps, delta, *outputs, config=config)
 
 
-@pytest.mark.parametrize("weights", ["none", "power of 4", "padding"])
-@pytest.mark.parametrize(("norm_eps", "delta"), [(None, False), (None, True), (1e-5, True)])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_values(
-    dtypes: tuple[torch.dtype, torch.dtype], norm_eps: float | None, delta: bool, weights: str
+FORMS = [(None, False), (None, True), (1e-5, True)]
+
+
+def check_values(
+    num_tokens: int,
+    size: int,
+    config: GramConfig,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    norm_eps: float | None,
+    delta: bool,
+    weights: str,
 ) -> None:
-    num_tokens, size = 270, 112
     x = outlier_activations(num_tokens, size, dtypes[0])
     y = torch.randn(num_tokens, size)
     y = (y if FP16 in dtypes else y + x.float()).to(dtypes[1])
     weight, sums = make_weights(weights, num_tokens), make_sums(size, size)
-    update(x, y, sums, weight, norm_eps, delta)
+    update(x, y, sums, weight, norm_eps, delta, config)
     assert_close(sums, exact_sums(x, y, weight, norm_eps, delta))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("weights", ["none", "power of 4", "padding"])
+@pytest.mark.parametrize(("norm_eps", "delta"), FORMS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_values(
+    dtypes: tuple[torch.dtype, torch.dtype], norm_eps: float | None, delta: bool, weights: str
+) -> None:
+    check_values(270, 112, CONFIG, dtypes, norm_eps, delta, weights)
+
+
+@pytest.mark.parametrize("weights", ["none", "power of 4", "padding"])
+@pytest.mark.parametrize(("norm_eps", "delta"), FORMS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_values_of_few_tokens(
+    dtypes: tuple[torch.dtype, torch.dtype], norm_eps: float | None, delta: bool, weights: str
+) -> None:
+    check_values(21, 48, SMALL, dtypes, norm_eps, delta, weights)
 
 
 # Tokens, hidden size, outputs: one tile; two, three (odd and even triangles); tails; one token.
@@ -85,6 +109,7 @@ def test_none_and_one_token() -> None:
     assert not any(tensor.any() for tensor in sums.values())
 
 
+@pytest.mark.interpreter
 def test_error_does_not_grow_with_the_tokens() -> None:
     """Sums of one sign: in fp32 alone the error would grow with the number of tokens."""
     x = outlier_activations(3000, 16, BF16).abs()

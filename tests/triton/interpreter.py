@@ -65,11 +65,13 @@ class Traffic:
     """What the launches inside `recording` touched.
 
     Attributes:
+        addresses: Whether to keep what was touched; if not, products are not computed either.
         multiply_adds: Of all `tl.dot`.
-        issued: Bytes of every access, by ("load" or "store").
-        addresses: For each launch, the distinct byte addresses of 4-byte words it touched.
+        issued: Bytes of every access, by "load" or "store".
+        launches: For each launch, the distinct pairs of bytes of each access.
     """
 
+    addresses: bool
     multiply_adds: int = 0
     issued: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     launches: list[dict[str, list[np.ndarray]]] = field(default_factory=list)
@@ -87,12 +89,27 @@ class Traffic:
 _traffic: Traffic | None = None
 
 
+def _truncated(values: np.ndarray) -> np.ndarray:
+    """Return fp64 values as fp32, rounded towards zero."""
+    nearest = values.astype(np.float32)
+    away = np.abs(nearest.astype(np.float64)) > np.abs(values)
+    return np.where(away, np.nextafter(nearest, np.float32(0.0)), nearest)
+
+
 def _dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+    """Multiply as a tensor core does, at its worst: 16 products at a time, each sum truncated."""
+    rows, inner = a.data.shape[-2:]
     if _traffic is not None:
-        rows, inner = a.data.shape[-2:]
         _traffic.multiply_adds += rows * inner * b.data.shape[-1]
-    product = np.matmul(_values(a).astype(np.float32), _values(b).astype(np.float32))
-    return _Handle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+        if not _traffic.addresses:
+            return d
+    left, right = _values(a).astype(np.float64), _values(b).astype(np.float64)
+    total = d.data.astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start in range(0, inner, 16):
+            part = np.matmul(left[:, start : start + 16], right[start : start + 16])
+            total = _truncated(total + part)
+    return _Handle(total, d.dtype.scalar)
 
 
 def _count(kind: str, pointers: Any, mask: Any) -> None:
@@ -101,6 +118,8 @@ def _count(kind: str, pointers: Any, mask: Any) -> None:
     size = max(1, pointers.dtype.scalar.element_ty.primitive_bitwidth // 8)
     touched = pointers.data[mask.data.astype(bool)].ravel()
     _traffic.issued[kind] += size * touched.size
+    if not _traffic.addresses:
+        return
     # Halves of a word: 8-bit accesses always come in pairs here.
     words = touched[:: 2 if size == 1 else 1] // 2
     offsets = np.arange(max(1, size // 2), dtype=words.dtype)
@@ -150,10 +169,10 @@ def repair() -> None:
 
 
 @contextmanager
-def recording() -> Iterator[Traffic]:
-    """Count the accesses and multiply-adds of the launches inside."""
+def recording(addresses: bool = False) -> Iterator[Traffic]:
+    """Count the accesses and multiply-adds of the launches inside; see `Traffic`."""
     global _traffic
-    _traffic = Traffic()
+    _traffic = Traffic(addresses)
     try:
         yield _traffic
     finally:
