@@ -2,7 +2,7 @@
 
 A table that is chosen by shape alone gives the same bits on every run, works under CUDA graphs and
 needs no warm-up. The figures are derived, not measured: registers and shared memory come from the
-compiled machine code (tests/triton/test_machine_code.py holds them to the limits of each
+compiled machine code (tests/triton/test_compiled_kernels.py holds them to the limits of each
 architecture), the number of programs from the number of multiprocessors.
 """
 

@@ -23,4 +23,8 @@ def use_kernels_of_this_checkout() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["ghosted_fast.kernels"] = module
     spec.loader.exec_module(module)
-    sys.path.insert(0, str(ROOT / "tests" / "ops"))
+
+
+def find_test_modules() -> None:
+    """Make what the tests of the operators share importable: bounds, weights, exact sums."""
+    sys.path += [str(ROOT / "tests" / "ops"), str(ROOT / "tests")]

@@ -64,7 +64,7 @@ def test_triangle() -> None:
     """At hidden size 4096: 0.53 of a whole product for G, 0.77 of two for G and C.
 
     All lengths are an eighth of that: the same tiles, in the same places, with fewer elements. The
-    grids of the other tables are held to this in test_machine_code.
+    grids of the other tables are held to this in test_compiled_kernels.
     """
     config = gram_config(80, True, 1)
     block = config.block_rows // 8

@@ -10,8 +10,13 @@ when a kernel is decorated.
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
+# One module, also where the plugin is named by its place in the tree.
+sys.path.insert(0, str(Path(__file__).parent))
+sys.modules.setdefault("interpreter", sys.modules[__name__])
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from checkout import use_kernels_of_this_checkout
+from checkout import find_test_modules, use_kernels_of_this_checkout
 from triton.runtime import interpreter
 
 _Handle = interpreter.TensorHandle
@@ -181,3 +186,4 @@ def recording(addresses: bool = False) -> Iterator[Traffic]:
 
 repair()
 use_kernels_of_this_checkout()
+find_test_modules()

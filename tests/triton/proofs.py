@@ -23,7 +23,8 @@ def run_checks(plugin: str, *arguments: str, launcher: tuple[str, ...] = ()) -> 
         The number of checks that passed; none was skipped.
     """
     files = [str(HERE / part) if part.endswith(".py") else part for part in arguments]
-    command = [sys.executable, "-m", *launcher, "pytest", "-p", plugin, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", *launcher, "pytest", "-x", "-p", plugin]
+    command += ["-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *files],
         capture_output=True,

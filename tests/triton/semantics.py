@@ -6,7 +6,8 @@ There the tensors say that they are on a GPU, and no stream of it is being captu
 from __future__ import annotations
 
 import torch
-from checkout import use_kernels_of_this_checkout
+from checkout import find_test_modules, use_kernels_of_this_checkout
 
 torch.cuda.is_current_stream_capturing = lambda: False
 use_kernels_of_this_checkout()
+find_test_modules()

@@ -15,7 +15,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from machine_code import Launch, MachineCode, compiled, launches_of
+from checkout import use_kernels_of_this_checkout
+from compiled_kernels import Launch, MachineCode, compiled, launches_of
+
+use_kernels_of_this_checkout()
 
 from ghosted_fast.kernels import _tuning
 from ghosted_fast.kernels import ghost_apply as ghost
