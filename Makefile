@@ -21,6 +21,8 @@ setup: .venv/.installed assets
 
 .venv/.installed: .venv/.torch pyproject.toml setup.py $(SOURCES)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python \
+	  "$$(grep -o '^ttsem==[0-9.]*' constraints.txt)"
 	touch $@
 
 assets: .venv/.installed

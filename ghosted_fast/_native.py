@@ -6,6 +6,8 @@ Importing this module loads nothing. Loading the extension registers its CPU ope
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 import warnings
 from functools import cache
 from types import ModuleType
@@ -16,7 +18,8 @@ from ghosted_fast._env import native_disabled
 from ghosted_fast.errors import BackendError
 
 BACKENDS = ("auto", "native", "reference", "triton")
-_TRITON_REASON = "the Triton kernels are not part of this version"
+# bf16 on tensor cores, and cp.async.
+_OLDEST_CAPABILITY = (8, 0)
 
 
 @cache
@@ -45,6 +48,35 @@ def absence_reason() -> str:
     return _find()[1]
 
 
+def triton_absence_reason() -> str:
+    """Return why the Triton kernels cannot run here; empty where they can.
+
+    Imports triton only where there is a GPU to use it.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; `pip install triton` installs it"
+    if torch.version.hip is not None:
+        return "the Triton kernels are made for CUDA, and this torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return _capability_reason(torch.cuda.get_device_capability()) or _triton_import_problem()
+
+
+@cache
+def _triton_import_problem() -> str:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton could not be loaded: {error}"
+    return ""
+
+
+def _capability_reason(capability: tuple[int, int]) -> str:
+    if capability < _OLDEST_CAPABILITY:
+        return "expected a GPU of compute capability 8.0 or later, got {}.{}".format(*capability)
+    return ""
+
+
 def require_backend(backend: str, device: torch.device) -> None:
     """Check that a backend named by the caller can run on a device. Never falls back.
 
@@ -58,7 +90,11 @@ def require_backend(backend: str, device: torch.device) -> None:
     if backend not in BACKENDS:
         raise BackendError(f"expected a backend of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "triton":
-        raise BackendError(f"backend 'triton': {_TRITON_REASON}; use backend='auto'")
+        reason = triton_absence_reason()
+        if not reason and device.type != "cuda":
+            reason = f"expected tensors on a CUDA device, got {device.type}"
+        if reason:
+            raise BackendError(f"backend 'triton': {reason}; use backend='auto'")
     if backend == "native" and extension() is None:
         raise BackendError(f"backend 'native': {absence_reason()}")
     if backend == "native" and device.type != "cpu":
@@ -74,7 +110,9 @@ def warn_fallback(device_type: str) -> None:
 
     An extension that was switched off on purpose is not warned about.
     """
-    if device_type != "cpu":
+    if device_type == "cuda" and torch.version.hip is not None:
+        reason = triton_absence_reason()
+    elif device_type != "cpu":
         reason = f"this version has no compiled kernels for {device_type}"
     elif native_disabled():
         return
@@ -90,8 +128,18 @@ def backend_status() -> list[tuple[str, bool, str]]:
         native = absence_reason()
     else:
         native = f"C++ for the CPU, path {module.cpu_path()} of {', '.join(module.cpu_paths())}"
+    absent = triton_absence_reason()
     return [
         ("native", module is not None, native),
         ("reference", True, "torch in fp64, any device, slow"),
-        ("triton", False, _TRITON_REASON),
+        ("triton", not absent, absent or _triton_description()),
     ]
+
+
+def _triton_description() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    version = importlib.metadata.version("triton")
+    return (
+        f"Triton {version} for CUDA, sm_{major}{minor}: ghost_apply, ghost_apply_rms_norm, "
+        "gram_update; other shapes and dtypes run on plain torch"
+    )

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "ghosted_fast"
 # Each module may import from the floors below its own.
 FLOORS: list[set[str]] = [
     {"errors", "_env", "derived", "first_token", "figures"},
-    {"_native", "batches", "readers"},
+    {"_native", "batches", "readers", "kernels"},
     {"ops"},
     {"gram", "families", "testing", "machine"},
     {"solve", "modules", "boundaries"},
@@ -108,11 +108,35 @@ def test_kernels_folder_is_no_package() -> None:
     assert not (PACKAGE.parent / "kernels" / "__init__.py").exists()
 
 
+def test_kernels_know_themselves_alone_and_only_operators_know_them() -> None:
+    for path in (PACKAGE.parent / "kernels").rglob("*.py"):
+        ours = {name for name in imports(path) if name.split(".")[0] == "ghosted_fast"}
+        assert all(name.startswith("ghosted_fast.kernels") for name in ours), path
+    for path in modules():
+        kernels = {name for name in imports(path) if name.startswith("ghosted_fast.kernels")}
+        assert not kernels or room(path) == "ops", path
+        at_import = imports(path, top_level_only=True)
+        assert not any(name.startswith(("ghosted_fast.kernels", "triton")) for name in at_import)
+
+
+def test_operators_load_without_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from ghosted_fast.ops import ghost_apply\n"
+        "print(ghost_apply(torch.ones(1, 4), torch.eye(4)).sum().item(), "
+        "'ghosted_fast.kernels' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "8.0 False"
+
+
 def test_no_file_is_two_rooms() -> None:
     root = PACKAGE.parent
     files = [
         *root.glob("ghosted_fast/**/*.py"),
         *root.glob("csrc/**/*.*"),
+        *root.glob("kernels/**/*.py"),
         *root.glob("tests/**/*.py"),
     ]
     long = {

@@ -12,6 +12,8 @@ from torch import Tensor
 from ghosted_fast.errors import ArgumentError
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Weights that stand for scale[i] * weight[i], row by row.
+SCALED_DTYPES = {torch.int8: "an int8", torch.float8_e4m3fn: "a float8_e4m3fn"}
 
 
 def _check_float(op: str, name: str, tensor: Tensor) -> None:
@@ -120,9 +122,10 @@ def check_ghost_apply(
     if x.dim() == 0:
         raise ArgumentError(f"{op}: expected x of shape [..., hidden_size], got a scalar")
     hidden_size = x.shape[-1]
-    if weight.dtype == torch.int8:
+    if weight.dtype in SCALED_DTYPES:
         if scale is None:
-            raise ArgumentError(f"{op}: expected scale with an int8 weight, got None; pass scale")
+            kind = SCALED_DTYPES[weight.dtype]
+            raise ArgumentError(f"{op}: expected scale with {kind} weight, got None; pass scale")
         _check_dtype(op, "scale", scale, torch.float32)
         _check_shape(op, "scale", scale, [hidden_size])
     else:
@@ -130,7 +133,7 @@ def check_ghost_apply(
         if scale is not None:
             raise ArgumentError(
                 f"{op}: expected no scale with a weight in {weight.dtype}, got one; "
-                "scale is for int8 weights"
+                "scale is for int8 and float8_e4m3fn weights"
             )
     _check_shape(op, "weight", weight, [hidden_size, hidden_size])
     if norm_eps is not None and not norm_eps > 0.0:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ghosted_fast import _native
 from ghosted_fast.errors import BackendError
+from ghosted_fast.ops import _cuda
 from ghosted_fast.ops import _schemas as _schemas  # defines the operators
 from ghosted_fast.ops._checks import check_ghost_apply, check_ghost_apply_rms_norm
 from ghosted_fast.ops.reference import (
@@ -21,17 +22,42 @@ _apply = torch.ops.ghosted_fast.ghost_apply.default
 _apply_rms_norm = torch.ops.ghosted_fast.ghost_apply_rms_norm.default
 
 
+def _runs_at_once(x: Tensor, weight: Tensor) -> bool:
+    return _HAS_EXTENSION and x.is_cpu and weight.dtype != torch.float8_e4m3fn
+
+
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _require_backend(backend: str, x: Tensor, differentiable: bool) -> None:
+def _require_backend(backend: str, x: Tensor, weight: Tensor, differentiable: bool) -> None:
     _native.require_backend(backend, x.device)
-    if backend == "native" and differentiable:
+    if backend in ("native", "triton") and differentiable:
         raise BackendError(
-            "backend 'native': expected inputs without gradients, got one that requires them; "
+            f"backend {backend!r}: expected inputs without gradients, got one that requires them; "
             "use torch.no_grad(), or backend='auto'"
         )
+    if backend == "native" and weight.dtype == torch.float8_e4m3fn:
+        raise BackendError(
+            "backend 'native': expected a weight in x's dtype or int8, got float8_e4m3fn; "
+            "use backend='auto'"
+        )
+
+
+def _needs_expression(x: Tensor, weight: Tensor, backend: str, differentiable: bool) -> bool:
+    """Check a named backend, warn where plain torch runs, and return whether it must be called.
+
+    Raises:
+        BackendError: The named backend cannot run here.
+    """
+    # The kernels of the processor know no fp8.
+    narrow = x.is_cpu and weight.dtype == torch.float8_e4m3fn
+    if backend != "auto":
+        _require_backend(backend, x, weight, differentiable)
+    elif not (differentiable or narrow or _cuda.registered(x.device)):
+        if not torch.compiler.is_compiling():
+            _native.warn_fallback(x.device.type)
+    return differentiable or narrow
 
 
 def ghost_apply(
@@ -49,14 +75,15 @@ def ghost_apply(
 
     Args:
         x: Hidden states [..., hidden_size], bf16, fp16 or fp32.
-        weight: [hidden_size, hidden_size] as [out, in], in x's dtype, or int8 with scale.
+        weight: [hidden_size, hidden_size] as [out, in], in x's dtype, or int8 or
+            float8_e4m3fn with scale.
         bias: [hidden_size], any of the three float dtypes.
-        scale: [hidden_size] fp32: row i of an int8 weight stands for scale[i] * weight[i].
+        scale: [hidden_size] fp32: row i of an int8 or fp8 weight stands for scale[i] * weight[i].
         norm_eps: None for f(x) = x; a number > 0 for f(x) = x / sqrt(mean(x^2) + norm_eps).
         first_state: [hidden_size], what the rows marked in is_first get instead, cast to x's dtype.
         is_first: bool, shape of x without its last dimension.
-        backend: "auto", or "native" or "reference" to insist on one. Where a gradient is needed,
-            "auto" computes a differentiable torch expression.
+        backend: "auto", or "native", "triton" or "reference" to insist on one. Where a gradient is
+            needed, "auto" computes a differentiable torch expression.
 
     Returns:
         [..., hidden_size] in x's dtype, contiguous.
@@ -71,14 +98,15 @@ def ghost_apply(
     differentiable = torch.is_grad_enabled() and _any_requires_grad(
         x, weight, bias, scale, first_state
     )
-    if differentiable or backend != "auto" or not (_HAS_EXTENSION and x.is_cpu):
-        if backend != "auto":
-            _require_backend(backend, x, differentiable)
-        elif not differentiable and not torch.compiler.is_compiling():
-            _native.warn_fallback(x.device.type)
+    if differentiable or backend != "auto" or not _runs_at_once(x, weight):
+        plain = _needs_expression(x, weight, backend, differentiable)
         if backend == "reference":
             return ghost_apply_reference(x, weight, bias, scale, norm_eps, first_state, is_first)
-        if differentiable:
+        if backend == "triton":
+            return _cuda.ghost_apply(
+                x, weight, bias, scale, norm_eps, first_state, is_first, insist=True
+            )
+        if plain:
             return ghost_apply_expression(x, weight, bias, scale, norm_eps, first_state, is_first)
     try:
         return _apply(x, weight, bias, scale, norm_eps, first_state, is_first)
@@ -107,7 +135,8 @@ def ghost_apply_rms_norm(
 
     Args:
         x: Hidden states [..., hidden_size], bf16, fp16 or fp32.
-        weight: [hidden_size, hidden_size] as [out, in], in x's dtype, or int8 with scale.
+        weight: [hidden_size, hidden_size] as [out, in], in x's dtype, or int8 or
+            float8_e4m3fn with scale.
         norm_weight: [hidden_size] in x's dtype.
         eps: Added to the mean square of y.
         bias: See `ghost_apply`, as the rest.
@@ -130,16 +159,17 @@ def ghost_apply_rms_norm(
     differentiable = torch.is_grad_enabled() and _any_requires_grad(
         x, weight, norm_weight, bias, scale, first_state
     )
-    if differentiable or backend != "auto" or not (_HAS_EXTENSION and x.is_cpu):
-        if backend != "auto":
-            _require_backend(backend, x, differentiable)
-        elif not differentiable and not torch.compiler.is_compiling():
-            _native.warn_fallback(x.device.type)
+    if differentiable or backend != "auto" or not _runs_at_once(x, weight):
+        plain = _needs_expression(x, weight, backend, differentiable)
         if backend == "reference":
             return ghost_apply_rms_norm_reference(
                 x, weight, norm_weight, eps, bias, scale, norm_eps, first_state, is_first
             )
-        if differentiable:
+        if backend == "triton":
+            return _cuda.ghost_apply_rms_norm(
+                x, weight, norm_weight, eps, bias, scale, norm_eps, first_state, is_first, True
+            )
+        if plain:
             return ghost_apply_rms_norm_expression(
                 x, weight, norm_weight, eps, bias, scale, norm_eps, first_state, is_first
             )

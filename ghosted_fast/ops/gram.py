@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ghosted_fast import _native
+from ghosted_fast.ops import _cuda
 from ghosted_fast.ops import _schemas as _schemas  # defines the operator
 from ghosted_fast.ops._checks import check_gram_update
 from ghosted_fast.ops.reference import gram_update_reference
@@ -55,14 +56,15 @@ def gram_update(
         gram: [hidden_size, hidden_size] fp64; the lower triangle is updated, the rest untouched.
         cross: [hidden_size, outputs] fp64.
         moments: [3, hidden_size] fp64; rows 1 and 2 are updated only if y is given.
-        backend: "auto", or "native" or "reference" to insist on one.
+        backend: "auto", or "native", "triton" or "reference" to insist on one.
 
     Raises:
         TypeError: A dtype does not fit.
         ArgumentError: A shape, a device, or the combination does not fit.
         BackendError: The named backend cannot run here.
         RuntimeError: A token with a weight above 0 holds NaN or infinity, or a weight is negative
-            or not finite; names the token. The sums are as they were.
+            or not finite; names the token. The sums are as they were. (While a CUDA graph is
+            captured nothing can be read back: such a batch adds nothing, without the error.)
 
     Source: ours; the formula is the normal equations of Yun et al., arXiv 2605.15491.
     """
@@ -72,8 +74,12 @@ def gram_update(
         if backend == "reference":
             gram_update_reference(x, y, token_weight, norm_eps, delta, gram, cross, moments)
             return
-    elif not (_HAS_EXTENSION and x.is_cpu) and not torch.compiler.is_compiling():
-        _native.warn_fallback(x.device.type)
+        if backend == "triton":
+            _cuda.gram_update(x, y, token_weight, norm_eps, delta, gram, cross, moments, True)
+            return
+    elif not (_HAS_EXTENSION and x.is_cpu) and not _cuda.registered(x.device):
+        if not torch.compiler.is_compiling():
+            _native.warn_fallback(x.device.type)
     try:
         _operator(x, y, token_weight, norm_eps, delta, gram, cross, moments)
     except RuntimeError:

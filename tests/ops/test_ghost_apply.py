@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ghosted_fast import _native
 from ghosted_fast.errors import ArgumentError, BackendError
 from ghosted_fast.ops import ghost_apply, ghost_apply_rms_norm
 from ghosted_fast.ops.reference import rms_norm_reference
@@ -95,6 +96,26 @@ def test_values(
         assert y.dtype == x.dtype and y.shape == x.shape
         exact = exact_fp64(x, weight, bias=bias, scale=scale, norm_eps=norm_eps)
         assert_accurate(y, exact, torch_expression(x, weight, scale, norm_eps, bias))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_fp8_weights(backend: str, dtype: torch.dtype) -> None:
+    """On the processor: the torch expression, without a warning, and never the native kernels."""
+    x, scale = torch.randn(7, 24).to(dtype), torch.rand(24) / 100
+    weight = (100 * torch.randn(24, 24)).to(torch.float8_e4m3fn)
+    y = ghost_apply(x, weight, None, scale, norm_eps=1e-5, backend=backend)
+    assert_accurate(
+        y, exact_fp64(x, weight, scale, 1e-5), torch_expression(x, weight, scale, 1e-5, None)
+    )
+    ones = torch.ones(24, dtype=dtype)
+    again, normed = ghost_apply_rms_norm(
+        x, weight, ones, 1e-6, None, scale, norm_eps=1e-5, backend=backend
+    )
+    assert torch.equal(again, y) and normed.shape == y.shape
+    if _native.extension() is not None:
+        with pytest.raises(BackendError, match="expected a weight in x's dtype or int8, got flo"):
+            ghost_apply(x, weight, None, scale, backend="native")
 
 
 @pytest.mark.parametrize("types", TYPES, ids=str)
@@ -217,6 +238,11 @@ ERRORS = [
     ({"weight": torch.randn(8, 9)}, ArgumentError, r"weight of shape \[8, 8\], got \[8, 9\]"),
     ({"weight": torch.randn(8, 8).to(BF16)}, TypeError, "expected weight in torch.float32"),
     ({"weight": INT8_WEIGHT}, ArgumentError, "expected scale with an int8 weight, got None"),
+    (
+        {"weight": INT8_WEIGHT.to(torch.float8_e4m3fn)},
+        ArgumentError,
+        "expected scale with a float8_e4m3fn weight, got None",
+    ),
     ({"scale": torch.ones(8)}, ArgumentError, "expected no scale with a weight in torch.float32"),
     (
         {"weight": INT8_WEIGHT, "scale": torch.ones(8).double()},
@@ -239,7 +265,7 @@ ERRORS = [
         ArgumentError,
         r"is_first of shape \[5\], got \[4\]",
     ),
-    ({"backend": "triton"}, BackendError, "backend 'triton': .* not part of this version"),
+    ({"backend": "triton"}, BackendError, "backend 'triton': .*; use backend='auto'"),
 ]
 
 

@@ -262,7 +262,7 @@ ERRORS = [
     ({"cross": torch.zeros(9, 8).double()}, ArgumentError, r"cross of shape \[8, 8\]"),
     ({"moments": torch.zeros(2, 8).double()}, ArgumentError, r"moments of shape \[3, 8\]"),
     ({"cross": torch.zeros(8, 16).double()[:, ::2]}, ArgumentError, "expected a contiguous cross"),
-    ({"backend": "triton"}, BackendError, "backend 'triton': .* not part of this version"),
+    ({"backend": "triton"}, BackendError, "backend 'triton': .*; use backend='auto'"),
     ({"backend": "gpu"}, BackendError, "expected a backend of auto, native, reference, triton"),
 ]
 
