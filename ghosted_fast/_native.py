@@ -1,6 +1,7 @@
 """Finds the compiled extension `ghosted_fast._C` and remembers why it is absent.
 
-Importing this module loads nothing. Loading the extension registers its CPU operators with torch.
+Importing this module loads nothing. Loading the extension registers its operators with torch: those
+for the CPU, and in a CUDA build `gram_update` for CUDA tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from ghosted_fast._env import native_disabled
 from ghosted_fast.errors import BackendError
 
+CUDA_OPERATORS = ("gram_update",)
 BACKENDS = ("auto", "native", "reference", "triton")
 _TRITON_REASON = "the Triton kernels are not part of this version"
 
@@ -45,12 +47,19 @@ def absence_reason() -> str:
     return _find()[1]
 
 
-def require_backend(backend: str, device: torch.device) -> None:
+def serves_cuda() -> bool:
+    """Return whether the extension was built with the CUDA kernels."""
+    module = extension()
+    return module is not None and module.build_info()["kind"] == "cuda"
+
+
+def require_backend(backend: str, device: torch.device, op: str = "") -> None:
     """Check that a backend named by the caller can run on a device. Never falls back.
 
     Args:
         backend: One of `BACKENDS` except "auto".
         device: Where the tensors are.
+        op: Name of the operator, where it may have a compiled kernel for CUDA.
 
     Raises:
         BackendError: The name is unknown, or the backend cannot run here; says why.
@@ -61,7 +70,8 @@ def require_backend(backend: str, device: torch.device) -> None:
         raise BackendError(f"backend 'triton': {_TRITON_REASON}; use backend='auto'")
     if backend == "native" and extension() is None:
         raise BackendError(f"backend 'native': {absence_reason()}")
-    if backend == "native" and device.type != "cpu":
+    on_cuda = device.type == "cuda" and op in CUDA_OPERATORS and serves_cuda()
+    if backend == "native" and device.type != "cpu" and not on_cuda:
         raise BackendError(
             f"backend 'native': expected tensors on the CPU, got {device.type}; "
             "move them, or use backend='auto'"
@@ -90,6 +100,9 @@ def backend_status() -> list[tuple[str, bool, str]]:
         native = absence_reason()
     else:
         native = f"C++ for the CPU, path {module.cpu_path()} of {', '.join(module.cpu_paths())}"
+        if serves_cuda():
+            devices = "" if torch.cuda.is_available() else ", but torch finds no CUDA device"
+            native += f"; CUDA C++ for {', '.join(CUDA_OPERATORS)}{devices}"
     return [
         ("native", module is not None, native),
         ("reference", True, "torch in fp64, any device, slow"),

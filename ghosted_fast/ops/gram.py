@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from ghosted_fast import _native
+from ghosted_fast.errors import BackendError
 from ghosted_fast.ops import _schemas as _schemas  # defines the operator
 from ghosted_fast.ops._checks import check_gram_update
+from ghosted_fast.ops._gram_backends import unserved_by_cuda
 from ghosted_fast.ops.reference import gram_update_reference
 
 _HAS_EXTENSION = _native.extension() is not None
+_HAS_CUDA = _native.serves_cuda()
 _operator = torch.ops.ghosted_fast.gram_update.default
 
 
@@ -20,6 +23,10 @@ def _plain_rows(rows: Tensor | None) -> Tensor | None:
         return None
     rows = rows.detach()
     return rows if rows.dim() != 2 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return _HAS_CUDA if x.is_cuda else _HAS_EXTENSION and x.is_cpu
 
 
 def gram_update(
@@ -43,7 +50,9 @@ def gram_update(
 
     Products are accumulated in fp32 over at most 256 tokens and then added to the fp64 sums: the
     relative error is below 1e-6 for any number of tokens. The result is the same, bit for bit, for
-    the same arguments, whatever the number of threads.
+    the same arguments, whatever the number of threads. On CUDA tensors the compiled kernel waits
+    once for the stream, to report NaN and infinity. Under graph capture it cannot: they go on into
+    the sums, where `solve_ghost` refuses them.
 
     Args:
         x: Activations [tokens, hidden_size], bf16, fp16 or fp32. Rows may be strided.
@@ -68,11 +77,15 @@ def gram_update(
     """
     x, y = _plain_rows(x), _plain_rows(y)  # type: ignore[assignment]
     if backend != "auto":
-        _native.require_backend(backend, x.device)
+        _native.require_backend(backend, x.device, "gram_update")
         if backend == "reference":
             gram_update_reference(x, y, token_weight, norm_eps, delta, gram, cross, moments)
             return
-    elif not (_HAS_EXTENSION and x.is_cpu) and not torch.compiler.is_compiling():
+        if x.is_cuda:
+            check_gram_update(x, y, token_weight, norm_eps, delta, gram, cross, moments)
+            if reason := unserved_by_cuda(x, y):
+                raise BackendError(f"backend 'native': {reason}; use backend='auto'")
+    elif not _has_kernel(x) and not torch.compiler.is_compiling():
         _native.warn_fallback(x.device.type)
     try:
         _operator(x, y, token_weight, norm_eps, delta, gram, cross, moments)
