@@ -1,11 +1,14 @@
-# make setup | demo | test | lint | types | format | bench | wheel | clean
+# make setup | demo | test | test-mutants | lint | types | format | bench | cuda | wheel | clean
 # Everything is installed into .venv; a second run finds it there.
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
+  csrc/*/*/*.cpp csrc/*/*/*.h)
+EMULATION := $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
+NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 
-.PHONY: setup demo test lint types format bench wheel clean assets
+.PHONY: setup demo test test-mutants lint types format bench cuda wheel clean assets
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed assets
@@ -28,13 +31,22 @@ assets: .venv/.installed
 demo: setup
 	$(BIN)/ghosted-fast demo --output demo
 
-test: setup
+# nvcc, for the build of the CUDA kernels and their machine code; no GPU is needed.
+.venv/.nvcc: .venv/.torch constraints.txt
+	command -v nvcc >/dev/null || [ -n "$$CUDACXX$$CUDA_HOME" ] || \
+	  $(BIN)/python -m pip install --quiet -c constraints.txt $(NVCC_PACKAGES)
+	touch $@
+
+test: setup .venv/.nvcc
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+test-mutants: setup .venv/.nvcc
+	$(BIN)/python tests/mutants/run.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(EMULATION)
 
 types: .venv/.installed
 	$(BIN)/mypy
@@ -42,11 +54,16 @@ types: .venv/.installed
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(EMULATION)
 
 bench: setup
 	for bench in gram_update ghost_apply ghost_solve calibration generate; do \
 	  $(BIN)/python benchmarks/bench_$$bench.py || exit 1; done
+
+cuda: .venv/.installed .venv/.nvcc
+	GHOSTED_FAST_BUILD=cuda $(BIN)/python -m pip install --quiet -c constraints.txt \
+	  --no-build-isolation -e ".[dev]"
+	$(BIN)/ghosted-fast doctor
 
 wheel: .venv/.installed
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .

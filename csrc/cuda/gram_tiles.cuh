@@ -2,10 +2,11 @@
 //
 // A sum is left^T right over the tokens. Either side may be cut into up to three 16-bit parts; then
 // the products of parts are summed, the small ones first. Tiles of 32 tokens go through a pipeline
-// of three stages in shared memory into the tensor cores. These truncate when they add in fp32, so
-// the sums of one tile of tokens are added, rounded to nearest, to a second set of registers, and
-// those to the fp64 sums in memory every 2048 tokens. No other block writes the tile: the order of
-// all additions is fixed.
+// of three stages in shared memory into the tensor cores. These truncate when they add in fp32, and
+// truncation is biased: one token 1000 times the others and 30 after it would cost 1e-7. So the
+// sums of 16 tokens are added, rounded to nearest, to a second set of registers, and those to the
+// fp64 sums in memory every 1024 tokens. No other block writes the tile: the order of all additions
+// is fixed.
 #pragma once
 
 #include "primitives.cuh"
@@ -14,6 +15,7 @@ namespace ghosted_fast {
 
 constexpr int kTile = 128;       // columns of either side
 constexpr int kTileTokens = 32;  // tokens per stage
+constexpr int kStepTokens = 16;  // tokens per instruction of the tensor cores
 constexpr int kStages = 3;
 // 8 elements of padding put the 8 rows that ldmatrix reads into 8 different groups of banks.
 constexpr int kTileStride = kTile + 8;
@@ -23,9 +25,10 @@ constexpr int kTileThreads = 256;
 constexpr int kTileRegisters = 200;  // per thread, at most; nothing is spilled for it
 constexpr int kWarpRows = 64, kWarpColumns = 32;
 constexpr int kFragmentRows = kWarpRows / 16, kFragmentColumns = kWarpColumns / 8;
-// fp32 additions to the second set before it goes to memory: their rounding errors stay below 1e-7,
-// and the fp64 sums are a fourth of the traffic of the operands.
-constexpr int kFlushTiles = 2048 / kTileTokens;
+// Tiles of tokens before the second set goes to memory. The rounding errors of its 64 additions,
+// all at the size of the largest, are what is left of the error; the fp64 tile stays in the L2
+// cache while its block runs, and is half of the traffic of the operands.
+constexpr int kFlushTiles = 1024 / kTileTokens;
 constexpr int kMaxProducts = 6;
 
 // out += factor * left^T right.
@@ -108,32 +111,43 @@ __device__ __forceinline__ void clear(TileSums& sums) {
   }
 }
 
-// Adds the products of one stage: this warp's 64 x 32 elements. kUnroll: steps of 16 tokens whose
-// fragments may be in registers at the same time.
-template <Dtype kType, int kUnroll>
-__device__ __forceinline__ void multiply_stage(const uint16_t* left, const uint16_t* right,
-                                               int warp_row, int warp_column, int lane,
-                                               TileSums& sums) {
+// Adds the products of the 16 tokens from `token` on of one stage: this warp's 64 x 32 elements.
+template <Dtype kType>
+__device__ __forceinline__ void multiply_step(const uint16_t* left, const uint16_t* right,
+                                              int token, int warp_row, int warp_column, int lane,
+                                              TileSums& sums) {
   const int matrix = lane / 8, matrix_row = lane % 8;
-#pragma unroll kUnroll
-  for (int token = 0; token < kTileTokens; token += 16) {
-    uint32_t right_fragments[kFragmentColumns / 2][4];
+  uint32_t right_fragments[kFragmentColumns / 2][4];
 #pragma unroll
-    for (int j = 0; j < kFragmentColumns / 2; ++j) {
-      const int row = token + matrix % 2 * 8 + matrix_row;
-      const int column = warp_column + 16 * j + matrix / 2 * 8;
-      load_matrices_transposed(right_fragments[j], right + row * kTileStride + column);
+  for (int j = 0; j < kFragmentColumns / 2; ++j) {
+    const int row = token + matrix % 2 * 8 + matrix_row;
+    const int column = warp_column + 16 * j + matrix / 2 * 8;
+    load_matrices_transposed(right_fragments[j], right + row * kTileStride + column);
+  }
+#pragma unroll
+  for (int i = 0; i < kFragmentRows; ++i) {
+    uint32_t left_fragment[4];
+    const int row = token + matrix / 2 * 8 + matrix_row;
+    const int column = warp_row + 16 * i + matrix % 2 * 8;
+    load_matrices_transposed(left_fragment, left + row * kTileStride + column);
+#pragma unroll
+    for (int j = 0; j < kFragmentColumns; ++j) {
+      multiply_add_16x8x16<kType>(sums[i][j], left_fragment, right_fragments[j / 2][j % 2 * 2],
+                                  right_fragments[j / 2][j % 2 * 2 + 1]);
     }
+  }
+}
+
+// Moves what the tensor cores have summed to the second set.
+__device__ __forceinline__ void promote(TileSums& step_sums, TileSums& sums) {
 #pragma unroll
-    for (int i = 0; i < kFragmentRows; ++i) {
-      uint32_t left_fragment[4];
-      const int row = token + matrix / 2 * 8 + matrix_row;
-      const int column = warp_row + 16 * i + matrix % 2 * 8;
-      load_matrices_transposed(left_fragment, left + row * kTileStride + column);
+  for (int i = 0; i < kFragmentRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < kFragmentColumns; ++j) {
-        multiply_add_16x8x16<kType>(sums[i][j], left_fragment, right_fragments[j / 2][j % 2 * 2],
-                                    right_fragments[j / 2][j % 2 * 2 + 1]);
+    for (int j = 0; j < kFragmentColumns; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sums[i][j][e] += step_sums[i][j][e];
+        step_sums[i][j][e] = 0.0f;
       }
     }
   }
@@ -167,8 +181,7 @@ __device__ __forceinline__ void add_to_memory(const TileSum& sum, bool is_lower,
   }
 }
 
-// kSeveral: whether a sum may have several products. The loop over them costs registers, so their
-// steps of 16 tokens are not unrolled.
+// kSeveral: whether a sum may have several products.
 template <Dtype kType, bool kSeveral>
 __global__ void __maxnreg__(kTileRegisters) gram_tiles(const TileArgs args) {
   GHOSTED_FAST_DYNAMIC_SHARED(uint16_t, shared);
@@ -186,6 +199,8 @@ __global__ void __maxnreg__(kTileRegisters) gram_tiles(const TileArgs args) {
 
   TileLoader left_loader(sum.left, sum.left_stride, place.row * kTile, sum.rows, thread);
   TileLoader right_loader(sum.right, sum.right_stride, place.column * kTile, sum.columns, thread);
+  constexpr int kUnroll =
+      kSeveral ? 1 : kTileTokens / kStepTokens;  // the loop over products costs registers
   const int num_products = kSeveral ? sum.num_products : 1;
   int load_token = 0, load_product = 0, load_stage = 0;
   // Begins to load the next product of parts, if there is one, and closes the group in any case:
@@ -209,27 +224,24 @@ __global__ void __maxnreg__(kTileRegisters) gram_tiles(const TileArgs args) {
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) load_next();
 
-  TileSums tile_sums, sums;
+  TileSums step_sums, sums;
+  clear(step_sums);
   clear(sums);
   int stage = 0, tiles_in_sums = 0;
   for (int token = 0; token < args.num_tokens; token += kTileTokens) {
-    clear(tile_sums);
     for (int product = 0; product < num_products; ++product) {
       copy_async_wait<kStages - 2>();
       __syncthreads();  // the stage is whole, and all warps are done with the one before
       load_next();
-      multiply_stage<kType, kSeveral ? 1 : 2>(left_stages + stage * kStageElements,
-                                              right_stages + stage * kStageElements, warp_row,
-                                              warp_column, lane, tile_sums);
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-    }
-#pragma unroll
-    for (int i = 0; i < kFragmentRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < kFragmentColumns; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[i][j][e] += tile_sums[i][j][e];
+      const uint16_t* left = left_stages + stage * kStageElements;
+      const uint16_t* right = right_stages + stage * kStageElements;
+#pragma unroll kUnroll
+      for (int step = 0; step < kTileTokens; step += kStepTokens) {
+        multiply_step<kType>(left, right, step, warp_row, warp_column, lane, step_sums);
+        // The small products of parts that come before are not worth a rounding each.
+        if (product == num_products - 1) promote(step_sums, sums);
       }
+      stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     if (++tiles_in_sums == kFlushTiles || token + kTileTokens >= args.num_tokens) {
       add_to_memory(sum, is_lower, place.row * kTile + warp_row, place.column * kTile + warp_column,

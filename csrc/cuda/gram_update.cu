@@ -10,7 +10,7 @@
 // rounded to 16 bits.
 //
 // 2 T d^2 flops per product (528 of 1024 tiles of G at d = 4096), 8 T (rows + columns) bytes per
-// pair of tiles from the caches, 16 d^2 bytes per 2048 tokens for the fp64 sums. Accuracy: relative
+// pair of tiles from the caches, 16 d^2 bytes per 1024 tokens for the fp64 sums. Accuracy: relative
 // error to fp64 below 1e-6 in Frobenius norm and 1e-7 scaled, as on the CPU.
 #include <algorithm>
 #include <cmath>

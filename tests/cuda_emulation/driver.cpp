@@ -112,6 +112,7 @@ int main(int argc, char** argv) {
   print("matrix_rows", emulation::counters.matrix_rows);
   print("conflicting_rows", emulation::counters.conflicting_rows);
   print("blocks", emulation::counters.blocks);
+  print("largest_shared_bytes", emulation::counters.largest_shared_bytes);
   print("error", error, true);
   gram.write_back();
   cross.write_back();

@@ -61,6 +61,7 @@ struct Counters {
   long long matrix_rows = 0;       // groups of eight rows that ldmatrix read
   long long conflicting_rows = 0;  // those that hit a bank twice
   long long blocks = 0;
+  long long largest_shared_bytes = 0;
 };
 
 inline Fiber* current = nullptr;
@@ -223,6 +224,8 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
     last_error = kInvalidValue;
     return;
   }
+  counters.largest_shared_bytes =
+      std::max(counters.largest_shared_bytes, static_cast<long long>(shared_bytes));
   grid_size = grid;
   block_size = block;
   kernel = &body;
