@@ -199,8 +199,8 @@ __global__ void __maxnreg__(kTileRegisters) gram_tiles(const TileArgs args) {
 
   TileLoader left_loader(sum.left, sum.left_stride, place.row * kTile, sum.rows, thread);
   TileLoader right_loader(sum.right, sum.right_stride, place.column * kTile, sum.columns, thread);
-  constexpr int kUnroll =
-      kSeveral ? 1 : kTileTokens / kStepTokens;  // the loop over products costs registers
+  // The loop over products costs the registers that a second step in flight would need.
+  constexpr int kUnroll = kSeveral ? 1 : kTileTokens / kStepTokens;
   const int num_products = kSeveral ? sum.num_products : 1;
   int load_token = 0, load_product = 0, load_stage = 0;
   // Begins to load the next product of parts, if there is one, and closes the group in any case:

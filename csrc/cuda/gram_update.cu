@@ -25,7 +25,10 @@ namespace {
 // do not depend on it, and at most about this many bytes.
 constexpr int64_t kFlushTokens = int64_t{kFlushTiles} * kTileTokens;
 constexpr int64_t kChunkTokens = 1 << 20;
-constexpr int64_t kChunkBytes = int64_t{256} << 20;
+#ifndef GHOSTED_FAST_GRAM_CHUNK_BYTES  // the tests make it small
+#define GHOSTED_FAST_GRAM_CHUNK_BYTES (int64_t{256} << 20)
+#endif
+constexpr int64_t kChunkBytes = GHOSTED_FAST_GRAM_CHUNK_BYTES;
 // Rows outside 2^-40 .. 2^40 are shifted by a power of two, as on the CPU: products and their parts
 // stay in fp32's range.
 constexpr int kSafeExponent = 40;

@@ -2,8 +2,8 @@
 
 `backend="auto"` takes the first that is there and serves the arguments:
 
-1. the compiled kernel of the tensors' device, chosen by torch's dispatcher: C++ on the CPU, CUDA C++
-   on CUDA tensors where it was built in, which hands on what `unserved_by_cuda` describes;
+1. the compiled kernel of the tensors' device, chosen by torch's dispatcher: C++ on the CPU, CUDA
+   C++ on CUDA tensors where it was built in, which hands on what `unserved_by_cuda` describes;
 2. `gram_update_without_native`, for everything else.
 """
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#define GHOSTED_FAST_GRAM_CHUNK_BYTES (1 << 17)  // several chunks from some thousand tokens on
 #include "gram_update.cu"
 
 namespace {

@@ -45,7 +45,7 @@ def _compile(source: str, output: str, flags: list[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=made.parent) as folder:
         command = ["g++", *FLAGS, *INCLUDES, str(HERE / source), "-o", f"{folder}/{output}", *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, f"{source} does not compile: {done.stderr}"
         (Path(folder) / output).replace(made)
     return made
 

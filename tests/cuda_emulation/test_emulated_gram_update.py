@@ -21,7 +21,14 @@ pytestmark = [
     pytest.mark.xdist_group("cuda_emulation"),
 ]
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-DTYPES = [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP32, FP16), (FP16, BF16)]
+DTYPES = {
+    "bf16-bf16": (BF16, BF16),
+    "fp16-fp16": (FP16, FP16),
+    "fp32-fp32": (FP32, FP32),
+    "bf16-fp32": (BF16, FP32),
+    "fp32-fp16": (FP32, FP16),
+    "fp16-bf16": (FP16, BF16),
+}
 # Tokens, hidden size, outputs: one off a tile (32 tokens, 128 columns) either side, several tiles,
 # and tokens on both sides of the 1024 after which the sums go to memory.
 SHAPES = [
@@ -44,14 +51,13 @@ def seeded() -> None:
 
 @pytest.mark.parametrize("weights", ["none", "power of 4", "any", "padding"])
 @pytest.mark.parametrize(("norm_eps", "delta"), [(None, False), (None, True), (1e-5, True)])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_values(
-    dtypes: tuple[torch.dtype, torch.dtype], norm_eps: float | None, delta: bool, weights: str
-) -> None:
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_values(dtypes: str, norm_eps: float | None, delta: bool, weights: str) -> None:
     num_tokens, size = 70, 40
-    x = outlier_activations(num_tokens, size, dtypes[0])
+    x_dtype, y_dtype = DTYPES[dtypes]
+    x = outlier_activations(num_tokens, size, x_dtype)
     y = torch.randn(num_tokens, size)
-    y = (y if FP16 in dtypes else y + x.float()).to(dtypes[1])
+    y = (y if FP16 in (x_dtype, y_dtype) else y + x.float()).to(y_dtype)
     weight, sums = make_weights(weights, num_tokens), make_sums(size, size)
     emulate(x, y, weight, norm_eps=norm_eps, delta=delta, **sums)
     assert_close(sums, exact_sums(x, y, weight, norm_eps, delta))
@@ -86,6 +92,13 @@ def test_error_does_not_grow_with_the_tokens(weights: str, num_tokens: int) -> N
     assert_close(sums, exact_sums(everything, everything, both))
 
 
+def test_differences_keep_all_their_bits() -> None:
+    x, y = torch.randn(40, 24).to(BF16), torch.randn(40, 24).to(BF16)
+    sums = make_sums(24, 24)
+    emulate(x, y, delta=True, **sums)
+    assert_close(sums, exact_sums(x, y, delta=True))
+
+
 def test_sums_of_one_sign() -> None:
     """Where nothing cancels, truncation adds up: the bound on the whole, for ordinary tokens."""
     x = torch.rand(3000, 16).to(BF16) + 0.5
@@ -95,7 +108,7 @@ def test_sums_of_one_sign() -> None:
     assert relative_rms(sums["cross"], exact["cross"]) <= 2e-7
 
 
-@pytest.mark.parametrize("exponent", [-60, 60])
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("weights", ["none", "any"])
 def test_range_of_fp32_is_no_limit(weights: str, dtype: torch.dtype, exponent: int) -> None:
@@ -167,6 +180,20 @@ def test_rows_of_weight_zero_are_not_looked_at(dtype: torch.dtype, weights: str)
     assert_close(sums, exact)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_several_chunks_of_operands(dtype: torch.dtype) -> None:
+    """The driver's workspace holds the operands of 1024 tokens at a time."""
+    num_tokens = 2100
+    x, y = torch.randn(num_tokens, 40).to(dtype), torch.randn(num_tokens, 40).to(dtype)
+    weight = torch.rand(num_tokens) + 0.5
+    weight[1000:1030] = weight[-3:] = 0.0
+    x[weight == 0] = math.nan
+    sums = make_sums(40, 40)
+    run = emulate(x, y, weight, norm_eps=1e-5, delta=True, **sums)
+    assert run.blocks > 3 * 2
+    assert_close(sums, exact_sums(x, y, weight, 1e-5, True))
+
+
 def test_all_weights_zero_adds_nothing() -> None:
     sums = make_sums(8, 8)
     emulate(torch.full((3, 8), math.nan), torch.ones(3, 8), torch.zeros(3), **sums)
@@ -189,7 +216,7 @@ def test_bitwise_repeatable_in_any_order_of_the_warps(dtype: torch.dtype, weight
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_the_first_bad_token_is_found(dtype: torch.dtype, value: float) -> None:
     x, y = torch.randn(100, 264).to(dtype), torch.randn(100, 264).to(dtype)
-    x[77, 263], x[90, 0], y[50, 9] = value, value, value
+    x[77, 255], x[90, 263], y[50, 136], y[60, 0] = value, value, value, value
     weight = torch.ones(100)
     weight[[20, 30]] = -1.0
     sums = make_sums(264, 264)

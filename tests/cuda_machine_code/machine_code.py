@@ -25,6 +25,7 @@ class Kernel:
     shared_bytes: int  # static; from sm_90 on 1024 of them are the system's
     local_bytes: int
     instructions: Counter[str]
+    listing: str
 
     def count(self, pattern: str) -> int:
         """Return the number of instructions whose whole name matches."""
@@ -33,6 +34,10 @@ class Kernel:
     def names(self, pattern: str) -> set[str]:
         """Return the names of the instructions that match."""
         return {name for name in self.instructions if re.fullmatch(pattern, name)}
+
+    def operands(self, name: str) -> list[str]:
+        """Return what follows the name of the instructions whose name begins so."""
+        return re.findall(rf"\b{name}\S*\s+(.*?)\s*;", self.listing)
 
 
 def compile_kernels(architecture: int, folder: Path) -> dict[str, Kernel]:
@@ -53,7 +58,7 @@ def compile_kernels(architecture: int, folder: Path) -> dict[str, Kernel]:
         text = listing[start.end() : end.start() if end else None]
         registers, stack, shared, local = map(int, usage[start[1]])
         instructions = Counter(_INSTRUCTION.findall(text))
-        kernels[start[1]] = Kernel(registers, stack, shared, local, instructions)
+        kernels[start[1]] = Kernel(registers, stack, shared, local, instructions, text)
     return kernels
 
 

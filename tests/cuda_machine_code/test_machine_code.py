@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from cuda_toolchain import missing_tools
 from machine_code import Kernel, compile_kernels
@@ -66,7 +68,12 @@ def test_copies_to_shared_memory_are_asynchronous_and_wide(
     assert kernel.count("LDGSTS.*") >= 4 * 3  # two rows of each side, three places in the code
     assert kernel.count("LDGSTS.*") == kernel.count(r"LDGSTS\..*\.128")
     assert not kernel.names("STS.*")
-    assert kernel.count("LDGDEPBAR.*") == 3 and kernel.count("DEPBAR.*") >= 1
+    # A predicate decides between a copy and zeros.
+    assert all(re.search(r", !?P\d$", operands) for operands in kernel.operands("LDGSTS"))
+    # Two groups before the loop and one in it, and a wait that leaves one under way.
+    assert kernel.count("LDGDEPBAR.*") == 3
+    assert set(kernel.operands(r"DEPBAR\.LE")) == {"SB0, 0x1"}
+    assert kernel.count(r"BAR\.SYNC.*") == 1
 
 
 @pytest.mark.parametrize("kind", TILE_KERNELS)
