@@ -1,4 +1,4 @@
-"""gram_update on a GPU. Skipped where there is none; the same kernels run in tests/cuda_emulation."""
+"""gram_update on a GPU, skipped where there is none. tests/cuda_emulation runs the same kernels."""
 
 from __future__ import annotations
 
