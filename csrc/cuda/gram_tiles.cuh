@@ -5,8 +5,8 @@
 // of three stages in shared memory into the tensor cores. These truncate when they add in fp32, and
 // truncation is biased: one token 1000 times the others and 30 after it would cost 1e-7. So the
 // sums of 16 tokens are added, rounded to nearest, to a second set of registers, and those to the
-// fp64 sums in memory every 1024 tokens. No other block writes the tile: the order of all additions
-// is fixed.
+// fp64 sums in memory every 1024 tokens. Where few tokens own the sums, these additions would cost
+// 2e-7, and are compensated. No other block writes the tile: the order of all additions is fixed.
 #pragma once
 
 #include "primitives.cuh"
@@ -22,12 +22,13 @@ constexpr int kTileStride = kTile + 8;
 constexpr int kStageElements = kTileTokens * kTileStride;
 constexpr int kTileSharedBytes = 2 * kStages * kStageElements * 2;
 constexpr int kTileThreads = 256;
-constexpr int kTileRegisters = 200;  // per thread, at most; nothing is spilled for it
+// Registers per thread, at most; nothing is spilled for it. Either way one block fits a
+// multiprocessor.
+constexpr int kTileRegisters = 200, kCompensatedTileRegisters = 255;
 constexpr int kWarpRows = 64, kWarpColumns = 32;
 constexpr int kFragmentRows = kWarpRows / 16, kFragmentColumns = kWarpColumns / 8;
-// Tiles of tokens before the second set goes to memory. The rounding errors of its 64 additions,
-// all at the size of the largest, are what is left of the error; the fp64 tile stays in the L2
-// cache while its block runs, and is half of the traffic of the operands.
+// Tiles of tokens before the second set goes to memory. The fp64 tile stays in the L2 cache while
+// its block runs, and is half of the traffic of the operands.
 constexpr int kFlushTiles = 1024 / kTileTokens;
 constexpr int kMaxProducts = 6;
 
@@ -138,7 +139,10 @@ __device__ __forceinline__ void multiply_step(const uint16_t* left, const uint16
   }
 }
 
-// Moves what the tensor cores have summed to the second set.
+// Moves what the tensor cores have summed to the second set. Compensated, what the addition rounds
+// off stays in the tensor cores' sums and is part of the next ones (Kahan's summation): three
+// additions for one.
+template <bool kCompensated>
 __device__ __forceinline__ void promote(TileSums& step_sums, TileSums& sums) {
 #pragma unroll
   for (int i = 0; i < kFragmentRows; ++i) {
@@ -146,8 +150,10 @@ __device__ __forceinline__ void promote(TileSums& step_sums, TileSums& sums) {
     for (int j = 0; j < kFragmentColumns; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        sums[i][j][e] += step_sums[i][j][e];
-        step_sums[i][j][e] = 0.0f;
+        const float total = sums[i][j][e] + step_sums[i][j][e];
+        const float added = total - sums[i][j][e];
+        step_sums[i][j][e] = kCompensated ? step_sums[i][j][e] - added : 0.0f;
+        sums[i][j][e] = total;
       }
     }
   }
@@ -181,9 +187,11 @@ __device__ __forceinline__ void add_to_memory(const TileSum& sum, bool is_lower,
   }
 }
 
-// kSeveral: whether a sum may have several products.
-template <Dtype kType, bool kSeveral>
-__global__ void __maxnreg__(kTileRegisters) gram_tiles(const TileArgs args) {
+// kSeveral: whether a sum may have several products. kCompensated: whether few tokens may own a
+// sum, so that all roundings are at the size of the whole.
+template <Dtype kType, bool kSeveral, bool kCompensated>
+__global__ void __maxnreg__(kCompensated ? kCompensatedTileRegisters : kTileRegisters)
+    gram_tiles(const TileArgs args) {
   GHOSTED_FAST_DYNAMIC_SHARED(uint16_t, shared);
   uint16_t* left_stages = shared;
   uint16_t* right_stages = shared + kStages * kStageElements;
@@ -239,7 +247,7 @@ __global__ void __maxnreg__(kTileRegisters) gram_tiles(const TileArgs args) {
       for (int step = 0; step < kTileTokens; step += kStepTokens) {
         multiply_step<kType>(left, right, step, warp_row, warp_column, lane, step_sums);
         // The small products of parts that come before are not worth a rounding each.
-        if (product == num_products - 1) promote(step_sums, sums);
+        if (product == num_products - 1) promote<kCompensated>(step_sums, sums);
       }
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
@@ -247,6 +255,7 @@ __global__ void __maxnreg__(kTileRegisters) gram_tiles(const TileArgs args) {
       add_to_memory(sum, is_lower, place.row * kTile + warp_row, place.column * kTile + warp_column,
                     lane, sums);
       clear(sums);
+      if (kCompensated) clear(step_sums);  // less than one rounding: not worth more registers
       tiles_in_sums = 0;
     }
   }

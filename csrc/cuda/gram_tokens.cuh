@@ -73,6 +73,12 @@ __device__ __forceinline__ int biased_exponent(double magnitude) {
   return magnitude > 0.0 ? ilogb(magnitude) + 1 + kExponentBias : 0;
 }
 
+__device__ __forceinline__ int size_bucket(double product) {
+  if (product == 0.0) return 0;
+  const int bucket = (ilogb(product) + kSizeBuckets) / 2;
+  return bucket < 0 ? 0 : bucket < kSizeBuckets ? bucket : kSizeBuckets - 1;
+}
+
 // One warp per token: finds NaN and infinity, the largest magnitudes, and the scales.
 __global__ void __launch_bounds__(kRowThreads)
     check_tokens(const GramArgs args, const TokenScales scales, GramTokenStatus* status) {
@@ -130,6 +136,8 @@ __global__ void __launch_bounds__(kRowThreads)
   atomicMax(&status->x_exponent, biased_exponent(x_largest));
   atomicMax(&status->gram_exponent, biased_exponent(gram_scale * x_largest));
   atomicMax(&status->cross_exponent, biased_exponent(cross_scale * target));
+  atomicAdd(&status->gram_sizes[size_bucket(gram_scale * x_largest * x_largest)], 1);
+  atomicAdd(&status->cross_sizes[size_bucket(cross_scale * x_largest * target)], 1);
 }
 
 // Rows, less other rows if there are any, times scales: cut into bf16 parts whose sum they are.

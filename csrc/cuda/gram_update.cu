@@ -32,6 +32,9 @@ constexpr int64_t kChunkBytes = GHOSTED_FAST_GRAM_CHUNK_BYTES;
 // Rows outside 2^-40 .. 2^40 are shifted by a power of two, as on the CPU: products and their parts
 // stay in fp32's range.
 constexpr int kSafeExponent = 40;
+// Where fewer tokens make up half of a sum, it is compensated: the roundings of the additions after
+// the first of them would be 2e-7 of the sum, and average out over many.
+constexpr int64_t kOwners = 64;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -39,6 +42,21 @@ int safe_shift(int32_t biased_exponent) {
   if (biased_exponent == 0) return 0;
   const int exponent = biased_exponent - kExponentBias;
   return exponent > kSafeExponent || exponent < -kSafeExponent ? -exponent : 0;
+}
+
+// Whether few tokens make up half of the sum, by the sizes of their products.
+bool is_owned_by_few(const int32_t* sizes) {
+  double total = 0.0;
+  for (int bucket = 0; bucket < kSizeBuckets; ++bucket) {
+    total += std::ldexp(sizes[bucket], 2 * (bucket - kSizeBuckets / 2));
+  }
+  double part = 0.0;
+  int64_t tokens = 0;
+  for (int bucket = kSizeBuckets - 1; bucket >= 0 && part < 0.5 * total; --bucket) {
+    part += std::ldexp(sizes[bucket], 2 * (bucket - kSizeBuckets / 2));
+    tokens += sizes[bucket];
+  }
+  return tokens < kOwners;
 }
 
 bool has_scales(const GramArgs& args) { return args.token_weight != nullptr || args.normed; }
@@ -70,6 +88,7 @@ struct Plan {
   // Sides that several sums share are in the workspace once.
   Side split_left, split_gram, split_cross;
   int64_t chunk = 0;
+  bool compensated = true;
 
   int64_t workspace_elements(int64_t tokens) const {
     return split_left.workspace_elements(tokens) + split_gram.workspace_elements(tokens) +
@@ -116,6 +135,8 @@ Plan plan_for(const GramArgs& args, const GramTokenStatus* status, const void* t
   Plan plan;
   plan.want_gram = args.gram != nullptr;
   plan.want_cross = args.cross != nullptr;
+  plan.compensated = status == nullptr || (plan.want_gram && is_owned_by_few(status->gram_sizes)) ||
+                     (plan.want_cross && is_owned_by_few(status->cross_sizes));
   const bool gram_direct = x_is_narrow && !scaled && x_shift == 0;
   const bool cross_direct =
       gram_direct && args.y.dtype == args.x.dtype && !args.delta && cross_shift == 0;
@@ -207,15 +228,23 @@ TileSum sum_of(const Side& left, const Side& right, const uint16_t* left_parts,
   return sum;
 }
 
-template <Dtype kType, bool kSeveral>
+template <Dtype kType, bool kSeveral, bool kCompensated>
 int launch_tiles(const TileArgs& args, int blocks, void* stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(&gram_tiles<kType, kSeveral>),
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, kTileSharedBytes);
+  const cudaError_t error = cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(&gram_tiles<kType, kSeveral, kCompensated>),
+      cudaFuncAttributeMaxDynamicSharedMemorySize, kTileSharedBytes);
   if (error != cudaSuccess) return error;
-  GHOSTED_FAST_LAUNCH((gram_tiles<kType, kSeveral>), dim3(static_cast<unsigned>(blocks)),
-                      dim3(kTileThreads), kTileSharedBytes, stream, args);
+  GHOSTED_FAST_LAUNCH((gram_tiles<kType, kSeveral, kCompensated>),
+                      dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads), kTileSharedBytes,
+                      stream, args);
   return cudaGetLastError();
+}
+
+template <bool kCompensated>
+auto tile_launcher(Dtype type, bool several) {
+  if (type == Dtype::kFloat16) return &launch_tiles<Dtype::kFloat16, false, kCompensated>;
+  return several ? &launch_tiles<Dtype::kBFloat16, true, kCompensated>
+                 : &launch_tiles<Dtype::kBFloat16, false, kCompensated>;
 }
 
 // G and C in one launch where their elements have the same type, else one after the other.
@@ -231,9 +260,8 @@ int launch_sums(const Plan& plan, TileArgs args, void* stream) {
     if (blocks == 0) continue;
     const bool several = (args.num_lower > 0 && args.sums[0].num_products > 1) ||
                          (blocks > args.num_lower && args.sums[1].num_products > 1);
-    const auto launch = type == Dtype::kFloat16 ? &launch_tiles<Dtype::kFloat16, false>
-                        : several               ? &launch_tiles<Dtype::kBFloat16, true>
-                                                : &launch_tiles<Dtype::kBFloat16, false>;
+    const auto launch =
+        plan.compensated ? tile_launcher<true>(type, several) : tile_launcher<false>(type, several);
     const int error = launch(args, blocks, stream);
     if (error != cudaSuccess) return error;
   }

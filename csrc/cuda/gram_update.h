@@ -8,8 +8,8 @@
 //   gram_update_cuda_run           adds to the sums, with `operands` as scratch
 //
 // Under graph capture nothing can be copied back: pass no status. gram_update_cuda_run then assumes
-// scales that are not exact and activations of ordinary size, and NaN or infinity goes on into the
-// sums, where the solve refuses it.
+// scales that are not exact, activations of ordinary size and few tokens that own the sums, and NaN
+// or infinity goes on into the sums, where the solve refuses it.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +19,9 @@
 
 namespace ghosted_fast {
 
+constexpr int32_t kExponentBias = 4096;
+constexpr int kSizeBuckets = 256;
+
 // What the tokens that count are like; found on the device. Exponents e are those of frexp,
 // value < 2^e, plus kExponentBias; 0 where all values are 0.
 struct GramTokenStatus {
@@ -27,8 +30,10 @@ struct GramTokenStatus {
   int32_t gram_exponent;                        // of the largest |x| times the scale for G
   int32_t cross_exponent;                       // of the largest |target| times the scale for C
   int32_t scales_are_inexact;                   // not all scales are powers of two
+  // Tokens by the size of their largest product, in G and in C: bucket b has those with products
+  // below 4^(b - kSizeBuckets / 2), the first and last those beyond too.
+  int32_t gram_sizes[kSizeBuckets], cross_sizes[kSizeBuckets];
 };
-constexpr int32_t kExponentBias = 4096;
 constexpr unsigned long long kNoToken = ~0ull;
 
 }  // namespace ghosted_fast

@@ -93,6 +93,12 @@ T atomicMin(T* address, T value) {
   return before;
 }
 template <class T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+template <class T>
 T atomicMax(T* address, T value) {
   const T before = *address;
   *address = std::max(before, value);

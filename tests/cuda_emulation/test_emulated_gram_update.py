@@ -99,6 +99,20 @@ def test_differences_keep_all_their_bits() -> None:
     assert_close(sums, exact_sums(x, y, delta=True))
 
 
+@pytest.mark.parametrize("where", ["x", "y", "both"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_one_token_that_owns_the_sums(dtype: torch.dtype, where: str) -> None:
+    """As the first of a sequence does in many models: additions after it round at its size."""
+    num_tokens, size = 1100, 40
+    x, y = torch.randn(num_tokens, size), torch.randn(num_tokens, size)
+    for name, rows in (("x", x), ("y", y)):
+        if where in (name, "both"):
+            rows[0] *= 1000.0
+    x, y, sums = x.to(dtype), y.to(dtype), make_sums(size, size)
+    emulate(x, y, **sums)
+    assert_close(sums, exact_sums(x, y))
+
+
 def test_sums_of_one_sign() -> None:
     """Where nothing cancels, truncation adds up: the bound on the whole, for ordinary tokens."""
     x = torch.rand(3000, 16).to(BF16) + 0.5

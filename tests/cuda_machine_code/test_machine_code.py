@@ -13,11 +13,15 @@ pytestmark = [
     pytest.mark.xdist_group("cuda_machine_code"),
 ]
 ARCHITECTURES = (80, 90, 100)
-# By parts of the mangled names: the type of the elements, and whether there are several products.
+# By parts of the mangled names: the type of the elements, whether there are several products, and
+# whether the sums are compensated.
 TILE_KERNELS = {
-    "bf16": "gram_tilesILNS_5DtypeE0ELb0E",
-    "bf16 parts": "gram_tilesILNS_5DtypeE0ELb1E",
-    "fp16": "gram_tilesILNS_5DtypeE1ELb0E",
+    "bf16": "gram_tilesILNS_5DtypeE0ELb0ELb0E",
+    "bf16 parts": "gram_tilesILNS_5DtypeE0ELb1ELb0E",
+    "fp16": "gram_tilesILNS_5DtypeE1ELb0ELb0E",
+    "bf16 compensated": "gram_tilesILNS_5DtypeE0ELb0ELb1E",
+    "bf16 parts compensated": "gram_tilesILNS_5DtypeE0ELb1ELb1E",
+    "fp16 compensated": "gram_tilesILNS_5DtypeE1ELb0ELb1E",
 }
 TOKEN_KERNELS = ("check_tokens", "split_operand", "add_moments")
 SYSTEM_SHARED_BYTES = 1024
@@ -45,15 +49,19 @@ def test_nothing_is_spilled(kernels: dict[str, Kernel]) -> None:
 
 
 def test_registers(kernels: dict[str, Kernel]) -> None:
-    used = {name: kernel.registers for name, kernel in kernels.items()}
-    assert max(used.values()) <= 200, used
+    # A block of 256 threads is alone on its multiprocessor with 129 registers or with 255: for the
+    # compensated sums, which are seldom wanted, the limit is that nothing is spilled.
+    compensated = {part for kind, part in TILE_KERNELS.items() if "compensated" in kind}
+    for name, kernel in kernels.items():
+        limit = 255 if any(part in name for part in compensated) else 200
+        assert kernel.registers <= limit, name
 
 
 @pytest.mark.parametrize("kind", TILE_KERNELS)
 def test_tensor_cores_and_matrix_loads(kernels: dict[str, Kernel], kind: str) -> None:
     kernel = kernel_named(kernels, TILE_KERNELS[kind])
-    suffix = "" if kind == "fp16" else r"\.BF16"
-    steps = 1 if kind == "bf16 parts" else 2  # of 16 tokens, unrolled
+    suffix = "" if "fp16" in kind else r"\.BF16"
+    steps = 1 if "parts" in kind else 2  # of 16 tokens, unrolled
     assert kernel.count(rf"HMMA\.16816\.F32{suffix}") == 16 * steps
     assert kernel.count(r"LDSM\.16\.MT88\.4") == 6 * steps
     assert kernel.names("HMMA.*") == kernel.names(rf"HMMA\.16816\.F32{suffix}")

@@ -19,6 +19,7 @@ _VALUES = (f"{_EMULATED}::test_values", "-k", "bf16-fp32 and any")
 _FLOATS = (f"{_EMULATED}::test_values", "-k", "fp32-fp16 and none")
 _MASKED = (f"{_EMULATED}::test_rows_of_weight_zero_are_not_looked_at",)
 _ADDS = (f"{_EMULATED}::test_adds_to_what_is_there_and_leaves_the_upper_triangle",)
+_OWNED = (f"{_EMULATED}::test_one_token_that_owns_the_sums", "-k", "bfloat16")
 _FINDS = (f"{_EMULATED}::test_the_first_bad_token_is_found",)
 
 MUTANTS = (
@@ -156,16 +157,16 @@ MUTANTS = (
     Mutant(
         "sums of the tensor cores not cleared",
         _TILES,
-        "        step_sums[i][j][e] = 0.0f;\n",
-        "",
-        _SHAPES,
+        "kCompensated ? step_sums[i][j][e] - added : 0.0f;",
+        "kCompensated ? step_sums[i][j][e] - added : step_sums[i][j][e];",
+        _LONG,
     ),
     Mutant(
         "promoted only when the sums go to memory",
         _TILES,
-        "if (product == num_products - 1) promote(step_sums, sums);",
+        "if (product == num_products - 1) promote<kCompensated>(step_sums, sums);",
         "if (step > 0 && (tiles_in_sums + 1 == kFlushTiles || token + kTileTokens >= "
-        "args.num_tokens) && product == num_products - 1) promote(step_sums, sums);",
+        "args.num_tokens) && product == num_products - 1) promote<kCompensated>(step_sums, sums);",
         (f"{_EMULATED}::test_sums_of_one_sign",),
     ),
     Mutant(
@@ -178,17 +179,39 @@ MUTANTS = (
     Mutant(
         "sums not cleared after they went to memory",
         _TILES,
-        "      clear(sums);\n      tiles_in_sums = 0;",
-        "      tiles_in_sums = 0;",
+        "      clear(sums);\n      if (kCompensated)",
+        "      if (kCompensated)",
         _LONG,
     ),
     Mutant(
         "every product of parts promoted",
         _TILES,
-        "if (product == num_products - 1) promote(step_sums, sums);",
-        "promote(step_sums, sums);",
+        "if (product == num_products - 1) promote<kCompensated>(step_sums, sums);",
+        "promote<kCompensated>(step_sums, sums);",
         _FLOATS,
         "the sum is the same but for one more rounding to nearest per small product",
+    ),
+    Mutant(
+        "what compensation holds back lost",
+        _TILES,
+        "kCompensated ? step_sums[i][j][e] - added : 0.0f;",
+        "0.0f;\n        (void)added;",
+        _OWNED,
+    ),
+    Mutant(
+        "compensation with the wrong sign",
+        _TILES,
+        "kCompensated ? step_sums[i][j][e] - added : 0.0f;",
+        "kCompensated ? added - step_sums[i][j][e] : 0.0f;",
+        _OWNED,
+    ),
+    Mutant("never compensated", _PLAN, "return tokens < kOwners;", "return tokens < 0;", _OWNED),
+    Mutant(
+        "owners sought in G alone",
+        _PLAN,
+        "(plan.want_cross && is_owned_by_few(status->cross_sizes));",
+        "false;",
+        _OWNED,
     ),
     Mutant(
         "upper triangle written beside the diagonal",
