@@ -9,6 +9,7 @@ tests fail without any. A fault called equivalent is listed with its reason and 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import subprocess
@@ -29,12 +30,13 @@ sys.path.insert(0, str(HERE))
 import cuda_mutants  # noqa: E402
 from mutant import Mutant  # noqa: E402
 
-try:
-    import triton_mutants
-except ModuleNotFoundError:
-    TRITON: tuple[Mutant, ...] = ()
-else:
-    TRITON = tuple(triton_mutants.MUTANTS)
+
+def all_mutants() -> list[Mutant]:
+    """Return the mutants of every list that is there."""
+    mutants = [*cuda_mutants.MUTANTS]
+    if (HERE / "triton_mutants.py").exists():
+        mutants += importlib.import_module("triton_mutants").MUTANTS
+    return mutants
 
 
 def copy_tree(to: Path) -> None:
@@ -112,7 +114,7 @@ def main() -> int:
     options = parser.parse_args()
     mutants = [
         mutant
-        for mutant in (*cuda_mutants.MUTANTS, *TRITON)
+        for mutant in all_mutants()
         if not options.words or any(word in mutant.name for word in options.words)
     ]
     start = time.monotonic()
