@@ -1,12 +1,14 @@
-# make setup | demo | test | lint | types | format | bench | wheel | clean
+# make setup | demo | test | test-mutants | lint | types | format | bench | cuda | wheel | clean
 # Everything is installed into .venv; a second run finds it there.
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
-CLANG_SOURCES = $(SOURCES) $(wildcard tests/*/*.cpp benchmarks/*.cpp)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
+  csrc/*/*/*.cpp csrc/*/*/*.h)
+CLANG_SOURCES = $(SOURCES) $(wildcard tests/*/*.cpp tests/*/*.h benchmarks/*.cpp)
+NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 
-.PHONY: setup demo test lint types format bench wheel clean assets
+.PHONY: setup demo test test-mutants lint types format bench cuda wheel clean assets
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed assets
@@ -31,8 +33,17 @@ assets: .venv/.installed
 demo: setup
 	$(BIN)/ghosted-fast demo --output demo
 
-test: setup
+# nvcc, for the build of the CUDA kernels and their machine code; no GPU is needed.
+.venv/.nvcc: .venv/.torch constraints.txt
+	command -v nvcc >/dev/null || [ -n "$$CUDACXX$$CUDA_HOME" ] || \
+	  $(BIN)/python -m pip install --quiet -c constraints.txt $(NVCC_PACKAGES)
+	touch $@
+
+test: setup .venv/.nvcc
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+test-mutants: setup .venv/.nvcc
+	$(BIN)/python tests/mutants/run.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -54,6 +65,11 @@ bench: setup
 	$(BIN)/python benchmarks/bench_calibration.py
 	$(BIN)/python benchmarks/bench_generate.py --repeats 20 --new-tokens 16 --prompt-length 256
 	$(BIN)/python benchmarks/picture.py
+
+cuda: .venv/.installed .venv/.nvcc
+	GHOSTED_FAST_BUILD=cuda $(BIN)/python -m pip install --quiet -c constraints.txt \
+	  --no-build-isolation -e ".[dev]"
+	$(BIN)/ghosted-fast doctor
 
 wheel: .venv/.installed
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .

@@ -1,7 +1,10 @@
 """Builds the extension `ghosted_fast._C`; everything else is in pyproject.toml.
 
 `GHOSTED_FAST_BUILD` chooses: `cpu` builds and fails where there is no compiler; `none` builds
-nothing; `auto`, the default, builds or warns; `cuda` is not part of this version.
+nothing; `auto`, the default, builds for the CPU or warns; `cuda` builds for the CPU and for CUDA
+and fails where there is no nvcc. It needs no GPU and no CUDA build of torch. nvcc is that of
+$CUDACXX, $CUDA_HOME, $PATH or the packages of PyPI, in this order;
+`GHOSTED_FAST_CUDA_ARCHITECTURES` ("80,90") chooses what it compiles for.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 KERNELS = CSRC / "cpu" / "kernels"
+CUDA_ARCHITECTURES = "80,90,100"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -40,11 +45,65 @@ def _build_choice() -> str:
     choice = os.environ.get("GHOSTED_FAST_BUILD", "auto")
     if choice not in ("auto", "cpu", "cuda", "none"):
         raise SystemExit(f"GHOSTED_FAST_BUILD: expected auto, cpu, cuda or none, got {choice!r}")
-    if choice == "cuda":
-        raise SystemExit(
-            "GHOSTED_FAST_BUILD=cuda: this version has no CUDA kernels; use auto, cpu or none"
-        )
     return choice
+
+
+def _nvcc() -> Path:
+    """Return the CUDA compiler to build with.
+
+    Raises:
+        SystemExit: There is none; says where it was looked for.
+    """
+    if chosen := os.environ.get("CUDACXX"):
+        if found := shutil.which(chosen):
+            return Path(found)
+        raise SystemExit(f"GHOSTED_FAST_BUILD=cuda: CUDACXX={chosen} cannot be run; unset it")
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes]
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path))
+    for folder in sys.path:
+        candidates += sorted((Path(folder) / "nvidia").glob("cu*/bin/nvcc"), reverse=True)
+    for candidate in candidates:
+        if os.access(candidate, os.X_OK):
+            return candidate
+    raise SystemExit(
+        "GHOSTED_FAST_BUILD=cuda: no nvcc in $CUDACXX, $CUDA_HOME, $PATH or the packages here; "
+        "install the CUDA toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm "
+        "nvidia-cuda-runtime nvidia-cuda-cccl`"
+    )
+
+
+def _cuda_architectures() -> list[str]:
+    chosen = os.environ.get("GHOSTED_FAST_CUDA_ARCHITECTURES", CUDA_ARCHITECTURES)
+    architectures = chosen.split(",")
+    if not all(name.isdigit() and int(name) >= 80 for name in architectures):
+        raise SystemExit(
+            "GHOSTED_FAST_CUDA_ARCHITECTURES: expected numbers >= 80 such as "
+            f"{CUDA_ARCHITECTURES}, got {chosen!r}"
+        )
+    return sorted(architectures, key=int)
+
+
+def _nvcc_flags(architectures: list[str]) -> list[str]:
+    """Return the flags for one binary per architecture, and PTX of the last for later ones."""
+    flags = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    for name in architectures:
+        flags += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+    return [
+        *flags,
+        "-gencode",
+        f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}",
+    ]
+
+
+def _version_of(program: str) -> str:
+    """Return the line of `program --version` that tells compilers apart."""
+    done = subprocess.run(
+        [*program.split(), "--version"], capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.splitlines() or ["unknown"]
+    return next((line for line in lines if "release" in line), lines[0])
 
 
 def _compiler() -> str:
@@ -62,18 +121,11 @@ def _compiler_problem() -> str:
     return "" if done.returncode == 0 else f"{_compiler()} cannot compile C++17: {done.stderr}"
 
 
-def _compiler_version() -> str:
-    done = subprocess.run(
-        [*_compiler().split(), "--version"], capture_output=True, text=True, check=False
-    )
-    return (done.stdout.splitlines() or ["unknown"])[0]
-
-
 class BuildExtension(build_ext):
     """Compiles the sources side by side, each path with its own flags."""
 
     def build_extension(self, ext: setuptools.Extension) -> None:
-        headers = [path.stat().st_mtime for path in CSRC.rglob("*.h")]
+        headers = [path.stat().st_mtime for path in (*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"))]
         newest = max([*headers, Path(__file__).stat().st_mtime])
 
         def compile_source(source: str) -> str:
@@ -83,6 +135,12 @@ class BuildExtension(build_ext):
             ):
                 return str(target)
             target.parent.mkdir(parents=True, exist_ok=True)
+            if source.endswith(".cu"):
+                command = [str(_nvcc()), "-ccbin", _compiler().split()[0]]
+                command += [*_nvcc_flags(_cuda_architectures()), "-c", source, "-o", str(target)]
+                self.announce(" ".join(command), level=2)
+                subprocess.run(command, check=True)
+                return str(target)
             path = Path(source).stem.removeprefix("path_")
             is_path = source.startswith(str(KERNELS))
             flags = [*FLAGS, "-fPIC", *(PATH_FLAGS[path] if is_path else [])]
@@ -99,8 +157,19 @@ class BuildExtension(build_ext):
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         folders = [f"-L{folder}" for folder in ext.library_dirs]
-        link = ["-shared", *objects, *folders, "-Wl,--no-as-needed", "-ltorch_cpu"]
-        subprocess.run([*_compiler().split(), *link, "-o", str(library)], check=True)
+        subprocess.run([*self._linker(ext), *objects, *folders, "-o", str(library)], check=True)
+
+    @staticmethod
+    def _linker(ext: setuptools.Extension) -> list[str]:
+        torch = "--no-as-needed,-ltorch_cpu"
+        if not any(source.endswith(".cu") for source in ext.sources):
+            return [*_compiler().split(), "-shared", f"-Wl,{torch}"]
+        # nvcc knows where its runtime is; that of PyPI's packages is beside it. Hidden, so that
+        # the runtime of torch's own build is not mistaken for it.
+        nvcc = _nvcc()
+        command = [str(nvcc), "-ccbin", _compiler().split()[0], "-shared", "-cudart", "static"]
+        command += [f"-L{nvcc.resolve().parent.parent / 'lib'}"]
+        return [*command, "-Xlinker", f"--exclude-libs,ALL,{torch}"]
 
 
 def _extensions() -> list[setuptools.Extension]:
@@ -108,10 +177,16 @@ def _extensions() -> list[setuptools.Extension]:
     if choice == "none":
         return []
     if problem := _compiler_problem():
-        if choice == "cpu":
-            raise SystemExit(f"GHOSTED_FAST_BUILD=cpu: {problem}; install a C++17 compiler")
+        if choice in ("cpu", "cuda"):
+            raise SystemExit(f"GHOSTED_FAST_BUILD={choice}: {problem}; install a C++17 compiler")
         warnings.warn(f"{problem}; ghosted_fast will run on plain torch, slowly", stacklevel=2)
         return []
+    with_cuda = choice == "cuda"
+    cuda_build = (
+        f"{_version_of(str(_nvcc()))}, sm_{' sm_'.join(_cuda_architectures())}"
+        if with_cuda
+        else "none"
+    )
     import pybind11
     import torch
     from torch.utils import cpp_extension
@@ -121,6 +196,8 @@ def _extensions() -> list[setuptools.Extension]:
 
     sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     sources += [KERNELS / f"path_{name}.cpp" for name in PATH_FLAGS]
+    if with_cuda:
+        sources += [*sorted((CSRC / "cuda").glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.cu"))]
     return [
         setuptools.Extension(
             "ghosted_fast._C",
@@ -129,8 +206,10 @@ def _extensions() -> list[setuptools.Extension]:
             library_dirs=cpp_extension.library_paths(),
             define_macros=[
                 *([("GHOSTED_FAST_X86", "1")] if IS_X86 else []),
-                ("GHOSTED_FAST_BUILD_KIND", quoted("cpu")),
-                ("GHOSTED_FAST_COMPILER", quoted(_compiler_version())),
+                *([("GHOSTED_FAST_CUDA", "1")] if with_cuda else []),
+                ("GHOSTED_FAST_BUILD_KIND", quoted("cuda" if with_cuda else "cpu")),
+                ("GHOSTED_FAST_CUDA_BUILD", quoted(cuda_build)),
+                ("GHOSTED_FAST_COMPILER", quoted(_version_of(_compiler()))),
                 ("GHOSTED_FAST_TORCH_VERSION", quoted(torch.__version__)),
                 ("GHOSTED_FAST_COMPILED_PATHS", quoted(" ".join(PATH_FLAGS))),
             ],

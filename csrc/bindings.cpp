@@ -1,4 +1,4 @@
-// Registers the operators' CPU kernels with torch's stable ABI, and builds the module
+// Registers the operators' kernels with torch's stable ABI, and builds the module
 // ghosted_fast._C, which only tells how it was built and which path is in use.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -6,6 +6,9 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/operators.h"
+#ifdef GHOSTED_FAST_CUDA
+#include "cuda/operators.h"
+#endif
 
 // The schemas are defined in ghosted_fast/ops/_schemas.py.
 STABLE_TORCH_LIBRARY_IMPL(ghosted_fast, CPU, m) {
@@ -14,6 +17,12 @@ STABLE_TORCH_LIBRARY_IMPL(ghosted_fast, CPU, m) {
   m.impl("ghost_apply_rms_norm", TORCH_BOX(&ghosted_fast::ghost_apply_rms_norm_cpu));
   m.impl("ghost_solve", TORCH_BOX(&ghosted_fast::ghost_solve_cpu));
 }
+
+#ifdef GHOSTED_FAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(ghosted_fast, CUDA, m) {
+  m.impl("gram_update", TORCH_BOX(&ghosted_fast::gram_update_cuda));
+}
+#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of ghosted_fast; loading this registers them with torch.";
@@ -25,9 +34,11 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = GHOSTED_FAST_COMPILER;
         info["torch"] = GHOSTED_FAST_TORCH_VERSION;
         info["paths"] = GHOSTED_FAST_COMPILED_PATHS;
+        info["cuda"] = GHOSTED_FAST_CUDA_BUILD;
         return info;
       },
-      "Return how the extension was built: kind, compiler, torch version, compiled paths.");
+      "Return how the extension was built: kind, compiler, torch version, compiled paths, CUDA "
+      "compiler and architectures.");
   m.def("cpu_paths", &ghosted_fast::cpu_paths,
         "Return the instruction-set paths that this processor can run, the best first.");
   m.def(

@@ -1,6 +1,7 @@
 """Finds the compiled extension `ghosted_fast._C` and remembers why it is absent.
 
-Importing this module loads nothing. Loading the extension registers its CPU operators with torch.
+Importing this module loads nothing. Loading the extension registers its operators with torch: those
+for the CPU, and in a CUDA build `gram_update` for CUDA tensors.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from ghosted_fast._env import native_disabled
 from ghosted_fast.errors import BackendError
 
+CUDA_OPERATORS = ("gram_update",)
 BACKENDS = ("auto", "native", "reference", "triton")
 # bf16 on tensor cores, and cp.async.
 _OLDEST_CAPABILITY = (8, 0)
@@ -48,6 +50,12 @@ def absence_reason() -> str:
     return _find()[1]
 
 
+def serves_cuda() -> bool:
+    """Return whether the extension was built with the CUDA kernels."""
+    module = extension()
+    return module is not None and module.build_info()["kind"] == "cuda"
+
+
 def triton_absence_reason() -> str:
     """Return why the Triton kernels cannot run here; empty where they can.
 
@@ -77,12 +85,13 @@ def _capability_reason(capability: tuple[int, int]) -> str:
     return ""
 
 
-def require_backend(backend: str, device: torch.device) -> None:
+def require_backend(backend: str, device: torch.device, op: str = "") -> None:
     """Check that a backend named by the caller can run on a device. Never falls back.
 
     Args:
         backend: One of `BACKENDS` except "auto".
         device: Where the tensors are.
+        op: Name of the operator, where it may have a compiled kernel for CUDA.
 
     Raises:
         BackendError: The name is unknown, or the backend cannot run here; says why.
@@ -97,7 +106,8 @@ def require_backend(backend: str, device: torch.device) -> None:
             raise BackendError(f"backend 'triton': {reason}; use backend='auto'")
     if backend == "native" and extension() is None:
         raise BackendError(f"backend 'native': {absence_reason()}")
-    if backend == "native" and device.type != "cpu":
+    on_cuda = device.type == "cuda" and op in CUDA_OPERATORS and serves_cuda()
+    if backend == "native" and device.type != "cpu" and not on_cuda:
         raise BackendError(
             f"backend 'native': expected tensors on the CPU, got {device.type}; "
             "move them, or use backend='auto'"
@@ -128,6 +138,9 @@ def backend_status() -> list[tuple[str, bool, str]]:
         native = absence_reason()
     else:
         native = f"C++ for the CPU, path {module.cpu_path()} of {', '.join(module.cpu_paths())}"
+        if serves_cuda():
+            devices = "" if torch.cuda.is_available() else ", but torch finds no CUDA device"
+            native += f"; CUDA C++ for {', '.join(CUDA_OPERATORS)}{devices}"
     absent = triton_absence_reason()
     return [
         ("native", module is not None, native),

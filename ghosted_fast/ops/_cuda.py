@@ -1,11 +1,13 @@
 """Which kernels serve CUDA tensors: the one place where that is chosen.
 
-    gram_update                        native CUDA where the extension has it, Triton, torch in fp64
+    gram_update                        CUDA C++ where it was built in, Triton, torch in fp64
     ghost_apply, ghost_apply_rms_norm  Triton, the torch expression
     ghost_solve                        torch in fp64
 
-Importing this registers the choice with torch; triton is imported by the first call that needs it.
-On ROCm nothing is registered: the torch expressions run, as on any other device.
+Importing this registers the choice with torch. The compiled kernel registers itself and hands on
+what it does not serve, through the operator `gram_update_fallback`. triton is imported by the
+first call that needs it. On ROCm nothing is registered: the torch expressions run, as on any other
+device.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ from ghosted_fast.ops._checks import (
 from ghosted_fast.ops._schemas import NAMESPACE
 
 
+_VECTOR_BYTES = 16
+_COLUMNS = 8
+
+
 @cache
 def _warn_plain(operator: str, reason: str) -> None:
     warnings.warn(
@@ -41,6 +47,22 @@ def _apply_refusal(x: Tensor, weight: Tensor) -> str:
     from ghosted_fast.kernels import ghost_apply as kernels
 
     return kernels.refusal(x, weight)
+
+
+def unserved_by_native(x: Tensor, y: Tensor | None) -> str:
+    """Return why the compiled CUDA kernel does not serve these rows; empty if it does.
+
+    It copies 16 bytes at a time. The compiled operator checks the same for itself.
+    """
+    for name, rows in (("x", x), ("y", y)):
+        if rows is None:
+            continue
+        if rows.shape[1] % _COLUMNS:
+            return f"expected {name} with a multiple of {_COLUMNS} columns, got {rows.shape[1]}"
+        row_bytes = rows.stride(0) * rows.element_size()
+        if rows.data_ptr() % _VECTOR_BYTES or (len(rows) > 1 and row_bytes % _VECTOR_BYTES):
+            return f"expected rows of {name} that start at multiples of {_VECTOR_BYTES} bytes"
+    return ""
 
 
 def _gram_refusal(x: Tensor, y: Tensor | None) -> str:
@@ -149,11 +171,8 @@ def registered(device: torch.device) -> bool:
 _IS_CUDA = torch.version.hip is None and torch.backends.cuda.is_built()
 if _IS_CUDA:
     _library = torch.library.Library(NAMESPACE, "IMPL")
-    for _name, _chosen in (
-        ("ghost_apply", ghost_apply),
-        ("ghost_apply_rms_norm", ghost_apply_rms_norm),
-        ("gram_update", gram_update),
-    ):
-        # An extension that was built with CUDA kernels has registered its own on loading.
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{_name}", "CUDA"):
-            _library.impl(_name, _chosen, "CUDA")
+    _library.impl("ghost_apply", ghost_apply, "CUDA")
+    _library.impl("ghost_apply_rms_norm", ghost_apply_rms_norm, "CUDA")
+    _library.impl("gram_update_fallback", gram_update, "CUDA")
+    if not _native.serves_cuda():
+        _library.impl("gram_update", gram_update, "CUDA")

@@ -1,7 +1,8 @@
 """The operators' schemas, their fake implementations, and the fallback on devices without kernels.
 
-The compiled extension registers its kernels for the CPU under these schemas when it is loaded; the
-fallback then serves only other devices.
+The compiled extension registers its kernels under these schemas when it is loaded, for the CPU and
+where it was built so for CUDA; the fallback then serves only other devices. A CUDA kernel hands
+what it does not serve to `gram_update_fallback`; see `_cuda`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from ghosted_fast.ops._checks import (
 )
 
 NAMESPACE = "ghosted_fast"
+_GRAM_UPDATE_ARGUMENTS = (
+    "(Tensor x, Tensor? y, Tensor? token_weight, float? norm_eps, bool delta, "
+    "Tensor(a!)? gram, Tensor(b!)? cross, Tensor(c!)? moments) -> ()"
+)
 SCHEMAS = (
-    "gram_update(Tensor x, Tensor? y, Tensor? token_weight, float? norm_eps, bool delta, "
-    "Tensor(a!)? gram, Tensor(b!)? cross, Tensor(c!)? moments) -> ()",
+    f"gram_update{_GRAM_UPDATE_ARGUMENTS}",
+    f"gram_update_fallback{_GRAM_UPDATE_ARGUMENTS}",
     "ghost_apply(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, float? norm_eps, "
     "Tensor? first_state, Tensor? is_first) -> Tensor",
     "ghost_apply_rms_norm(Tensor x, Tensor weight, Tensor norm_weight, float eps, Tensor? bias, "
@@ -83,6 +88,7 @@ for _schema in SCHEMAS:
     _library.define(_schema)
 for _name, _fake, _fallback in (
     ("gram_update", _fake_gram_update, reference.gram_update_reference),
+    ("gram_update_fallback", _fake_gram_update, reference.gram_update_reference),
     ("ghost_apply", _fake_ghost_apply, reference.ghost_apply_expression),
     (
         "ghost_apply_rms_norm",

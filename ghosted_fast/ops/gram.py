@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ghosted_fast import _native
+from ghosted_fast.errors import BackendError
 from ghosted_fast.ops import _cuda
 from ghosted_fast.ops import _schemas as _schemas  # defines the operator
 from ghosted_fast.ops._checks import check_gram_update
@@ -44,7 +45,10 @@ def gram_update(
 
     Products are accumulated in fp32 over at most 256 tokens and then added to the fp64 sums: the
     relative error is below 1e-6 for any number of tokens. The result is the same, bit for bit, for
-    the same arguments, whatever the number of threads.
+    the same arguments, whatever the number of threads. On CUDA tensors the kernels wait once for
+    the stream, to report NaN and infinity. While a CUDA graph is captured they cannot: on replay
+    the compiled kernel lets them into the sums, where `solve_ghost` refuses them, and Triton's adds
+    nothing of such a batch.
 
     Args:
         x: Activations [tokens, hidden_size], bf16, fp16 or fp32. Rows may be strided.
@@ -63,21 +67,24 @@ def gram_update(
         ArgumentError: A shape, a device, or the combination does not fit.
         BackendError: The named backend cannot run here.
         RuntimeError: A token with a weight above 0 holds NaN or infinity, or a weight is negative
-            or not finite; names the token. The sums are as they were. (While a CUDA graph is
-            captured nothing can be read back: such a batch adds nothing, without the error.)
+            or not finite; names the token. The sums are as they were.
 
     Source: ours; the formula is the normal equations of Yun et al., arXiv 2605.15491.
     """
     x, y = _plain_rows(x), _plain_rows(y)  # type: ignore[assignment]
     if backend != "auto":
-        _native.require_backend(backend, x.device)
+        _native.require_backend(backend, x.device, "gram_update")
         if backend == "reference":
             gram_update_reference(x, y, token_weight, norm_eps, delta, gram, cross, moments)
             return
         if backend == "triton":
             _cuda.gram_update(x, y, token_weight, norm_eps, delta, gram, cross, moments, True)
             return
-    elif not (_HAS_EXTENSION and x.is_cpu) and not _cuda.registered(x.device):
+        if x.is_cuda:
+            check_gram_update(x, y, token_weight, norm_eps, delta, gram, cross, moments)
+            if reason := _cuda.unserved_by_native(x, y):
+                raise BackendError(f"backend 'native': {reason}; use backend='auto'")
+    elif not (_HAS_EXTENSION and x.is_cpu or _cuda.registered(x.device)):
         if not torch.compiler.is_compiling():
             _native.warn_fallback(x.device.type)
     try:

@@ -35,7 +35,7 @@ def run_python(code: str, **environment: str) -> str:
 def test_build_info_and_paths() -> None:
     module = _native.extension()
     assert module is not None
-    assert set(module.build_info()) == {"kind", "compiler", "torch", "paths"}
+    assert set(module.build_info()) == {"kind", "compiler", "torch", "paths", "cuda"}
     paths = module.cpu_paths()
     assert paths[-1] == "portable" and set(paths) <= set(module.build_info()["paths"].split())
     for path in paths:

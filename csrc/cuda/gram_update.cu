@@ -1,0 +1,385 @@
+// gram_update on the tensor cores of sm_80 and later.
+//
+//   G += sum_t w_t f_t f_t^T (lower triangle)     C += sum_t w_t f_t t_t^T     t = y or y - x
+//
+// The left side is x; all scales (w, w / rms, w / rms^2) are on the right side. A product of two
+// bf16 or fp16 numbers is exact in fp32, so operands that are such numbers go into the tensor cores
+// as they are: x without scales straight from the caller's rows, x times powers of two copied once.
+// Everything else is cut into three bf16 parts, hi + mid + lo, 24 bits in all, and the products of
+// parts down to 2^-24 are summed: 3 products where x is bf16, 6 where it is fp32. Nothing is ever
+// rounded to 16 bits.
+//
+// 2 T d^2 flops per product (528 of 1024 tiles of G at d = 4096), 8 T (rows + columns) bytes per
+// pair of tiles from the caches, 16 d^2 bytes per 1024 tokens for the fp64 sums. Accuracy: relative
+// error to fp64 below 1e-6 in Frobenius norm and 1e-7 scaled, as on the CPU.
+#include <algorithm>
+#include <cmath>
+
+#include "gram_tiles.cuh"
+#include "gram_tokens.cuh"
+
+namespace ghosted_fast {
+namespace {
+
+// Tokens whose operands are in the workspace at a time: a multiple of the flush, so that the sums
+// do not depend on it, and at most about this many bytes.
+constexpr int64_t kFlushTokens = int64_t{kFlushTiles} * kTileTokens;
+constexpr int64_t kChunkTokens = 1 << 20;
+#ifndef GHOSTED_FAST_GRAM_CHUNK_BYTES  // the tests make it small
+#define GHOSTED_FAST_GRAM_CHUNK_BYTES (int64_t{256} << 20)
+#endif
+constexpr int64_t kChunkBytes = GHOSTED_FAST_GRAM_CHUNK_BYTES;
+// Rows outside 2^-40 .. 2^40 are shifted by a power of two, as on the CPU: products and their parts
+// stay in fp32's range.
+constexpr int kSafeExponent = 40;
+// Where fewer tokens make up half of a sum, it is compensated: the roundings of the additions after
+// the first of them would be 2e-7 of the sum, and average out over many.
+constexpr int64_t kOwners = 64;
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+int safe_shift(int32_t biased_exponent) {
+  if (biased_exponent == 0) return 0;
+  const int exponent = biased_exponent - kExponentBias;
+  return exponent > kSafeExponent || exponent < -kSafeExponent ? -exponent : 0;
+}
+
+// Whether few tokens make up half of the sum, by the sizes of their products.
+bool is_owned_by_few(const int32_t* sizes) {
+  double total = 0.0;
+  for (int bucket = 0; bucket < kSizeBuckets; ++bucket) {
+    total += std::ldexp(sizes[bucket], 2 * (bucket - kSizeBuckets / 2));
+  }
+  double part = 0.0;
+  int64_t tokens = 0;
+  for (int bucket = kSizeBuckets - 1; bucket >= 0 && part < 0.5 * total; --bucket) {
+    part += std::ldexp(sizes[bucket], 2 * (bucket - kSizeBuckets / 2));
+    tokens += sizes[bucket];
+  }
+  return tokens < kOwners;
+}
+
+bool has_scales(const GramArgs& args) { return args.token_weight != nullptr || args.normed; }
+
+int parts_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return 1;
+    case Dtype::kFloat16:
+      return 2;
+    default:
+      return kMaxParts;
+  }
+}
+
+// One side of a product: the caller's rows, or parts in the workspace.
+struct Side {
+  Rows rows;  // where num_parts is 0
+  int num_parts = 0;
+  OperandSource source;
+  int64_t workspace_elements(int64_t tokens) const { return num_parts * tokens * source.columns; }
+};
+
+struct Plan {
+  bool want_gram = false, want_cross = false;
+  Dtype gram_type = Dtype::kBFloat16, cross_type = Dtype::kBFloat16;
+  Side gram_left, gram_right, cross_left, cross_right;
+  double gram_factor = 1.0, cross_factor = 1.0;
+  // Sides that several sums share are in the workspace once.
+  Side split_left, split_gram, split_cross;
+  int64_t chunk = 0;
+  bool compensated = true;
+
+  int64_t workspace_elements(int64_t tokens) const {
+    return split_left.workspace_elements(tokens) + split_gram.workspace_elements(tokens) +
+           split_cross.workspace_elements(tokens);
+  }
+};
+
+TokenScales scales_in(const GramArgs& args, const void* tokens) {
+  if (!has_scales(args)) return {};
+  const char* begin = static_cast<const char*>(tokens) + round_up(sizeof(GramTokenStatus), 16);
+  double* scales = reinterpret_cast<double*>(const_cast<char*>(begin));
+  return {scales, scales + args.num_tokens};
+}
+
+Side split(const Rows& rows, const Rows* minus, int64_t columns, int num_parts,
+           const GramArgs& args, const double* scale, int shift) {
+  Side side;
+  side.num_parts = num_parts;
+  side.source.rows = rows;
+  if (minus != nullptr) side.source.minus = *minus;
+  side.source.scale = scale;
+  side.source.factor = std::ldexp(1.0, shift);
+  side.source.token_weight = args.token_weight;
+  side.source.columns = columns;
+  side.source.num_parts = num_parts;
+  return side;
+}
+
+Side direct(const Rows& rows) {
+  Side side;
+  side.rows = rows;
+  return side;
+}
+
+Plan plan_for(const GramArgs& args, const GramTokenStatus* status, const void* tokens) {
+  const TokenScales scales = scales_in(args, tokens);
+  const bool scaled = has_scales(args);
+  const bool inexact = scaled && (status == nullptr || status->scales_are_inexact != 0);
+  const int x_shift = status == nullptr ? 0 : safe_shift(status->x_exponent);
+  const int gram_shift = status == nullptr ? 0 : safe_shift(status->gram_exponent);
+  const int cross_shift = status == nullptr ? 0 : safe_shift(status->cross_exponent);
+  const bool x_is_narrow = args.x.dtype != Dtype::kFloat32;
+
+  Plan plan;
+  plan.want_gram = args.gram != nullptr;
+  plan.want_cross = args.cross != nullptr;
+  plan.compensated = status == nullptr || (plan.want_gram && is_owned_by_few(status->gram_sizes)) ||
+                     (plan.want_cross && is_owned_by_few(status->cross_sizes));
+  const bool gram_direct = x_is_narrow && !scaled && x_shift == 0;
+  const bool cross_direct =
+      gram_direct && args.y.dtype == args.x.dtype && !args.delta && cross_shift == 0;
+  const bool left_direct = args.x.dtype == Dtype::kBFloat16 && x_shift == 0;
+  const Side split_left =
+      split(args.x, nullptr, args.hidden_size, parts_of(args.x.dtype), args, nullptr, x_shift);
+  const bool need_left =
+      !left_direct && ((plan.want_gram && !gram_direct) || (plan.want_cross && !cross_direct));
+  if (need_left) plan.split_left = split_left;
+  if (gram_direct) {
+    plan.gram_type = args.x.dtype;
+    plan.gram_left = plan.gram_right = direct(args.x);
+  } else if (plan.want_gram) {
+    plan.gram_left = left_direct ? direct(args.x) : split_left;
+    // Without scales both sides are the same; a shift of x alone never leaves a bf16 side direct.
+    plan.gram_right = plan.gram_left;
+    plan.gram_factor = std::ldexp(1.0, -2 * x_shift);
+    if (scaled) {
+      plan.gram_right =
+          split(args.x, nullptr, args.hidden_size, inexact ? kMaxParts : parts_of(args.x.dtype),
+                args, scales.gram, gram_shift);
+      plan.split_gram = plan.gram_right;
+      plan.gram_factor = std::ldexp(1.0, -x_shift - gram_shift);
+    }
+  }
+  if (cross_direct) {
+    plan.cross_type = args.x.dtype;
+    plan.cross_left = direct(args.x);
+    plan.cross_right = direct(args.y);
+  } else if (plan.want_cross) {
+    plan.cross_left = left_direct ? direct(args.x) : split_left;
+    const int num_parts = inexact || args.delta ? kMaxParts : parts_of(args.y.dtype);
+    plan.cross_right = split(args.y, args.delta ? &args.x : nullptr, args.num_outputs, num_parts,
+                             args, scales.cross, cross_shift);
+    plan.split_cross = plan.cross_right;
+    plan.cross_factor = std::ldexp(1.0, -x_shift - cross_shift);
+  }
+  plan.chunk = std::min(kChunkTokens, round_up(args.num_tokens, kFlushTokens));
+  while (plan.chunk > kFlushTokens && plan.workspace_elements(plan.chunk) * 2 > kChunkBytes) {
+    plan.chunk = round_up(plan.chunk / 2, kFlushTokens);
+  }
+  plan.chunk = std::min(plan.chunk, args.num_tokens);
+  return plan;
+}
+
+int launch_split(const Side& side, int64_t first, int64_t num_tokens, uint16_t* parts,
+                 void* stream) {
+  const int64_t threads = num_tokens * side.source.columns / kVector;
+  if (side.num_parts == 0 || threads == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>((threads + kRowThreads - 1) / kRowThreads));
+  GHOSTED_FAST_LAUNCH(split_operand, grid, dim3(kRowThreads), 0, stream, side.source, first,
+                      num_tokens, parts);
+  return cudaGetLastError();
+}
+
+// Where a side's rows for the tokens from `first` on are, and the offset of each part.
+void place_side(const Side& side, const uint16_t* parts, int64_t first, const uint16_t** data,
+                int64_t* stride) {
+  if (side.num_parts == 0) {
+    *data = static_cast<const uint16_t*>(side.rows.data) + first * side.rows.stride;
+    *stride = side.rows.stride;
+  } else {
+    *data = parts;
+    *stride = side.source.columns;
+  }
+}
+
+TileSum sum_of(const Side& left, const Side& right, const uint16_t* left_parts,
+               const uint16_t* right_parts, int64_t first, int64_t tokens, int64_t rows,
+               int64_t columns, double* out, double factor) {
+  TileSum sum;
+  place_side(left, left_parts, first, &sum.left, &sum.left_stride);
+  place_side(right, right_parts, first, &sum.right, &sum.right_stride);
+  sum.rows = static_cast<int>(rows);
+  sum.columns = static_cast<int>(columns);
+  sum.out = out;
+  sum.factor = factor;
+  sum.num_products = 0;
+  // A part is at most 2^-8 of the one before: pairs whose numbers add up to more than 2 do not
+  // count in fp32. The smallest come first.
+  for (int order = kMaxParts - 1; order >= 0; --order) {
+    for (int i = 0; i <= order; ++i) {
+      if (i >= std::max(left.num_parts, 1) || order - i >= std::max(right.num_parts, 1)) continue;
+      sum.left_offset[sum.num_products] = i * tokens * left.source.columns;
+      sum.right_offset[sum.num_products] = (order - i) * tokens * right.source.columns;
+      ++sum.num_products;
+    }
+  }
+  return sum;
+}
+
+template <Dtype kType, bool kSeveral, bool kCompensated>
+int launch_tiles(const TileArgs& args, int blocks, void* stream) {
+  const cudaError_t error = cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(&gram_tiles<kType, kSeveral, kCompensated>),
+      cudaFuncAttributeMaxDynamicSharedMemorySize, kTileSharedBytes);
+  if (error != cudaSuccess) return error;
+  GHOSTED_FAST_LAUNCH((gram_tiles<kType, kSeveral, kCompensated>),
+                      dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads), kTileSharedBytes,
+                      stream, args);
+  return cudaGetLastError();
+}
+
+template <bool kCompensated>
+auto tile_launcher(Dtype type, bool several) {
+  if (type == Dtype::kFloat16) return &launch_tiles<Dtype::kFloat16, false, kCompensated>;
+  return several ? &launch_tiles<Dtype::kBFloat16, true, kCompensated>
+                 : &launch_tiles<Dtype::kBFloat16, false, kCompensated>;
+}
+
+// G and C in one launch where their elements have the same type, else one after the other.
+int launch_sums(const Plan& plan, TileArgs args, void* stream) {
+  const auto tiles = [](int64_t size) { return static_cast<int>((size + kTile - 1) / kTile); };
+  const int rows = tiles(args.sums[0].rows);
+  const int num_lower = plan.want_gram ? rows * (rows + 1) / 2 : 0;
+  const int num_cross =
+      plan.want_cross ? tiles(args.sums[1].rows) * tiles(args.sums[1].columns) : 0;
+  for (const Dtype type : {Dtype::kBFloat16, Dtype::kFloat16}) {
+    args.num_lower = plan.gram_type == type ? num_lower : 0;
+    const int blocks = args.num_lower + (plan.cross_type == type ? num_cross : 0);
+    if (blocks == 0) continue;
+    const bool several = (args.num_lower > 0 && args.sums[0].num_products > 1) ||
+                         (blocks > args.num_lower && args.sums[1].num_products > 1);
+    const auto launch =
+        plan.compensated ? tile_launcher<true>(type, several) : tile_launcher<false>(type, several);
+    const int error = launch(args, blocks, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+bool device_is_supported() {
+  constexpr int kOldest = 8;  // sm_80: bf16 tensor cores and cp.async
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= kOldest;
+}
+
+bool is_served(const Rows& rows, int64_t columns, int64_t num_tokens) {
+  const int64_t per_vector = rows.dtype == Dtype::kFloat32 ? 4 : 8;
+  return columns % kVector == 0 && columns < (int64_t{1} << 20) &&
+         reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 &&
+         (num_tokens <= 1 || rows.stride % per_vector == 0);
+}
+
+}  // namespace
+}  // namespace ghosted_fast
+
+using namespace ghosted_fast;
+
+bool gram_update_cuda_serves(const GramArgs* args) {
+  const auto aligned = [](const double* sums) {
+    return reinterpret_cast<uintptr_t>(sums) % 16 == 0;
+  };
+  return device_is_supported() && is_served(args->x, args->hidden_size, args->num_tokens) &&
+         (args->y.data == nullptr || is_served(args->y, args->num_outputs, args->num_tokens)) &&
+         aligned(args->gram) && aligned(args->cross) && args->num_tokens < (int64_t{1} << 31);
+}
+
+bool gram_update_cuda_is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  return error == cudaSuccess && status != cudaStreamCaptureStatusNone;
+}
+
+size_t gram_update_cuda_token_bytes(const GramArgs* args) {
+  const int64_t scales = has_scales(*args) ? 2 * args->num_tokens * int64_t{sizeof(double)} : 0;
+  return static_cast<size_t>(round_up(sizeof(GramTokenStatus), 16) + scales);
+}
+
+int gram_update_cuda_begin(const GramArgs* args, void* tokens, void* stream) {
+  GramTokenStatus* status = static_cast<GramTokenStatus*>(tokens);
+  const size_t token_bytes = offsetof(GramTokenStatus, x_exponent);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  cudaError_t error = cudaMemsetAsync(status, 0xff, token_bytes, cuda_stream);
+  if (error != cudaSuccess) return error;
+  error = cudaMemsetAsync(&status->x_exponent, 0, sizeof *status - token_bytes, cuda_stream);
+  if (error != cudaSuccess) return error;
+  const int64_t rows_per_block = kRowThreads / kLanes;
+  const dim3 grid(static_cast<unsigned>((args->num_tokens + rows_per_block - 1) / rows_per_block));
+  GHOSTED_FAST_LAUNCH(check_tokens, grid, dim3(kRowThreads), 0, stream, *args,
+                      scales_in(*args, tokens), status);
+  return cudaGetLastError();
+}
+
+int gram_update_cuda_read_float(const float* from, float* to, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error =
+      cudaMemcpyAsync(to, from, sizeof *to, cudaMemcpyDeviceToHost, cuda_stream);
+  return error != cudaSuccess ? error : cudaStreamSynchronize(cuda_stream);
+}
+
+int gram_update_cuda_read_status(const void* tokens, GramTokenStatus* status, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error =
+      cudaMemcpyAsync(status, tokens, sizeof *status, cudaMemcpyDeviceToHost, cuda_stream);
+  return error != cudaSuccess ? error : cudaStreamSynchronize(cuda_stream);
+}
+
+size_t gram_update_cuda_operand_bytes(const GramArgs* args, const GramTokenStatus* status) {
+  const Plan plan = plan_for(*args, status, nullptr);
+  return static_cast<size_t>(plan.workspace_elements(plan.chunk)) * sizeof(uint16_t);
+}
+
+int gram_update_cuda_run(const GramArgs* args, const GramTokenStatus* status, const void* tokens,
+                         void* operands, void* stream) {
+  const Plan plan = plan_for(*args, status, tokens);
+  for (int64_t first = 0; first < args->num_tokens; first += plan.chunk) {
+    const int64_t count = std::min(plan.chunk, args->num_tokens - first);
+    uint16_t* left = static_cast<uint16_t*>(operands);
+    uint16_t* gram_right = left + plan.split_left.workspace_elements(count);
+    uint16_t* cross_right = gram_right + plan.split_gram.workspace_elements(count);
+    int error = launch_split(plan.split_left, first, count, left, stream);
+    if (error == cudaSuccess) {
+      error = launch_split(plan.split_gram, first, count, gram_right, stream);
+    }
+    if (error == cudaSuccess) {
+      error = launch_split(plan.split_cross, first, count, cross_right, stream);
+    }
+    if (error != cudaSuccess) return error;
+    TileArgs tiles;
+    tiles.num_tokens = static_cast<int>(count);
+    tiles.token_weight = args->token_weight == nullptr ? nullptr : args->token_weight + first;
+    if (plan.want_gram) {
+      const uint16_t* right = plan.split_gram.num_parts == 0 ? left : gram_right;
+      tiles.sums[0] = sum_of(plan.gram_left, plan.gram_right, left, right, first, count,
+                             args->hidden_size, args->hidden_size, args->gram, plan.gram_factor);
+    }
+    if (plan.want_cross) {
+      tiles.sums[1] = sum_of(plan.cross_left, plan.cross_right, left, cross_right, first, count,
+                             args->hidden_size, args->num_outputs, args->cross, plan.cross_factor);
+    }
+    error = launch_sums(plan, tiles, stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (args->moments == nullptr) return cudaSuccess;
+  const int64_t blocks = (args->hidden_size + kMomentColumns - 1) / kMomentColumns;
+  GHOSTED_FAST_LAUNCH(add_moments, dim3(static_cast<unsigned>(blocks)), dim3(kRowThreads),
+                      kMomentSharedBytes, stream, *args, scales_in(*args, tokens));
+  return cudaGetLastError();
+}
+
+const char* gram_update_cuda_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}

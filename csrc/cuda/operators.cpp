@@ -1,0 +1,88 @@
+#include "operators.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+
+#include "../gram_arguments.h"
+#include "gram_update.h"
+
+namespace ghosted_fast {
+namespace {
+
+// Makes the device of a tensor the current one, and finds torch's current stream on it.
+class OnDeviceOf {
+ public:
+#ifdef GHOSTED_FAST_EMULATION
+  explicit OnDeviceOf(const Tensor&) {}
+  void* stream() const { return nullptr; }
+#else
+  explicit OnDeviceOf(const Tensor& tensor)
+      : guard_(tensor.get_device_index()),
+        stream_(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
+  void* stream() const { return stream_.nativeHandle(); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  torch::stable::accelerator::Stream stream_;
+#endif
+};
+
+void check_cuda(int code) {
+  if (code == 0) return;
+  throw std::runtime_error(std::string("gram_update: CUDA says: ") + gram_update_cuda_error(code));
+}
+
+Tensor workspace(const Tensor& x, size_t bytes) {
+  return torch::stable::new_empty(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+void call_fallback(const Tensor& x, const OptionalTensor& y, const OptionalTensor& token_weight,
+                   std::optional<double> norm_eps, bool delta, const OptionalTensor& gram,
+                   const OptionalTensor& cross, const OptionalTensor& moments) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 8> stack{from(x),     from(y),    from(token_weight), from(norm_eps),
+                                    from(delta), from(gram), from(cross),        from(moments)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("ghosted_fast::gram_update_fallback", "",
+                                                      stack.data(), TORCH_ABI_VERSION));
+}
+
+void check_status(const GramArgs& args, const GramTokenStatus& status, void* stream) {
+  if (status.bad_weight != kNoToken) {
+    float weight = 0.0f;
+    check_cuda(gram_update_cuda_read_float(args.token_weight + status.bad_weight, &weight, stream));
+    fail_on_weight(weight, static_cast<int64_t>(status.bad_weight));
+  }
+  if (status.bad_x != kNoToken) fail_on_activation("x", static_cast<int64_t>(status.bad_x));
+  if (status.bad_y != kNoToken) fail_on_activation("y", static_cast<int64_t>(status.bad_y));
+}
+
+}  // namespace
+
+void gram_update_cuda(Tensor x, OptionalTensor y, OptionalTensor token_weight,
+                      std::optional<double> norm_eps, bool delta, OptionalTensor gram,
+                      OptionalTensor cross, OptionalTensor moments) {
+  const GramCall call = gram_call(x, y, token_weight, norm_eps, delta, gram, cross, moments);
+  const GramArgs& args = call.args;
+  if (args.num_tokens == 0 || args.hidden_size == 0) return;
+  const OnDeviceOf device(x);
+  if (!gram_update_cuda_serves(&args)) {
+    call_fallback(x, y, token_weight, norm_eps, delta, gram, cross, moments);
+    return;
+  }
+  void* stream = device.stream();
+  Tensor tokens = workspace(x, gram_update_cuda_token_bytes(&args));
+  check_cuda(gram_update_cuda_begin(&args, tokens.mutable_data_ptr(), stream));
+  GramTokenStatus found;
+  const GramTokenStatus* status = nullptr;
+  if (!gram_update_cuda_is_capturing(stream)) {
+    check_cuda(gram_update_cuda_read_status(tokens.const_data_ptr(), &found, stream));
+    check_status(args, found, stream);
+    status = &found;
+  }
+  Tensor operands = workspace(x, gram_update_cuda_operand_bytes(&args, status));
+  check_cuda(gram_update_cuda_run(&args, status, tokens.const_data_ptr(),
+                                  operands.mutable_data_ptr(), stream));
+}
+
+}  // namespace ghosted_fast

@@ -1,0 +1,195 @@
+"""Faults in the operands and token checks of the CUDA gram_update, its PTX and its binding."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+_TILES = "csrc/cuda/gram_tiles.cuh"
+_TOKENS = "csrc/cuda/gram_tokens.cuh"
+_PLAN = "csrc/cuda/gram_update.cu"
+_PTX = "csrc/cuda/primitives.cuh"
+_BINDING = "csrc/cuda/operators.cpp"
+_EMULATED = "tests/cuda_emulation/test_emulated_gram_update.py"
+_BOUND = "tests/cuda_emulation/test_binding.py"
+_CODE = "tests/cuda_machine_code/test_machine_code.py"
+
+_VALUES = (f"{_EMULATED}::test_values", "-k", "bf16-fp32 and any")
+_FLOATS = (f"{_EMULATED}::test_values", "-k", "fp32-fp16 and none")
+_MASKED = (f"{_EMULATED}::test_rows_of_weight_zero_are_not_looked_at",)
+_FINDS = (f"{_EMULATED}::test_the_first_bad_token_is_found",)
+
+MUTANTS = (
+    # Parts and scales.
+    Mutant(
+        "smallest products of parts lost",
+        _PLAN,
+        "for (int order = kMaxParts - 1; order >= 0; --order) {",
+        "for (int order = kMaxParts - 2; order >= 0; --order) {",
+        _FLOATS,
+    ),
+    Mutant(
+        "one part used for all",
+        _TILES,
+        "sum.right_offset[load_product], args, sum.right);",
+        "sum.right_offset[0], args, sum.right);",
+        _FLOATS,
+    ),
+    Mutant(
+        "low part lost",
+        _TOKENS,
+        "      values[2 * i] -= bf16_to_float(low);\n",
+        "      values[2 * i] = 0.0f;\n",
+        _FLOATS,
+    ),
+    Mutant(
+        "weighted targets taken as exact",
+        _PLAN,
+        "const int num_parts = inexact || args.delta ? kMaxParts",
+        "const int num_parts = args.delta ? kMaxParts",
+        (f"{_EMULATED}::test_values", "-k", "bf16-bf16 and any"),
+    ),
+    Mutant(
+        "differences taken as exact",
+        _PLAN,
+        "const int num_parts = inexact || args.delta ? kMaxParts",
+        "const int num_parts = inexact ? kMaxParts",
+        (f"{_EMULATED}::test_differences_keep_all_their_bits",),
+    ),
+    Mutant(
+        "token weight missing",
+        _TOKENS,
+        "if (source.scale != nullptr) scale *= source.scale[token];",
+        "",
+        _VALUES,
+    ),
+    Mutant(
+        "Gram scaled by 1 / rms once",
+        _TOKENS,
+        "gram_scale = cross_scale * inverse_rms;",
+        "gram_scale = cross_scale;",
+        _VALUES,
+    ),
+    Mutant(
+        "x not taken off",
+        _TOKENS,
+        "for (int i = 0; i < kVector; ++i) values[i] -= minus[i];",
+        "",
+        _VALUES,
+    ),
+    Mutant(
+        "shift not undone",
+        _PLAN,
+        "plan.gram_factor = std::ldexp(1.0, -2 * x_shift);",
+        "plan.gram_factor = std::ldexp(1.0, -x_shift);",
+        (f"{_EMULATED}::test_range_of_fp32_is_no_limit", "-k", "none"),
+    ),
+    Mutant(
+        "no shift for huge rows",
+        _PLAN,
+        "return exponent > kSafeExponent || exponent < -kSafeExponent ? -exponent : 0;",
+        "return exponent < -kSafeExponent ? -exponent : 0;",
+        (f"{_EMULATED}::test_range_of_fp32_is_no_limit", "-k", "none"),
+    ),
+    Mutant(
+        "rows of weight 0 read into the operands",
+        _TOKENS,
+        "if (source.token_weight == nullptr || source.token_weight[token] != 0.0f) {",
+        "{",
+        _MASKED,
+        "the tiles leave out the same rows; looking here spares the reading",
+    ),
+    # The checks of the tokens, and the moments.
+    Mutant(
+        "NaN overlooked",
+        _TOKENS,
+        "return magnitude <= FLT_MAX ? magnitude : INFINITY;",
+        "return magnitude;",
+        _FINDS,
+    ),
+    Mutant(
+        "lanes left out of the largest magnitude",
+        _TOKENS,
+        "for (int distance = kLanes / 2; distance > 0; distance /= 2) {",
+        "for (int distance = kLanes / 4; distance > 0; distance /= 2) {",
+        _FINDS,
+    ),
+    Mutant(
+        "last bad token named",
+        _TOKENS,
+        "if (x_largest > FLT_MAX) atomicMin(",
+        "if (x_largest > FLT_MAX) status->bad_x = 0, atomicMax(",
+        _FINDS,
+    ),
+    Mutant(
+        "negative weights accepted",
+        _TOKENS,
+        "if (!(weight >= 0.0f && weight <= FLT_MAX)) {",
+        "if (!(weight <= FLT_MAX)) {",
+        _FINDS,
+    ),
+    Mutant(
+        "barrier before the moments are added up dropped",
+        _TOKENS,
+        "    __syncthreads();\n    const int64_t own",
+        "    const int64_t own",
+        (f"{_EMULATED}::test_moments_without_y_are_the_feature_sums",),
+    ),
+    Mutant(
+        "moments without the norm",
+        _TOKENS,
+        "sums[0][i] += feature_weight * x[i];",
+        "sums[0][i] += weight * x[i];",
+        _VALUES,
+    ),
+    # The instructions, which the emulation does not see.
+    Mutant(
+        "matrices not transposed",
+        _PTX,
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+        (_CODE, "-k", "matrix_loads and sm_80"),
+    ),
+    Mutant(
+        "bf16 multiplied as fp16",
+        _PTX,
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 ",
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 ",
+        (_CODE, "-k", "matrix_loads and sm_80"),
+    ),
+    Mutant(
+        "instruction waits for one group too few",
+        _PTX,
+        '"cp.async.wait_group %0;" ::"n"(kPending)',
+        '"cp.async.wait_group %0;" ::"n"(kPending + 1)',
+        (_CODE, "-k", "asynchronous and sm_80"),
+    ),
+    Mutant(
+        "rows that are not wanted copied all the same",
+        _PTX,
+        "const int bytes = wanted ? 16 : 0;",
+        "const int bytes = 16;\n  (void)wanted;",
+        (_CODE, "-k", "asynchronous and sm_80"),
+    ),
+    # The binding.
+    Mutant(
+        "findings not looked at",
+        _BINDING,
+        "    check_status(args, found, stream);\n",
+        "",
+        (_BOUND, "-k", "names_the_token"),
+    ),
+    Mutant(
+        "served whatever the arguments",
+        _BINDING,
+        "if (!gram_update_cuda_serves(&args)) {",
+        "if (false) {",
+        (_BOUND, "-k", "goes_on or go_on"),
+    ),
+    Mutant(
+        "read back under graph capture",
+        _BINDING,
+        "if (!gram_update_cuda_is_capturing(stream)) {",
+        "{",
+        (_BOUND, "-k", "capture"),
+    ),
+)
