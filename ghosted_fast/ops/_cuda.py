@@ -28,7 +28,6 @@ from ghosted_fast.ops._checks import (
 )
 from ghosted_fast.ops._schemas import NAMESPACE
 
-
 _VECTOR_BYTES = 16
 _COLUMNS = 8
 

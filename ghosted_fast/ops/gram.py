@@ -84,7 +84,7 @@ def gram_update(
             check_gram_update(x, y, token_weight, norm_eps, delta, gram, cross, moments)
             if reason := _cuda.unserved_by_native(x, y):
                 raise BackendError(f"backend 'native': {reason}; use backend='auto'")
-    elif not (_HAS_EXTENSION and x.is_cpu or _cuda.registered(x.device)):
+    elif not ((_HAS_EXTENSION and x.is_cpu) or _cuda.registered(x.device)):
         if not torch.compiler.is_compiling():
             _native.warn_fallback(x.device.type)
     try:
