@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _roofline import Roof, measure_roof
+from _roofline import Roof, measure_cuda_roof, measure_roof
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +34,10 @@ _FEWEST_REPEATS = 3
 _MOST_REPEATS = 500
 # Above this the caches are cold anyway, and an untimed run would only take long, in seconds.
 _LONG_RUN = 0.1
+
+
+# Runs a variant once and returns the seconds it took.
+Clock = Callable[[Callable[[int], object], int], float]
 
 
 class GateError(RuntimeError):
@@ -151,15 +155,32 @@ def check_gates(case: Case) -> None:
             )
 
 
-def time_case(case: Case, quick: bool) -> dict[str, list[float]]:
+def _seconds_on_cpu(run: Callable[[int], object], i: int) -> float:
+    start = time.perf_counter()
+    run(i)
+    return time.perf_counter() - start
+
+
+def _seconds_on_gpu(run: Callable[[int], object], i: int) -> float:
+    """Return the seconds between two events of the stream around a run, launches included."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run(i)
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
+
+
+def time_case(
+    case: Case, quick: bool, seconds_of: Clock = _seconds_on_cpu
+) -> dict[str, list[float]]:
     """Return the sorted times of each variant in milliseconds, the variants run in turn."""
     budget = _QUICK_SECONDS_PER_VARIANT if quick else _SECONDS_PER_VARIANT
     seconds: dict[str, float] = {}
     for variant in case.variants:  # warms up, and finds the number of repeats
         variant.run(0)
-        start = time.perf_counter()
-        variant.run(1)
-        seconds[variant.name] = time.perf_counter() - start
+        seconds[variant.name] = seconds_of(variant.run, 1)
     slowest = max(seconds.values())
     repeats = min(max(int(budget / max(slowest, 1e-7)), _FEWEST_REPEATS), _MOST_REPEATS)
     times: dict[str, list[float]] = {variant.name: [] for variant in case.variants}
@@ -167,20 +188,18 @@ def time_case(case: Case, quick: bool) -> dict[str, list[float]]:
         for variant in case.variants:
             if seconds[variant.name] < _LONG_RUN:
                 variant.run(2 * repeat)
-            start = time.perf_counter()
-            variant.run(2 * repeat + 1)
-            times[variant.name].append((time.perf_counter() - start) * 1e3)
+            times[variant.name].append(seconds_of(variant.run, 2 * repeat + 1) * 1e3)
     return {name: sorted(values) for name, values in times.items()}
 
 
-def measure(case: Case, quick: bool) -> list[Row]:
+def measure(case: Case, quick: bool, seconds_of: Clock) -> list[Row]:
     """Gate and time one case. The rows' share of the roof is filled in when the roof is known.
 
     Raises:
         GateError: A result is wrong.
     """
     check_gates(case)
-    times = time_case(case, quick)
+    times = time_case(case, quick, seconds_of)
     medians = {name: _percentile(values, 0.5) for name, values in times.items()}
     best_rival = min(medians[v.name] for v in case.variants if not v.is_ours)
     rows = []
@@ -287,7 +306,7 @@ def _print_goals(console: Console, rows: list[Row]) -> None:
 
 
 def main(operator: str, description: str, make_cases: Callable[[bool], list[Case]]) -> None:
-    """Run one benchmark from the command line.
+    """Run one benchmark on the processor from the command line.
 
     Args:
         operator: Names the benchmark and its file of results.
@@ -301,26 +320,67 @@ def main(operator: str, description: str, make_cases: Callable[[bool], list[Case
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     arguments = parser.parse_args()
-    console = Console(width=150)
     rows: list[Row] = []
     roofs: dict[int, Roof] = {}
     for threads in sorted(set(arguments.threads)):
-        torch.manual_seed(0)
         torch.set_num_threads(threads)
-        roof, measured = measure_roof(), []
-        with torch.no_grad():
-            for case in make_cases(arguments.quick):
-                measured += measure(case, arguments.quick)
-        roofs[threads] = roof = roof.highest(measure_roof())  # others may have slowed either
-        rows += [
-            replace(row, roof_share=roof.ms(row.num_bytes, row.flops) / row.ms) for row in measured
-        ]
-    rows = compare_with_one_thread(rows)
+        measured, roofs[threads] = run_cases(
+            lambda: make_cases(arguments.quick), arguments.quick, measure_roof, _seconds_on_cpu
+        )
+        rows += measured
+    report(operator, compare_with_one_thread(rows), roofs, arguments.json, arguments.quick)
+
+
+def main_on_gpu(operator: str, description: str, make_cases: Callable[[bool], list[Case]]) -> None:
+    """Run one benchmark on a CUDA device from the command line. Arguments: see `main`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, fewer repeats")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("expected a CUDA device that torch can use, got none: run this on one")
+    rows, roof = run_cases(
+        lambda: make_cases(arguments.quick), arguments.quick, measure_cuda_roof, _seconds_on_gpu
+    )
+    roofs = {torch.get_num_threads(): roof}
+    report(operator, rows, roofs, arguments.json, arguments.quick)
+
+
+def run_cases(
+    make_cases: Callable[[], list[Case]],
+    quick: bool,
+    roof_of: Callable[[], Roof],
+    seconds_of: Clock,
+) -> tuple[list[Row], Roof]:
+    """Gate and time all cases, and hold them against the roofs measured before and after.
+
+    Raises:
+        GateError: A result is wrong.
+    """
+    torch.manual_seed(0)
+    roof, rows = roof_of(), []
+    with torch.no_grad():
+        for case in make_cases():
+            rows += measure(case, quick, seconds_of)
+    roof = roof.highest(roof_of())  # other programs may have slowed either
+    shares = [roof.ms(row.num_bytes, row.flops) / row.ms for row in rows]
+    return [replace(row, roof_share=share) for row, share in zip(rows, shares, strict=True)], roof
+
+
+def report(
+    operator: str,
+    rows: list[Row],
+    roofs: Mapping[int, Roof],
+    target: Path | None,
+    quick: bool,
+) -> None:
+    """Print the tables, and append the rows to a file; unless quick, to the results."""
+    console = Console(width=150)
     for threads, roof in roofs.items():
         title = f"{operator}, {threads} thread(s); roofs: {roof}"
         _print_table(console, title, [row for row in rows if row.threads == threads])
     _print_goals(console, rows)
-    target = arguments.json or (None if arguments.quick else RESULTS / f"bench_{operator}.jsonl")
+    target = target or (None if quick else RESULTS / f"bench_{operator}.jsonl")
     if target is not None:
         append_rows(target, rows, roofs)
         console.print(f"{len(rows)} rows appended to {target}")

@@ -130,6 +130,30 @@ def _torch_roof(stream: torch.Tensor) -> Roof:
     return Roof(_STREAM_BYTES / _best_seconds(stream.sum) / 1e9, gflops)
 
 
+def measure_cuda_roof() -> Roof:
+    """Measure the roofs of the current CUDA device by torch: a copy, and square products."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def seconds(call: Callable[[], object]) -> float:
+        def synchronised() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return _best_seconds(synchronised)
+
+    def product_gflops(dtype: torch.dtype, size: int) -> float:
+        a = torch.randn(size, size, device="cuda").to(dtype)
+        return 2.0 * size**3 / seconds(lambda: a @ a) / 1e9
+
+    gflops = {
+        "bf16": product_gflops(torch.bfloat16, 8192),
+        "fp32": product_gflops(torch.float32, 4096),
+        "fp64": product_gflops(torch.float64, 2048),
+    }
+    return Roof(2.0 * source.nbytes / seconds(lambda: target.copy_(source)) / 1e9, gflops)
+
+
 def bytes_past_the_cache() -> int:
     """Return how many bytes of inputs to rotate, so that each comes from memory when its turn is.
 

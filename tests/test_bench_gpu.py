@@ -1,0 +1,54 @@
+"""The GPU benchmark's cases, run on the processor: their gates pass, and stop at a wrong result."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "bench_gpu.py"
+    monkeypatch.syspath_prepend(path.parent)
+    spec = importlib.util.spec_from_file_location("bench_gpu", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROTATED_BYTES", 1 << 16)
+    torch.manual_seed(0)
+    return module
+
+
+def test_gates_pass_and_every_variant_runs(bench: ModuleType) -> None:
+    import _harness
+
+    for case in (
+        bench.gram_case(64, 300, "cpu"),
+        bench.apply_case(64, 3, "cpu"),
+        bench.solve_case(48, "cpu"),
+    ):
+        _harness.check_gates(case)
+        assert any(v.is_ours for v in case.variants) and not all(v.is_ours for v in case.variants)
+        for variant in case.variants:
+            if variant.name != "torch.compile":
+                variant.run(0)
+
+
+def test_a_wrong_result_is_not_reported(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import _harness
+
+    case = bench.apply_case(64, 3, "cpu")
+    monkeypatch.setattr(bench, "ghost_apply", lambda x, *_: x)
+    with pytest.raises(_harness.GateError, match="ghost_apply d=64 rows=3"):
+        _harness.check_gates(case)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_it_says_so(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_gpu"])
+    with pytest.raises(SystemExit, match="expected a CUDA device"):
+        bench.main_on_gpu("gpu", "", bench.make_cases)
