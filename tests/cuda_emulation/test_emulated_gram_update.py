@@ -111,15 +111,18 @@ def test_one_token_that_owns_the_sums(dtype: torch.dtype, where: str) -> None:
     x, y, sums = x.to(dtype), y.to(dtype), make_sums(size, size)
     emulate(x, y, **sums)
     assert_close(sums, exact_sums(x, y))
+    alone = torch.zeros(size, size, dtype=FP64)
+    emulate(x, y, cross=alone)
+    assert torch.equal(alone, sums["cross"])
 
 
 def test_sums_of_one_sign() -> None:
     """Where nothing cancels, truncation adds up: the bound on the whole, for ordinary tokens."""
-    x = torch.rand(3000, 16).to(BF16) + 0.5
+    x = torch.rand(10_000, 16).to(BF16) + 0.5
     sums, exact = make_sums(16, 16), exact_sums(x, x)
     emulate(x, x, **sums)
-    assert relative_rms(sums["gram"], exact["gram"]) <= 2e-7
-    assert relative_rms(sums["cross"], exact["cross"]) <= 2e-7
+    assert relative_rms(sums["gram"], exact["gram"]) <= 1e-7
+    assert relative_rms(sums["cross"], exact["cross"]) <= 1e-7
 
 
 @pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
