@@ -55,6 +55,25 @@ def test_values(
     assert_close(sums, exact_sums(x, y, weight, norm_eps, delta))
 
 
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("where", ["first", "middle", "last", "two", "only in y"])
+def test_one_token_that_owns_the_sums(
+    backend: str, where: str, dtype: torch.dtype, delta: bool
+) -> None:
+    """Wherever it comes, it must not round away the last bits of the others' products."""
+    num_tokens, size = 300, 64
+    x, y = torch.randn(num_tokens, size).to(dtype), torch.randn(num_tokens, size).to(dtype)
+    places = {"first": [0], "middle": [130], "last": [299], "two": [0, 128], "only in y": [0]}
+    for place in places[where]:
+        y[place] *= 1024.0
+        if where != "only in y":
+            x[place] *= 1024.0
+    sums = make_sums(size, size)
+    gram_update(x, y, delta=delta, backend=backend, **sums)
+    assert_close(sums, exact_sums(x, y, delta=delta))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(backend: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:

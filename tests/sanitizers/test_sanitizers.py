@@ -63,7 +63,8 @@ def test_kernels(path: str, path_flags: dict[str, list[str]], tmp_path: Path) ->
     kernels = ROOT / "csrc" / "cpu"
     command = [*COMPILER.split(), *FLAGS, *path_flags[path], f"-DPATH_TABLE={TABLES[path]}"]
     command += [f"-I{kernels}", str(Path(__file__).with_name("kernels.cpp"))]
-    command += [str(kernels / "kernels" / f"path_{path}.cpp"), "-o", str(program)]
+    command += [str(kernels / "kernels" / f"path_{path}.cpp")]
+    command += [str(kernels / "token_order.cpp"), "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

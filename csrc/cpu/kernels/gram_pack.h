@@ -1,6 +1,7 @@
 // The part of gram_update that touches every token once: checks, scales, panels and moments.
 #pragma once
 
+#include "../token_order.h"
 #include "gram_kernel.h"
 #include "rows.h"
 
@@ -27,8 +28,8 @@ struct Tokens {
   bool target_scales_are_exact = true;
 
   static size_t bytes(int64_t count) {
-    return Scratch::bytes_for<int64_t>(count) + 4 * Scratch::bytes_for<float>(count) +
-           2 * Scratch::bytes_for<double>(count);
+    return 2 * Scratch::bytes_for<int64_t>(count) + 4 * Scratch::bytes_for<float>(count) +
+           3 * Scratch::bytes_for<double>(count);
   }
 };
 
@@ -48,6 +49,14 @@ inline int safe_shift(double largest) {
   return exponent > kSafeExponent || exponent < -kSafeExponent ? -exponent : 0;
 }
 
+// values[i] = values[order[i]]; `spare` has room for them.
+template <class T>
+inline void permute(T* values, const int64_t* order, int64_t count, double* spare) {
+  T* copy = reinterpret_cast<T*>(spare);
+  std::memcpy(copy, values, static_cast<size_t>(count) * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) values[i] = copy[order[i]];
+}
+
 // Fills `tokens`, or returns what is wrong with which token.
 inline GramStatus prepare_tokens(const GramArgs& args, int64_t threads, Scratch& scratch,
                                  Tokens& tokens) {
@@ -58,6 +67,8 @@ inline GramStatus prepare_tokens(const GramArgs& args, int64_t threads, Scratch&
   float* y_largest = scratch.take<float>(args.num_tokens);
   tokens.weight = scratch.take<double>(args.num_tokens);
   tokens.feature_weight = scratch.take<double>(args.num_tokens);
+  double* sizes = scratch.take<double>(args.num_tokens);
+  int64_t* order = scratch.take<int64_t>(args.num_tokens);
   for (int64_t token = 0; token < args.num_tokens; ++token) {
     const float weight = args.token_weight == nullptr ? 1.0f : args.token_weight[token];
     if (!(weight >= 0.0f) || std::isinf(weight)) return {GramProblem::kWeight, token};
@@ -110,7 +121,17 @@ inline GramStatus prepare_tokens(const GramArgs& args, int64_t threads, Scratch&
     tokens.target_scales_are_exact &= is_power_of_two(root);
     tokens.feature_scale[i] = static_cast<float>(std::ldexp(feature, tokens.feature_shift));
     tokens.target_scale[i] = static_cast<float>(std::ldexp(root, tokens.target_shift));
+    sizes[i] = feature * x_largest[i] *
+               std::fmax(feature * x_largest[i], root * (static_cast<double>(y_largest[i]) +
+                                                         (args.delta ? x_largest[i] : 0.0f)));
     tokens.feature_weight[i] = tokens.weight[i] * inverse_rms[i];
+  }
+  if (order_tokens(sizes, tokens.count, order)) {
+    permute(tokens.index, order, tokens.count, sizes);
+    permute(tokens.feature_scale, order, tokens.count, sizes);
+    permute(tokens.target_scale, order, tokens.count, sizes);
+    permute(tokens.weight, order, tokens.count, sizes);
+    permute(tokens.feature_weight, order, tokens.count, sizes);
   }
   return {};
 }
