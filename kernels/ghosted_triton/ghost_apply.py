@@ -222,6 +222,10 @@ def launch_ghost_apply(
 ) -> None:
     """Launch the kernels on the current stream. x, y, normed: [T, d], contiguous, T > 0."""
     num_tokens, hidden_size = x.shape
+    if hidden_size % config.block_inputs or (
+        config.splits > 1 and num_tokens > config.block_tokens
+    ):
+        raise ValueError(f"expected a config that fits x of shape {list(x.shape)}, got {config}")
     is_fp8 = weight.dtype == torch.float8_e4m3fn
     if weight.element_size() == 1:
         weight = weight.view(torch.uint8) if is_fp8 else weight

@@ -164,3 +164,10 @@ def test_agrees_with_the_reference_on_all_arguments_at_once() -> None:
     expected = ghost_apply_reference(x, weight, *rest)
     ulps = (y.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
     assert int(ulps.max()) <= 1 and int((ulps > 0).sum()) <= 8
+
+
+def test_a_config_that_does_not_fit_is_refused() -> None:
+    weight, _ = make_weight(192, BF16)
+    for rows, config in ((17, SPLIT), (1, ApplyConfig(16, 64, 128, 4, 2))):
+        with pytest.raises(ValueError, match=r"expected a config that fits x of shape"):
+            ghost_apply(torch.randn(rows, 192).to(BF16), weight, config=config)

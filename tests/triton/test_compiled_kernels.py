@@ -168,6 +168,19 @@ def test_gram_update(
         assert_wide(code, name, r"(LDG|LDGSTS)\.E(\.64)?$" if weighted else r"LDG\.E$")
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("table", _tuning.ARCHITECTURES)
+def test_grid_of_the_triangle(table: int, exact: bool) -> None:
+    """G alone: at most 0.53 of the elements of a whole product."""
+    x, sums = torch.empty(16, SIZE, dtype=BF16), torch.empty(SIZE, SIZE, dtype=FP64)
+    config = _tuning.gram_config(table, exact, 1)
+    problems = torch.empty(4, dtype=torch.int32)
+    rest = (None, None, None, problems, False, sums, None, exact, exact, config)
+    (launch,) = launches_of(partial(gram.launch_gram_update, x, *rest))
+    elements = launch.grid[0] * config.block_rows * config.block_columns
+    assert 0.5 * SIZE * SIZE < elements <= 0.53 * SIZE * SIZE
+
+
 def test_small_shared_memory() -> None:
     """sm_86 and sm_89 have 99 KB: their table must fit."""
     for num_tokens in (1, 48, 512):

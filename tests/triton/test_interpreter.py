@@ -15,7 +15,7 @@ def test_values(name: str) -> None:
 
 
 def test_traffic() -> None:
-    assert run_checks("interpreter", "checks_traffic.py") >= 5
+    assert run_checks("interpreter", "checks_traffic.py") >= 6
 
 
 def test_dispatch() -> None:
