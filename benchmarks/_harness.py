@@ -1,137 +1,38 @@
 """Gate, then time, then report.
 
 Each variant's result is checked before any is timed. The variants of a case run in turn, so that
-whatever slows the machine slows all of them; each timed run follows an untimed one of the same
-variant, so that none pays for what its predecessor left in the caches. A row holds the median and
-the 20th and 80th percentile, the share of the roof, and the ratio to each rival; losing rows stay
-in. What the library promises itself is printed beside what was reached.
+whatever slows the machine slows all of them; each timed run follows untimed ones of the same
+variant, so that none pays for what its predecessor left in the caches. (torch repacks weights on
+the way: its dirty lines would be written back during the next variant's run.) A row holds the
+median and the 20th and 80th percentile, the share of the roof, and the ratio to each rival; losing
+rows stay in. What the library promises itself is printed beside what was reached.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from _cases import Case, GateError, Row
+from _report import report
 from _roofline import Roof, measure_cuda_roof, measure_roof
-from rich.console import Console
-from rich.table import Table
 
-from ghosted_fast.machine import machine_facts
-from ghosted_fast.ops import backend_status
-
-RESULTS = Path(__file__).parent / "results"
 # A variant is repeated until its runs of a case have taken this long, in seconds.
-_SECONDS_PER_VARIANT = 0.4
+_SECONDS_PER_VARIANT = 0.25
 _QUICK_SECONDS_PER_VARIANT = 0.1
 _FEWEST_REPEATS = 3
-_MOST_REPEATS = 500
-# Above this the caches are cold anyway, and an untimed run would only take long, in seconds.
+_MOST_REPEATS = 100
+# The untimed runs take as long as reading a last-level cache from memory twice, in seconds. Longer
+# runs have done that by themselves.
+_WARM_UP = 2e-3
 _LONG_RUN = 0.1
-
 
 # Runs a variant once and returns the seconds it took.
 Clock = Callable[[Callable[[int], object], int], float]
-
-
-class GateError(RuntimeError):
-    """A result is wrong; nothing may be reported."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a variant should reach.
-
-    Attributes:
-        against: Name of the variant that it is compared with; "best rival"; "roof" for a share of
-            the roof; "one thread" for its own time on one thread.
-        floor: The ratio that it must reach.
-        stretch: The ratio that would be excellent.
-    """
-
-    against: str
-    floor: float
-    stretch: float
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compute a case.
-
-    Attributes:
-        name: What the table calls it.
-        run: Computes it once; the i-th call gets i, to rotate inputs.
-        error: Returns the error of its result, in units of what is allowed; None: not gated (a
-            rival that promises less).
-        is_ours: Whether it is this library's; the others are rivals.
-        num_bytes: Bytes that it must move at least, where that differs from the case's.
-        flops: Flops that it must do at least, by kind, where that differs from the case's.
-        goals: What it should reach.
-    """
-
-    name: str
-    run: Callable[[int], object]
-    error: Callable[[], float] | None = None
-    is_ours: bool = False
-    num_bytes: float | None = None
-    flops: Mapping[str, float] | None = None
-    goals: tuple[Goal, ...] = ()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape of one operator, with all its variants.
-
-    Attributes:
-        operator: Name of the operator.
-        shape: What the table calls the shape.
-        dtype: Dtype of the activations.
-        num_bytes: Bytes that must be moved at least.
-        flops: Flops that must be done at least, by kind: bf16, fp32, fp64.
-        variants: The ways to compute it.
-    """
-
-    operator: str
-    shape: str
-    dtype: str
-    num_bytes: float
-    flops: Mapping[str, float]
-    variants: list[Variant] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of one variant of one case. Times in milliseconds.
-
-    Attributes:
-        ratios: Time of each rival over this one's; with more threads, under "one thread" the time
-            on one thread over this one's.
-        roof_share: The least time that the machine allows over this one's.
-    """
-
-    operator: str
-    shape: str
-    dtype: str
-    backend: str
-    is_ours: bool
-    threads: int
-    ms: float
-    ms_p20: float
-    ms_p80: float
-    num_bytes: float
-    flops: dict[str, float]
-    gbps: float
-    gflops: float
-    roof_share: float
-    ratio_to_best_rival: float
-    ratios: dict[str, float]
-    goals: tuple[Goal, ...]
 
 
 def _percentile(sorted_values: list[float], share: float) -> float:
@@ -186,7 +87,8 @@ def time_case(
     times: dict[str, list[float]] = {variant.name: [] for variant in case.variants}
     for repeat in range(repeats):
         for variant in case.variants:
-            if seconds[variant.name] < _LONG_RUN:
+            start = time.perf_counter()
+            while seconds[variant.name] < _LONG_RUN and time.perf_counter() < start + _WARM_UP:
                 variant.run(2 * repeat)
             times[variant.name].append(seconds_of(variant.run, 2 * repeat + 1) * 1e3)
     return {name: sorted(values) for name, values in times.items()}
@@ -243,66 +145,6 @@ def compare_with_one_thread(rows: list[Row]) -> list[Row]:
             row = replace(row, ratios={**row.ratios, "one thread": one_thread / row.ms})
         compared.append(row)
     return compared
-
-
-def _print_table(console: Console, title: str, rows: list[Row]) -> None:
-    table = Table(title=title)
-    for heading in ("shape", "dtype", "variant"):
-        table.add_column(heading)
-    for heading in ("ms", "p20", "p80", "GB/s", "GF/s", "% of roof", "x best rival", "x 1 thread"):
-        table.add_column(heading, justify="right")
-    shape = ""
-    for row in rows:
-        if shape and row.shape + row.dtype != shape:
-            table.add_section()
-        shape = row.shape + row.dtype
-        table.add_row(
-            row.shape,
-            row.dtype,
-            row.backend,
-            f"{row.ms:.4g}",
-            f"{row.ms_p20:.4g}",
-            f"{row.ms_p80:.4g}",
-            f"{row.gbps:.1f}",
-            f"{row.gflops:.0f}",
-            f"{100 * row.roof_share:.0f}",
-            f"{row.ratio_to_best_rival:.2f}",
-            f"{row.ratios['one thread']:.2f}" if "one thread" in row.ratios else "",
-        )
-    console.print(table)
-
-
-def reached(row: Row, goal: Goal) -> float | None:
-    """Return what a row reached of a goal; None where it was not measured."""
-    return row.roof_share if goal.against == "roof" else row.ratios.get(goal.against)
-
-
-def _print_goals(console: Console, rows: list[Row]) -> None:
-    table = Table(title="goals")
-    for heading in ("threads", "shape", "dtype", "variant", "against"):
-        table.add_column(heading)
-    for heading in ("reached", "floor", "stretch"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
-    for row in rows:
-        for goal in row.goals:
-            value = reached(row, goal)
-            if value is None:
-                continue
-            verdict = f"misses by {1 - value / goal.floor:.0%}" if value < goal.floor else ""
-            table.add_row(
-                str(row.threads),
-                row.shape,
-                row.dtype,
-                row.backend,
-                goal.against,
-                f"{value:.2f}",
-                f"{goal.floor:g}",
-                f"{goal.stretch:g}",
-                verdict or ("stretch" if value >= goal.stretch else "floor"),
-            )
-    if table.rows:
-        console.print(table)
 
 
 def main(operator: str, description: str, make_cases: Callable[[bool], list[Case]]) -> None:
@@ -365,38 +207,3 @@ def run_cases(
     roof = roof.highest(roof_of())  # other programs may have slowed either
     shares = [roof.ms(row.num_bytes, row.flops) / row.ms for row in rows]
     return [replace(row, roof_share=share) for row, share in zip(rows, shares, strict=True)], roof
-
-
-def report(
-    operator: str,
-    rows: list[Row],
-    roofs: Mapping[int, Roof],
-    target: Path | None,
-    quick: bool,
-) -> None:
-    """Print the tables, and append the rows to a file; unless quick, to the results."""
-    console = Console(width=150)
-    for threads, roof in roofs.items():
-        title = f"{operator}, {threads} thread(s); roofs: {roof}"
-        _print_table(console, title, [row for row in rows if row.threads == threads])
-    _print_goals(console, rows)
-    target = target or (None if quick else RESULTS / f"bench_{operator}.jsonl")
-    if target is not None:
-        append_rows(target, rows, roofs)
-        console.print(f"{len(rows)} rows appended to {target}")
-
-
-def append_rows(target: Path, rows: list[Row], roofs: Mapping[int, Roof]) -> None:
-    """Append rows to a JSONL file, each with the machine, the roofs, the versions and the date."""
-    native = next(text for name, _, text in backend_status() if name == "native")
-    facts: dict[str, Any] = {
-        **machine_facts(),
-        "native": native,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("a", encoding="utf-8") as file:
-        for row in rows:
-            roof = roofs[row.threads]
-            limits = {"roof_gbps": roof.gbps, "roof_gflops": dict(roof.gflops)}
-            file.write(json.dumps({**facts, **limits, **asdict(row)}) + "\n")

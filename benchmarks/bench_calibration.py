@@ -50,7 +50,7 @@ OPTIONS = GhostOptions(first_state="off")
 GOALS = {"one interval": 1.10, "all intervals": 1.40, "scoring": 0.60}
 SCORE_TOKENS = 2048
 # Of the evaluations of whole models every so many is measured; the rest take as long.
-EVALUATE_EVERY = 3
+EVALUATE_EVERY = 6
 
 
 def dense_model(dtype: str) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import GateError
+from _cases import GateError
 from _roofline import Roof, measure_roof
 from rich.console import Console
 from torch import Tensor, nn

@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable
 
 import torch
-from _harness import Case, Goal, Variant, main
+from _cases import Case, Goal, Variant
+from _harness import main
 from _roofline import bytes_past_the_cache
 from torch import Tensor
 from torch.nn import functional

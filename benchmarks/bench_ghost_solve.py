@@ -8,7 +8,8 @@ bytes: G, C and X.
 from __future__ import annotations
 
 import torch
-from _harness import Case, Goal, Variant, main
+from _cases import Case, Goal, Variant
+from _harness import main
 
 from ghosted_fast.ops import ghost_solve
 from ghosted_fast.testing import relative_rms

@@ -16,7 +16,8 @@ import math
 from collections.abc import Callable
 
 import torch
-from _harness import Case, Variant, main_on_gpu
+from _cases import Case, Variant
+from _harness import main_on_gpu
 from torch import Tensor
 from torch.nn import functional
 

@@ -12,7 +12,8 @@ import functools
 from collections.abc import Callable
 
 import torch
-from _harness import Case, Goal, Variant, main
+from _cases import Case, Goal, Variant
+from _harness import main
 from torch import Tensor
 
 from ghosted_fast.ops import gram_update

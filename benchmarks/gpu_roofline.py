@@ -155,8 +155,8 @@ def main() -> None:
         for tokens in (2048, 8192)
     ]
     for name, shape, (num_bytes, flops) in rows:
-        cells = " | ".join(bound(gpu, num_bytes, flops) for gpu in GPUS)
-        out(f"| {name} | {shape} | {num_bytes / 1e6:.1f} | {flops / 1e9:.2f} | {cells} |")
+        bounds = " | ".join(bound(gpu, num_bytes, flops) for gpu in GPUS)
+        out(f"| {name} | {shape} | {num_bytes / 1e6:.1f} | {flops / 1e9:.2f} | {bounds} |")
     out("\nWhat the page leaves out: the launch (a few microseconds, more than a decode step at")
     out(
         "d = 2048 takes; a CUDA graph hides it), partial sums of the decode kernel (at most 2.5% of"
