@@ -79,6 +79,7 @@ class Row:
         ratios: Time of each rival over this one's; with more threads, under "one thread" the time
             on one thread over this one's.
         roof_share: The least time that the machine allows over this one's.
+        roof_gbps: What memory gave before or after the case, GB/s.
     """
 
     operator: str
@@ -95,6 +96,7 @@ class Row:
     gbps: float
     gflops: float
     roof_share: float
+    roof_gbps: float
     ratio_to_best_rival: float
     ratios: dict[str, float]
     goals: tuple[Goal, ...]

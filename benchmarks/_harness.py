@@ -124,6 +124,7 @@ def measure(case: Case, quick: bool, seconds_of: Clock) -> list[Row]:
             gbps=num_bytes / median / 1e6,
             gflops=sum(flops.values()) / median / 1e6,
             roof_share=0.0,
+            roof_gbps=0.0,
             ratio_to_best_rival=best_rival / median,
             ratios={
                 **{name: other / median for name, other in medians.items()},
@@ -194,16 +195,25 @@ def run_cases(
     roof_of: Callable[[], Roof],
     seconds_of: Clock,
 ) -> tuple[list[Row], Roof]:
-    """Gate and time all cases, and hold them against the roofs measured before and after.
+    """Gate and time all cases, and hold each against the roofs measured before and after it.
 
     Raises:
         GateError: A result is wrong.
     """
     torch.manual_seed(0)
-    roof, rows = roof_of(), []
+    before = highest = roof_of()
+    measured: list[tuple[float, Row]] = []
     with torch.no_grad():
         for case in make_cases():
-            rows += measure(case, quick, seconds_of)
-    roof = roof.highest(roof_of())  # other programs may have slowed either
-    shares = [roof.ms(row.num_bytes, row.flops) / row.ms for row in rows]
-    return [replace(row, roof_share=share) for row, share in zip(rows, shares, strict=True)], roof
+            rows = measure(case, quick, seconds_of)
+            after = roof_of()
+            # What memory gives changes with what other programs do: each case has its own roof.
+            gbps = max(before.gbps, after.gbps)
+            measured += [(gbps, row) for row in rows]
+            before, highest = after, highest.highest(after)
+    held = []
+    for gbps, row in measured:
+        roof = replace(highest, gbps=gbps)
+        share = roof.ms(row.num_bytes, row.flops) / row.ms
+        held.append(replace(row, roof_gbps=gbps, roof_share=share))
+    return held, highest

@@ -111,5 +111,5 @@ def append_rows(target: Path, rows: list[Row], roofs: Mapping[int, Roof]) -> Non
     with target.open("a", encoding="utf-8") as file:
         for row in rows:
             roof = roofs[row.threads]
-            limits = {"roof_gbps": roof.gbps, "roof_gflops": dict(roof.gflops)}
+            limits = {"roof_gflops": dict(roof.gflops)}
             file.write(json.dumps({**facts, **limits, **asdict(row)}) + "\n")
