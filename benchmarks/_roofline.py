@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import math
 import os
 import subprocess
 import sysconfig
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _SOURCE = Path(__file__).parent / "roof.cpp"
 _ROUNDS = 2_000_000
@@ -165,3 +168,20 @@ def bytes_past_the_cache() -> int:
     except (ValueError, OSError):
         cache = 0
     return min(4 * max(cache, 16 << 20), 256 << 20)
+
+
+def in_turn(weight: Tensor, total_bytes: float) -> Callable[[], Tensor]:
+    """Return what hands out equal weights in turn, so many that each has left the caches.
+
+    Their number has no divisor in common with the calls of a round, so that no variant keeps
+    meeting the same copies: where the pages of a copy lie in memory shows in its speed.
+
+    Args:
+        weight: What is copied.
+        total_bytes: What the copies take together, at least; up to the weight's own bytes, it is
+            handed out alone.
+    """
+    count = math.ceil(total_bytes / weight.nbytes)
+    if count > 1:
+        count = next(n for n in itertools.count(count) if math.gcd(n, 6) == 1)
+    return itertools.cycle([weight.clone() for _ in range(count)]).__next__

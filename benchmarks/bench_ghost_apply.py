@@ -9,14 +9,12 @@ fp32 weight. Bytes: the weight once, x and y.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
 
 import torch
 from _cases import Case, Goal, Variant
 from _harness import main
-from _roofline import bytes_past_the_cache
+from _roofline import bytes_past_the_cache, in_turn
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,18 +42,6 @@ def _goals(hidden_size: int, rows: int, dtype: torch.dtype, cached: bool) -> tup
     return (Goal("best rival", *FROM_MEMORY[rows]), *((ROOF,) if rows == 1 else ()))
 
 
-def _copies(weight: Tensor, limit: int) -> Callable[[], Tensor]:
-    """Return what hands out equal weights in turn, so many that each has left the caches.
-
-    Their number has no divisor in common with the calls of a round, so that no variant keeps
-    meeting the same copies: where the pages of a copy lie in memory shows in its speed.
-    """
-    count = min(limit, math.ceil(bytes_past_the_cache() / weight.nbytes))
-    if count > 1:
-        count = next(n for n in itertools.count(count) if math.gcd(n, 6) == 1)
-    return itertools.cycle([weight.clone() for _ in range(count)]).__next__
-
-
 def _expression(x: Tensor, weight: Tensor) -> Tensor:
     return x + functional.linear(x, weight)
 
@@ -67,11 +53,12 @@ _compiled = torch.compile(_expression, dynamic=True)
 def _case(hidden_size: int, rows: int, dtype: torch.dtype, cached: bool = False) -> Case:
     x = torch.randn(rows, hidden_size).to(dtype)
     base = torch.randn(hidden_size, hidden_size) / hidden_size**0.5
-    limit = 1 if cached else 4 if rows > 16 else 1 << 16
+    # Prefill finds its weights in memory or not, that makes no difference to it.
+    rotated = bytes_past_the_cache() if rows <= 16 and not cached else 1
     scale = base.abs().amax(1) / 127
     weight, integer = base.to(dtype), (base / scale[:, None]).round().to(torch.int8)
-    next_weight, next_wide = _copies(weight, limit), _copies(weight.float(), limit)
-    next_integer = _copies(integer, limit)
+    next_weight, next_wide = in_turn(weight, rotated), in_turn(weight.float(), rotated)
+    next_integer = in_turn(integer, rotated)
     norm_weight = torch.rand(hidden_size).to(dtype)
     x64, w64 = x.double(), weight.double()
     exact = x64 + x64 @ w64.mT

@@ -11,13 +11,13 @@ square products, in the same run. This script has never run on hardware.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 
 import torch
 from _cases import Case, Variant
 from _harness import main_on_gpu
+from _roofline import in_turn
 from torch import Tensor
 from torch.nn import functional
 
@@ -93,14 +93,6 @@ def gram_case(hidden_size: int, num_tokens: int, device: str) -> Case:
     )
 
 
-def _rotate(weight: Tensor) -> Callable[[], Tensor]:
-    """Return what hands out equal weights in turn, past the cache; their number is prime to 6."""
-    count = next(
-        n for n in itertools.count(math.ceil(ROTATED_BYTES / weight.nbytes)) if math.gcd(n, 6) == 1
-    )
-    return itertools.cycle([weight.clone() for _ in range(count)]).__next__
-
-
 def apply_case(hidden_size: int, rows: int, device: str) -> Case:
     """Return the case of the ghost on `rows` rows, with bf16 and int8 weights."""
     x = torch.randn(rows, hidden_size, device=device).to(BF16)
@@ -108,8 +100,8 @@ def apply_case(hidden_size: int, rows: int, device: str) -> Case:
     weight, scale = base.to(BF16), base.abs().amax(1) / 127
     integer = (base / scale[:, None]).round().to(torch.int8)
     norm_weight = torch.rand(hidden_size, device=device).to(BF16)
-    next_weight, next_integer = _rotate(weight), _rotate(integer)
-    next_wide = _rotate(weight.float())
+    next_weight, next_integer = in_turn(weight, ROTATED_BYTES), in_turn(integer, ROTATED_BYTES)
+    next_wide = in_turn(weight.float(), ROTATED_BYTES)
     x64 = x.double()
     exact = x64 + x64 @ weight.double().mT
     exact_int8 = x64 + x64 @ (scale.double()[:, None] * integer.double()).mT
