@@ -58,7 +58,7 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CLANG_SOURCES)
 
-# Ten minutes. Nothing else should run beside it.
+# Less than 15 minutes on two cores. Nothing else should run beside it.
 bench: setup
 	for bench in gram_update ghost_apply ghost_solve; do \
 	  $(BIN)/python benchmarks/bench_$$bench.py --threads 1 2 || exit 1; done
