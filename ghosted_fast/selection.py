@@ -34,7 +34,7 @@ from ghosted_fast.modules import GhostLinear
 
 DEFAULT_SCORE_TOKENS = 2048
 # A candidate is dropped when its loss is above the lowest by this many standard errors of the
-# difference, token by token: one in 30,000 of those that are as good would be.
+# difference, token by token: about one in 30,000 of those that are as good would be.
 _DROP_ABOVE = 4.0
 _FEWEST_TOKENS_TO_DROP = 256
 
@@ -295,13 +295,18 @@ def _still_good(losses: Sequence[Sequence[Tensor]], running: Sequence[int]) -> l
 
 def _mean_losses(losses: Sequence[Sequence[Tensor]], running: Sequence[int]) -> list[float]:
     """Return each candidate's mean loss over all tokens, for the dropped as far as it is known."""
-    means = {index: float(torch.cat(list(losses[index])).mean()) for index in running}
+    means = {index: _mean(torch.cat(list(losses[index]))) for index in running}
     best = min(means, key=means.__getitem__)
     for index, parts in enumerate(losses):
         if index not in means:
             seen, same = torch.cat(list(parts)), torch.cat(list(losses[best][: len(parts)]))
-            means[index] = means[best] + float((seen - same).mean())
+            means[index] = means[best] + _mean(seen - same)
     return [means[index] for index in range(len(losses))]
+
+
+def _mean(losses: Tensor) -> float:
+    """Return the mean, 0 where no token was predicted (sequences of one token)."""
+    return float(losses.sum()) / max(len(losses), 1)
 
 
 def _by_streamline(request: _Request) -> Selection:

@@ -92,9 +92,9 @@ def solve_ghost(
     folds = [k for k in range(gram.folds) if gram.fold_tokens(k)]
     if len(folds) >= 2:
         unit = mean_diagonal(total)
-        relative = damping / unit if damping != "auto" else _choose_damping(gram, total, bias)
-        damping = relative * unit
-        held_out = _held_out_error(gram, total, relative, bias)
+        if damping == "auto":
+            damping = _choose_damping(gram, total, bias) * unit
+        held_out = _held_out_error(gram, total, damping / unit, bias)
     elif damping == "auto":
         damping = _MIDDLE * mean_diagonal(total)
     solution, offset, facts = solve_equations(total, damping, bias)
