@@ -100,7 +100,12 @@ def _on_all_threads(call: Callable[[int], object]) -> float:
 def measure_roof() -> Roof:
     """Measure the roofs with torch's current number of threads."""
     library, threads = _library(), torch.get_num_threads()
-    stream = torch.ones(_STREAM_BYTES // 8, dtype=torch.int64)
+    stream = torch.empty(_STREAM_BYTES // 8, dtype=torch.int64)
+    if library is not None:
+        library.roof_use_huge_pages(
+            ctypes.c_void_p(stream.data_ptr()), ctypes.c_size_t(stream.nbytes)
+        )
+    stream.fill_(1)
     if library is None:
         return _torch_roof(stream)
     gflops = {}
@@ -170,7 +175,9 @@ def bytes_past_the_cache() -> int:
     return min(4 * max(cache, 16 << 20), 256 << 20)
 
 
-def in_turn(weight: Tensor, total_bytes: float) -> Callable[[], Tensor]:
+def in_turn(
+    weight: Tensor, total_bytes: float, copy: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Callable[[], Tensor]:
     """Return what hands out equal weights in turn, so many that each has left the caches.
 
     Their number has no divisor in common with the calls of a round, so that no variant keeps
@@ -178,10 +185,11 @@ def in_turn(weight: Tensor, total_bytes: float) -> Callable[[], Tensor]:
 
     Args:
         weight: What is copied.
-        total_bytes: What the copies take together, at least; up to the weight's own bytes, it is
-            handed out alone.
+        total_bytes: What the copies take together, at least; up to the weight's own bytes, one copy
+            is handed out.
+        copy: Makes a copy.
     """
     count = math.ceil(total_bytes / weight.nbytes)
     if count > 1:
         count = next(n for n in itertools.count(count) if math.gcd(n, 6) == 1)
-    return itertools.cycle([weight.clone() for _ in range(count)]).__next__
+    return itertools.cycle([copy(weight) for _ in range(count)]).__next__

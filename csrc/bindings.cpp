@@ -6,6 +6,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/operators.h"
+#include "cpu/parallel.h"
 #ifdef GHOSTED_FAST_CUDA
 #include "cuda/operators.h"
 #endif
@@ -44,6 +45,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_path", [] { return std::string(ghosted_fast::kernel_table().name); },
       "Return the path in use.");
+  m.def("advise_huge_pages", &ghosted_fast::advise_huge_pages, pybind11::arg("address"),
+        pybind11::arg("num_bytes"),
+        "Ask the system to back memory, whole huge pages of it, by huge pages.");
   m.def(
       "set_cpu_path",
       [](const std::string& name) {

@@ -8,20 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghosted_fast import _native
 from ghosted_fast.derived import bases_of, derive, maker
 from ghosted_fast.errors import ArgumentError, UnknownFamilyError, UnsupportedModelError
 from ghosted_fast.families import decoder_layers
 from ghosted_fast.ops.ghost import ghost_apply
+from ghosted_fast.ops.packing import PACKED_DTYPES, pack_weight
 
 _INT8_LIMIT = 127.0
 # How far a module's output may be from a form it is taken to compute, relative to that output.
 _PROBE_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
+class _Packed:
+    """A packed weight, and the state of the tensor that it was made of.
+
+    The tensor's memory is kept alive, so that no other weight can come to lie at its address.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = pack_weight(weight)
+        self._source = weight.detach()
+        self._address, self._version = weight.data_ptr(), weight._version
+
+    def stands_for(self, weight: Tensor) -> bool:
+        return weight.data_ptr() == self._address and weight._version == self._version
+
+
 class GhostLinear(nn.Module):
     """The ghost y = x + f(x) @ weight.T + bias, with f(x) = x or x / sqrt(mean(x^2) + norm_eps).
 
     A new ghost has zero weights: it is the identity.
+
+    On the processor a ghost without gradients keeps a packed copy of a bf16 or fp32 weight
+    (`pack_weight`), made on first use and made anew when the weight was changed in place or
+    replaced. A change that PyTorch does not count, through `weight.data`, needs `forget_packed()`.
 
     Args:
         hidden_size: Width d of the hidden state.
@@ -37,6 +58,8 @@ class GhostLinear(nn.Module):
         scale: [d] fp32, the factor of each int8 row; None for a ghost that is not quantized.
         first_state: [d] or None.
     """
+
+    _packed: _Packed | None = None
 
     def __init__(
         self,
@@ -80,13 +103,39 @@ class GhostLinear(nn.Module):
         first_state = None if is_first is None else self.first_state
         return ghost_apply(
             x,
-            self.weight,
+            self._weight_for(x),
             self.bias,
             self.scale,
             norm_eps=self.norm_eps,
             first_state=first_state,
             is_first=None if first_state is None else is_first,
         )
+
+    def _weight_for(self, x: Tensor) -> Tensor:
+        """Return the weight, packed where that serves this call."""
+        weight = self.weight
+        if (
+            torch.compiler.is_compiling()
+            or not weight.is_cpu
+            or weight.dtype not in PACKED_DTYPES
+            or weight.dtype != x.dtype
+            or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
+            or weight.is_inference()  # its changes are not counted
+            or _native.extension() is None
+        ):
+            return weight
+        packed = self._packed
+        if packed is None or not packed.stands_for(weight):
+            packed = self._packed = _Packed(weight)
+        return packed.weight
+
+    def forget_packed(self) -> None:
+        """Drop the packed copy of the weight; the next use on the processor makes a new one."""
+        self._packed = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled and copied: all but the packed copy."""
+        return {**vars(self), "_packed": None}
 
     @property
     def quantization(self) -> str | None:

@@ -59,6 +59,17 @@ void check_is_first(const Call& call) {
   }
 }
 
+void check_packed(const Call& call) {
+  const Dtype dtype = call.args.weight_dtype;
+  if (dtype != Dtype::kBFloat16 && dtype != Dtype::kFloat32) {
+    fail(call.op, "a packed weight in BFloat16 or Float, got ",
+         torch::headeronly::toString(call.weight.scalar_type()));
+  }
+  const int64_t size = call.args.hidden_size, numbers = dtype == Dtype::kBFloat16 ? 2 : 1;
+  check_shape(call.op, "packed weight", call.weight,
+              {(size + 15) / 16, (size + numbers - 1) / numbers, 16, numbers});
+}
+
 // Checks the arguments and fills call.args but for the outputs.
 void prepare(Call& call, std::optional<double> norm_eps) {
   ApplyArgs& args = call.args;
@@ -81,7 +92,12 @@ void prepare(Call& call, std::optional<double> norm_eps) {
     if (call.scale) fail(call.op, "no scale with a float weight, got one");
     args.weight_dtype = args.dtype;
   }
-  check_shape(call.op, "weight", call.weight, {args.hidden_size, args.hidden_size});
+  args.packed = call.weight.dim() == 4;
+  if (args.packed) {
+    check_packed(call);
+  } else {
+    check_shape(call.op, "weight", call.weight, {args.hidden_size, args.hidden_size});
+  }
   check_positive(call.op, "norm_eps", norm_eps);
   args.normed = norm_eps.has_value();
   args.norm_eps = norm_eps.value_or(0.0);

@@ -43,7 +43,10 @@ struct ApplyArgs {
   Dtype dtype = Dtype::kFloat32;
   int64_t num_rows = 0;
   int64_t hidden_size = 0;
-  const void* weight = nullptr;  // [out, in], contiguous
+  // [out, in], or packed as [panels of 16 outputs][in / n][16][n], n numbers to a dword, zeros
+  // where there are no more: bf16 or fp32 then. Contiguous.
+  const void* weight = nullptr;
+  bool packed = false;
   Dtype weight_dtype = Dtype::kFloat32;
   const void* bias = nullptr;
   Dtype bias_dtype = Dtype::kFloat32;

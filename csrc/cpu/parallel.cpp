@@ -34,13 +34,17 @@ char* allocate(size_t bytes) {
   const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
   void* data = std::aligned_alloc(alignment, std::max(rounded, alignment));
   if (data == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (alignment == kHugePage) madvise(data, rounded, MADV_HUGEPAGE);
-#endif
+  if (alignment == kHugePage) advise_huge_pages(reinterpret_cast<uintptr_t>(data), rounded);
   return static_cast<char*>(data);
 }
 
 }  // namespace
+
+void advise_huge_pages([[maybe_unused]] uintptr_t address, [[maybe_unused]] size_t num_bytes) {
+#ifdef MADV_HUGEPAGE
+  madvise(reinterpret_cast<void*>(address), num_bytes, MADV_HUGEPAGE);
+#endif
+}
 
 int64_t num_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 

@@ -16,6 +16,9 @@ int64_t num_threads();
 void run_tasks(int64_t count, int64_t max_threads, void (*task)(void*, int64_t, int64_t),
                void* context);
 
+// Asks the system to back [address, address + num_bytes) by huge pages; it may decline.
+void advise_huge_pages(uintptr_t address, size_t num_bytes);
+
 // Memory aligned to 64 bytes, not initialised, valid until the object dies. The thread keeps the
 // block for the next call of an operator, unless it is large.
 class Scratch {

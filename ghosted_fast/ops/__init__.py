@@ -7,6 +7,7 @@ compiled extension where there is one.
 from ghosted_fast._native import backend_status
 from ghosted_fast.ops.ghost import ghost_apply, ghost_apply_rms_norm
 from ghosted_fast.ops.gram import gram_update
+from ghosted_fast.ops.packing import pack_weight
 from ghosted_fast.ops.solve import ghost_solve
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "ghost_apply_rms_norm",
     "ghost_solve",
     "gram_update",
+    "pack_weight",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.ops.packing import PACKED_DTYPES, packed_shape
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Weights that stand for scale[i] * weight[i], row by row.
@@ -102,6 +103,15 @@ def check_gram_update(
     _check_device(op, x, y=y, token_weight=token_weight, gram=gram, cross=cross, moments=moments)
 
 
+def _check_packed(op: str, weight: Tensor, hidden_size: int) -> None:
+    if weight.dtype not in PACKED_DTYPES or weight.device.type != "cpu":
+        raise ArgumentError(
+            f"{op}: expected a packed weight in bfloat16 or float32 on cpu, got {weight.dtype} on "
+            f"{weight.device}; pass the weight as [out, in]"
+        )
+    _check_shape(op, "packed weight", weight, packed_shape(hidden_size, weight.dtype))
+
+
 def check_ghost_apply(
     x: Tensor,
     weight: Tensor,
@@ -135,7 +145,10 @@ def check_ghost_apply(
                 f"{op}: expected no scale with a weight in {weight.dtype}, got one; "
                 "scale is for int8 and float8_e4m3fn weights"
             )
-    _check_shape(op, "weight", weight, [hidden_size, hidden_size])
+    if weight.dim() == 4:
+        _check_packed(op, weight, hidden_size)
+    else:
+        _check_shape(op, "weight", weight, [hidden_size, hidden_size])
     if norm_eps is not None and not norm_eps > 0.0:
         raise ArgumentError(f"{op}: expected norm_eps > 0 or None, got {norm_eps}")
     if (first_state is None) != (is_first is None):

@@ -76,7 +76,7 @@ def ghost_apply(
     Args:
         x: Hidden states [..., hidden_size], bf16, fp16 or fp32.
         weight: [hidden_size, hidden_size] as [out, in], in x's dtype, or int8 or
-            float8_e4m3fn with scale.
+            float8_e4m3fn with scale; or what `pack_weight` made of it.
         bias: [hidden_size], any of the three float dtypes.
         scale: [hidden_size] fp32: row i of an int8 or fp8 weight stands for scale[i] * weight[i].
         norm_eps: None for f(x) = x; a number > 0 for f(x) = x / sqrt(mean(x^2) + norm_eps).
@@ -135,8 +135,7 @@ def ghost_apply_rms_norm(
 
     Args:
         x: Hidden states [..., hidden_size], bf16, fp16 or fp32.
-        weight: [hidden_size, hidden_size] as [out, in], in x's dtype, or int8 or
-            float8_e4m3fn with scale.
+        weight: See `ghost_apply`.
         norm_weight: [hidden_size] in x's dtype.
         eps: Added to the mean square of y.
         bias: See `ghost_apply`, as the rest.

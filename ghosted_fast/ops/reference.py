@@ -18,6 +18,7 @@ from ghosted_fast.ops._checks import (
     check_ghost_solve,
     check_gram_update,
 )
+from ghosted_fast.ops.packing import unpack_weight
 
 _TOKENS_AT_ONCE = 4096
 # Below this a pivot of a matrix with unit diagonal is rounding noise, whatever its sign.
@@ -91,6 +92,10 @@ def gram_update_reference(
             moments[2] += (weighted_change * change).sum(0)
 
 
+def _plain(weight: Tensor, x: Tensor) -> Tensor:
+    return unpack_weight(weight, x.shape[-1]) if weight.dim() == 4 else weight
+
+
 def ghost_apply_reference(
     x: Tensor,
     weight: Tensor,
@@ -106,7 +111,7 @@ def ghost_apply_reference(
         TypeError, ArgumentError: An argument does not fit.
     """
     check_ghost_apply(x, weight, bias, scale, norm_eps, first_state, is_first)
-    inputs, matrix = x.double(), weight.double()
+    inputs, matrix = x.double(), _plain(weight, x).double()
     if scale is not None:
         matrix = scale.double()[:, None] * matrix
     features = inputs
@@ -139,7 +144,7 @@ def ghost_apply_expression(
     """
     check_ghost_apply(x, weight, bias, scale, norm_eps, first_state, is_first)
     inputs = x.float()
-    change = functional.linear(x, weight.to(x.dtype)).float()
+    change = functional.linear(x, _plain(weight, x).to(x.dtype)).float()
     if scale is not None:
         change = change * scale
     if norm_eps is not None:

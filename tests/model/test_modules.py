@@ -12,6 +12,7 @@ import torch
 from dense_reference import ghost_formula, random_ghost
 from torch import Tensor, nn
 
+from ghosted_fast import _native
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.modules import GhostLinear, swap_ghosts
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
@@ -43,6 +44,78 @@ def test_forward_is_the_formula(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", FORMS)
 def test_new_ghost_is_the_identity(options: dict[str, Any]) -> None:
     assert torch.equal(GhostLinear(SIZE, **options)(hidden()), hidden())
+
+
+def packed_of(ghost: GhostLinear) -> Any:
+    return None if ghost._packed is None else ghost._packed.weight
+
+
+@pytest.mark.skipif(_native.extension() is None, reason="only the compiled kernels read it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weight_follows_the_weight(dtype: torch.dtype) -> None:
+    ghost, x = random_ghost(0).to(dtype), hidden(dtype=dtype)
+    bound = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    nowhere = torch.zeros(2, 5, dtype=torch.bool)
+
+    def check() -> None:
+        with torch.no_grad():
+            assert relative_rms(ghost(x), ghost_formula(ghost, x, nowhere)) < bound
+        assert packed_of(ghost) is not None
+
+    def swap_data() -> None:
+        ghost.weight.data = -2 * ghost.weight.data
+
+    def new_parameter() -> None:
+        ghost.weight = nn.Parameter(ghost.weight.detach() / 3)
+
+    def load() -> None:
+        ghost.load_state_dict(random_ghost(3).state_dict())
+
+    check()
+    first = packed_of(ghost)
+    check()
+    assert packed_of(ghost) is first
+    with torch.no_grad():
+        ghost.weight.mul_(2)
+    check()
+    assert packed_of(ghost) is not first
+    for change in (
+        swap_data,
+        new_parameter,
+        lambda: ghost.load_state_dict(random_ghost(3).state_dict()),
+    ):
+        change()
+        check()
+    ghost.weight.data.neg_()  # not counted
+    ghost.forget_packed()
+    check()
+
+
+@pytest.mark.skipif(_native.extension() is None, reason="only the compiled kernels read it")
+def test_packed_weight_is_no_state() -> None:
+    ghost, x = random_ghost(0).requires_grad_(False), hidden()
+    keys = set(ghost.state_dict())
+    y = ghost(x)
+    assert packed_of(ghost) is not None and set(ghost.state_dict()) == keys
+    for again in (copy.deepcopy(ghost), pickle.loads(pickle.dumps(ghost))):
+        assert packed_of(again) is None and torch.equal(again(x), y)
+
+
+def test_packed_weight_only_where_it_serves() -> None:
+    with torch.no_grad():
+        half = random_ghost(0).half()
+        half(hidden(dtype=torch.float16))
+        small = random_ghost(0).quantize("int8")
+        small(hidden())
+    training = random_ghost(0)
+    training(hidden())
+    with torch.inference_mode():
+        uncounted = random_ghost(0)
+        uncounted(hidden())
+    compiled = random_ghost(0).requires_grad_(False)
+    torch.compile(compiled, fullgraph=True, backend="aot_eager")(hidden())
+    for ghost in (half, small, training, uncounted, compiled):
+        assert packed_of(ghost) is None
 
 
 def test_gradients_reach_every_parameter() -> None:

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from ghosted_fast import _native
 from ghosted_fast.errors import ArgumentError, BackendError
-from ghosted_fast.ops import ghost_apply, ghost_apply_rms_norm
+from ghosted_fast.ops import ghost_apply, ghost_apply_rms_norm, pack_weight
+from ghosted_fast.ops.packing import unpack_weight
 from ghosted_fast.ops.reference import rms_norm_reference
 from ghosted_fast.testing import outlier_activations, relative_rms
 
@@ -78,6 +79,12 @@ def exact_fp64(
     return y if bias is None else y + bias.double()
 
 
+def exact_norm(y: Tensor, norm_weight: Tensor) -> Tensor:
+    """The RMS norm of y in fp64, not rounded."""
+    exact = norm_weight.double() * y.double()
+    return exact * torch.rsqrt(y.double().square().mean(-1, keepdim=True) + 1e-6)
+
+
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
 @pytest.mark.parametrize("types", TYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
@@ -96,6 +103,55 @@ def test_values(
         assert y.dtype == x.dtype and y.shape == x.shape
         exact = exact_fp64(x, weight, bias=bias, scale=scale, norm_eps=norm_eps)
         assert_accurate(y, exact, torch_expression(x, weight, scale, norm_eps, bias))
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("rows", [*ROWS, 8, 9, 12, 13])
+def test_packed_values(backend: str, rows: int, dtype: torch.dtype, norm_eps: float | None) -> None:
+    for size in SIZES:
+        x = torch.randn(rows, size).to(dtype)
+        weight, _ = make_weight(size, dtype)
+        bias = torch.randn(size)
+        packed = pack_weight(weight)
+        poison(x)
+        y = ghost_apply(x, packed, bias, norm_eps=norm_eps, backend=backend)
+        assert y.dtype == x.dtype and y.shape == x.shape
+        exact = exact_fp64(x, weight, bias=bias, norm_eps=norm_eps)
+        assert_accurate(y, exact, torch_expression(x, weight, None, norm_eps, bias))
+        norm_weight = torch.randn(size).to(dtype)
+        again, normed = ghost_apply_rms_norm(
+            x, packed, norm_weight, 1e-6, bias, norm_eps=norm_eps, backend=backend
+        )
+        assert torch.equal(again, y)
+        rival = rms_norm_reference(y, norm_weight, 1e-6)
+        assert_accurate(normed, exact_norm(y, norm_weight), rival)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_packing_is_an_order(dtype: torch.dtype) -> None:
+    """Output 16 p + i meets input n k + j at [p, k, i, j], and what is beyond the weight is 0."""
+    numbers = 4 // dtype.itemsize
+    for size in SIZES:
+        weight, _ = make_weight(size, dtype)
+        packed = pack_weight(weight)
+        assert packed.dtype == dtype and packed.is_contiguous() and packed.data_ptr() % 64 == 0
+        for out, column in ((0, 0), (size - 1, size - 1), (size // 2, size // 3)):
+            place = (out // 16, column // numbers, out % 16, column % numbers)
+            assert packed[place] == weight[out, column]
+        assert torch.equal(unpack_weight(packed, size), weight)
+        assert packed.count_nonzero() == weight.count_nonzero()
+        assert torch.equal(pack_weight(weight.t()), pack_weight(weight.t().contiguous()))
+
+
+def test_what_cannot_be_packed() -> None:
+    for weight, message in (
+        (torch.randn(8, 9), r"expected a square weight, got \[8, 9\]"),
+        (torch.randn(8, 8).half(), "bfloat16 or float32 weight on cpu, got torch.float16"),
+        (torch.randn(8, 8, device="meta"), "got torch.float32 on meta"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            pack_weight(weight)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -170,9 +226,7 @@ def test_rms_norm(backend: str, rows: int, dtype: torch.dtype) -> None:
         y, normed = ghost_apply_rms_norm(x, weight, norm_weight, 1e-6, backend=backend)
         assert torch.equal(y, ghost_apply(x, weight, backend=backend))
         rival = rms_norm_reference(y, norm_weight, 1e-6)
-        exact = norm_weight.double() * y.double()
-        exact = exact * torch.rsqrt(y.double().square().mean(-1, keepdim=True) + 1e-6)
-        assert_accurate(normed, exact, rival)
+        assert_accurate(normed, exact_norm(y, norm_weight), rival)
 
 
 def test_any_leading_shape_and_strides(backend: str) -> None:
@@ -193,21 +247,23 @@ def test_bitwise_repeatable_on_any_number_of_threads(
     backend: str, two_threads: None, rows: int
 ) -> None:
     x, (weight, _) = torch.randn(rows, 512).to(BF16), make_weight(512, BF16)
-    results = []
-    for threads in (2, 2, 1, 3):
-        torch.set_num_threads(threads)
-        results.append(ghost_apply(x, weight, norm_eps=1e-6, backend=backend))
-    if backend == "reference":
-        results = results[:2]
-    assert all(torch.equal(again, results[0]) for again in results[1:])
+    for form in (weight, pack_weight(weight)):
+        results = []
+        for threads in (2, 2, 1, 3):
+            torch.set_num_threads(threads)
+            results.append(ghost_apply(x, form, norm_eps=1e-6, backend=backend))
+        if backend == "reference":
+            results = results[:2]
+        assert all(torch.equal(again, results[0]) for again in results[1:])
 
 
 def test_nan_stays_in_its_row(backend: str) -> None:
     for rows in (3, 40):
         x, (weight, _) = torch.randn(rows, 64), make_weight(64, FP32)
         x[1, 5] = float("nan")
-        bad = ghost_apply(x, weight, backend=backend).isnan().all(-1)
-        assert bad.tolist() == [row == 1 for row in range(rows)]
+        for form in (weight, pack_weight(weight)):
+            bad = ghost_apply(x, form, backend=backend).isnan().all(-1)
+            assert bad.tolist() == [row == 1 for row in range(rows)]
 
 
 def test_gradients_are_those_of_the_expression() -> None:
@@ -265,6 +321,17 @@ ERRORS = [
         ArgumentError,
         r"is_first of shape \[5\], got \[4\]",
     ),
+    (
+        {"weight": torch.zeros(2, 8, 16, 1)},
+        ArgumentError,
+        r"packed weight of shape \[1, 8, 16, 1\], got \[2, 8, 16, 1\]",
+    ),
+    (
+        {"x": torch.zeros(5, 8).half(), "weight": torch.zeros(1, 4, 16, 2).half()},
+        ArgumentError,
+        "a packed weight in bfloat16 or float32 on cpu, got torch.float16",
+    ),
+    ({"weight": torch.zeros(1, 4, 16, 2).to(BF16)}, TypeError, "expected weight in torch.float32"),
     ({"backend": "triton"}, BackendError, "backend 'triton': .*; use backend='auto'"),
 ]
 

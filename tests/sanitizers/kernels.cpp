@@ -166,8 +166,28 @@ void check_gram(Dtype dtype, int64_t tokens, int64_t size, int64_t outputs, int6
   expect(error <= 1e-12 * total, name_of("gram", {tokens, size, outputs, gap, weighted, normed}));
 }
 
-void check_apply(Dtype dtype, bool int8, int64_t rows, int64_t size, bool extras) {
+// A weight in the order [panel of 16 outputs][in / n][16][n], n numbers to a dword.
+std::vector<char> packed(const Buffer& weight, int64_t size) {
+  const int64_t width = weight.dtype == Dtype::kBFloat16 ? 2 : 4, numbers = 4 / width;
+  const int64_t dwords = (size + numbers - 1) / numbers;
+  std::vector<char> panels((size + 15) / 16 * dwords * 64);
+  for (int64_t out = 0; out < size; ++out) {
+    for (int64_t in = 0; in < size; ++in) {
+      const int64_t dword = (out / 16 * dwords + in / numbers) * 16 + out % 16;
+      std::memcpy(panels.data() + dword * 4 + in % numbers * width,
+                  static_cast<const char*>(weight.data.get()) + (out * size + in) * width, width);
+    }
+  }
+  return panels;
+}
+
+enum class Form { kPlain, kInt8, kPacked };
+
+void check_apply(Dtype dtype, Form form, int64_t rows, int64_t size, bool extras) {
+  const bool int8 = form == Form::kInt8;
   const Buffer x(dtype, rows * size), weight(int8 ? Dtype::kInt8 : dtype, size * size);
+  const std::vector<char> panels =
+      form == Form::kPacked ? packed(weight, size) : std::vector<char>();
   const Buffer bias(dtype, size), state(dtype, size), norm(dtype, size);
   Buffer y(dtype, rows * size), normalized(dtype, rows * size);
   std::vector<float> scale(size, 0.125f);
@@ -178,7 +198,8 @@ void check_apply(Dtype dtype, bool int8, int64_t rows, int64_t size, bool extras
   args.dtype = dtype;
   args.num_rows = rows;
   args.hidden_size = size;
-  args.weight = weight.data.get();
+  args.packed = form == Form::kPacked;
+  args.weight = args.packed ? panels.data() : weight.data.get();
   args.weight_dtype = weight.dtype;
   args.scale = int8 ? scale.data() : nullptr;
   args.y = y.data.get();
@@ -214,7 +235,8 @@ void check_apply(Dtype dtype, bool int8, int64_t rows, int64_t size, bool extras
     }
   }
   const double bound = dtype == Dtype::kFloat32 ? 1e-6 : dtype == Dtype::kFloat16 ? 1e-3 : 4e-3;
-  expect(error <= bound * bound * total, name_of("apply", {int(dtype), int8, rows, size, extras}));
+  expect(error <= bound * bound * total,
+         name_of("apply", {int(dtype), int(form), rows, size, extras}));
 }
 
 void check_solve(int64_t size, int64_t outputs) {
@@ -255,17 +277,18 @@ int main() {
       }
     }
     check_gram(dtype, 70, 193, 195, 1, true, false);
-    for (bool int8 : {false, true}) {
+    for (Form form : {Form::kPlain, Form::kInt8, Form::kPacked}) {
+      if (form == Form::kPacked && dtype == Dtype::kFloat16) continue;  // is not packed
       for (int64_t rows : {0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33}) {
         for (int64_t size : {1, 3, 16, 31, 33, 65, 100}) {
-          check_apply(dtype, int8, rows, size, false);
-          check_apply(dtype, int8, rows, size, true);
+          check_apply(dtype, form, rows, size, false);
+          check_apply(dtype, form, rows, size, true);
         }
       }
       // More than one pass over a row, the last one odd.
-      check_apply(dtype, int8, 7, 1059, true);
-      check_apply(dtype, int8, 13, 1059, true);
-      check_apply(dtype, int8, 40, 333, true);
+      check_apply(dtype, form, 7, 1059, true);
+      check_apply(dtype, form, 13, 1059, true);
+      check_apply(dtype, form, 40, 333, true);
     }
   }
   for (int64_t size : {1, 2, 7, 8, 9, 95, 97, 200}) {

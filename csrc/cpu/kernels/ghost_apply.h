@@ -1,10 +1,12 @@
 // ghost_apply on one path: y = x + f(x) W^T (+ bias), and the RMS norm of y where it is asked for.
 //
-// 2 T d^2 flops and d^2 weights. Few rows: ghost_dot.h, bound by the reading of the weights. Many:
-// ghost_gemm.h. Accumulated in fp32, rounded once; the norm is a factor per row of x W^T.
+// 2 T d^2 flops and d^2 weights. Few rows: ghost_panels.h for a packed weight, else ghost_dot.h,
+// bound by the reading of the weights. Many: ghost_gemm.h. Accumulated in fp32, rounded once; the
+// norm is a factor per row of x W^T.
 #pragma once
 
 #include "ghost_gemm.h"
+#include "ghost_panels.h"
 #include "rows.h"
 
 namespace ghosted_fast {
@@ -12,6 +14,8 @@ namespace {
 
 // Bytes of weights below which waking another thread costs more than it saves.
 constexpr int64_t kBytesPerThread = int64_t{256} << 10;
+// Pieces that a packed weight is cut into for each thread.
+constexpr int64_t kRunsPerThread = 4;
 
 // What turns sums into outputs.
 struct Epilogue {
@@ -120,6 +124,61 @@ inline void apply_few(const Epilogue& epilogue, const Inputs& x, int64_t threads
   });
 }
 
+template <Dtype kType>
+inline void apply_few_packed(const Epilogue& epilogue, const Inputs& x, int64_t threads) {
+  const ApplyArgs& args = epilogue.args;
+  const int64_t size = args.hidden_size, rows = args.num_rows;
+  const int64_t panels = (size + kPanel - 1) / kPanel, dwords = packed_dwords<kType>(size);
+  const int64_t inputs = dwords * kInputsPerDword<kType>;
+  const int64_t tokens = panel_tokens_for(rows), groups = (rows + tokens - 1) / tokens;
+  Scratch scratch(rows == 1 ? 0 : Scratch::bytes_for<float>(groups * tokens * inputs));
+  const float* interleaved = x.data;
+  if (rows > 1) {
+    float* to = scratch.take<float>(groups * tokens * inputs);
+    for (int64_t g = 0; g < groups; ++g) {
+      interleave_rows(x.data + g * tokens * x.stride, x.stride, rows - g * tokens, inputs, tokens,
+                      to + g * tokens * inputs);
+    }
+    interleaved = to;
+  }
+  const int64_t bytes = panels * dwords * kPanel * static_cast<int64_t>(sizeof(float));
+  const int64_t used = min64(threads, max64(1, bytes / kBytesPerThread));
+  // Long runs of panels keep the stream unbroken; several per thread even out their speeds.
+  const int64_t tasks = used == 1 ? 1 : min64(panels, kRunsPerThread * used);
+  for_each_task(tasks, used, [&](int64_t task, int64_t) {
+    alignas(64) float sums[kPanelTokens * kPanel];
+    for (int64_t p = task * panels / tasks; p < (task + 1) * panels / tasks; ++p) {
+      const float* panel = static_cast<const float*>(args.weight) + p * dwords * kPanel;
+      const int64_t out = p * kPanel, count = min64(kPanel, size - out);
+      for (int64_t g = 0; g < groups; ++g) {
+        panel_dots_of<kType>(tokens, panel, dwords, interleaved + g * tokens * inputs, sums);
+        for (int64_t row = g * tokens; row < min64(rows, (g + 1) * tokens); ++row) {
+          finish_of(epilogue, row, out, count, sums + (row - g * tokens) * kPanel);
+        }
+      }
+    }
+  });
+}
+
+// The panels of a strip of the weight: as they lie in a packed one, else written to `buffer`.
+template <Dtype kType, bool kPairs>
+inline const float* strip_panels(const ApplyArgs& args, int64_t out, int64_t outputs,
+                                 int64_t dwords, float* buffer) {
+  const int64_t size = args.hidden_size;
+  if constexpr (kType == Dtype::kBFloat16 || kType == Dtype::kFloat32) {
+    if (args.packed) {
+      const float* panels = static_cast<const float*>(args.weight) +
+                            out / kPanel * packed_dwords<kType>(size) * kPanel;
+      if (kInputsPerDword<kType> == 1) return panels;
+      widen_strip(panels, (outputs + kPanel - 1) / kPanel, size, buffer);
+      return buffer;
+    }
+  }
+  pack_strip<kType, kPairs>(static_cast<const char*>(args.weight) + out * size * bytes_of(kType),
+                            size, outputs, dwords, buffer);
+  return buffer;
+}
+
 template <Dtype kType, bool kPairs>
 inline void apply_many(const Epilogue& epilogue, const Inputs& x, int64_t threads) {
   const ApplyArgs& args = epilogue.args;
@@ -143,11 +202,10 @@ inline void apply_many(const Epilogue& epilogue, const Inputs& x, int64_t thread
     const int64_t begin = task / strips * share_rows;
     const int64_t end = min64(args.num_rows, begin + share_rows);
     if (begin >= end) return;
-    const char* weight = static_cast<const char*>(args.weight) + out * size * bytes_of(kType);
-    pack_strip<kType, kPairs>(weight, size, outputs, dwords, panels);
+    const float* strip = strip_panels<kType, kPairs>(args, out, outputs, dwords, panels);
     for (int64_t row = begin; row < end; row += kGemmTokens) {
       const int64_t rows = min64(kGemmTokens, end - row);
-      gemm_strip<kPairs>(x.data + row * x.stride, x.stride, rows, panels, outputs, dwords, sums);
+      gemm_strip<kPairs>(x.data + row * x.stride, x.stride, rows, strip, outputs, dwords, sums);
       for (int64_t r = 0; r < rows; ++r) {
         finish_of(epilogue, row + r, out, outputs, sums + r * kStripOutputs);
       }
@@ -157,11 +215,13 @@ inline void apply_many(const Epilogue& epilogue, const Inputs& x, int64_t thread
 
 template <Dtype kType, bool kPairs>
 inline void apply_typed(const Epilogue& epilogue, const Inputs& x, int64_t threads) {
-  if (epilogue.args.num_rows <= kDotTokens) {
-    apply_few<kType, kPairs>(epilogue, x, threads);
-  } else {
-    apply_many<kType, kPairs>(epilogue, x, threads);
+  if (epilogue.args.num_rows > kDotTokens) {
+    return apply_many<kType, kPairs>(epilogue, x, threads);
   }
+  if constexpr (kType == Dtype::kBFloat16 || kType == Dtype::kFloat32) {
+    if (epilogue.args.packed) return apply_few_packed<kType>(epilogue, x, threads);
+  }
+  apply_few<kType, kPairs>(epilogue, x, threads);
 }
 
 inline void ghost_apply(const ApplyArgs& args) {
