@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from ghosted_fast.batches import Batch
 from ghosted_fast.families import decoder_layers
 
+# Maps hidden states [batch, length, hidden_size] to others.
+Operator = Callable[[Tensor], Tensor]
+
 
 class _LastBoundaryReached(Exception):
     """Ends a forward pass whose remaining layers nobody looks at."""
@@ -102,19 +105,25 @@ def visit_intervals(
 class _PassThrough(nn.Module):
     """Stands in for a layer that is not computed; answers for its attributes."""
 
-    def __init__(self, layer: nn.Module, hidden: Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Module, operator: Operator | None = None) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
-        self._hidden = hidden
+        self._operator = operator
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_layer"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states if self._hidden is None else self._hidden
+        return hidden_states if self._operator is None else self._operator(hidden_states)
 
 
-def resume(model: nn.Module, batch: Batch, boundary: int, hidden: Tensor) -> Tensor:
+def resume(
+    model: nn.Module,
+    batch: Batch,
+    boundary: int,
+    hidden: Tensor,
+    gaps: Sequence[tuple[int, int, Operator | None]] = (),
+) -> Tensor:
     """Return the logits that follow from given hidden states at a boundary.
 
     Only the layers from the boundary on, the final norm and the head are computed.
@@ -124,13 +133,21 @@ def resume(model: nn.Module, batch: Batch, boundary: int, hidden: Tensor) -> Ten
         batch: The tokens that the hidden states belong to (for masks and positions).
         boundary: In 1..num_layers.
         hidden: [batch, length, hidden_size], in the model's dtype.
+        gaps: Layers above the boundary to leave out, as (start, stop, operator): the operator maps
+            the states that enter layer `start` to those that enter `stop`; None leaves them.
 
     Returns:
         Logits [batch, length, vocabulary], in the model's dtype.
     """
     layers = decoder_layers(model)
-    replaced: dict[int, nn.Module] = {i: _PassThrough(layers[i]) for i in range(boundary - 1)}
-    replaced[boundary - 1] = _PassThrough(layers[boundary - 1], hidden)
+    operators: dict[int, Operator | None] = dict.fromkeys(range(boundary - 1))
+    operators[boundary - 1] = lambda _: hidden
+    for start, stop, operator in gaps:
+        operators.update(dict.fromkeys(range(start, stop - 1)))
+        operators[stop - 1] = operator
+    replaced: dict[int, nn.Module] = {
+        index: _PassThrough(layers[index], operator) for index, operator in operators.items()
+    }
     with _replaced(model, replaced), torch.inference_mode():
         output = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return output.logits

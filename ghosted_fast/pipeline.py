@@ -137,7 +137,8 @@ def ghost_model(
             token tensors. Read once where `removed` is given, else held in memory as token ids.
         num_layers: How many layers to remove; the criterion chooses them. Give this or `removed`.
         removed: The layers to remove.
-        criterion: "ghost", "streamline" or "shortgpt"; see `select_layers`.
+        criterion: "ghost", "streamline", "shortgpt", "sleb", "taylor" or "angular"; see
+            `select_layers`.
         input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
         token_weight: "inverse_energy" or "uniform"; see `token_weights`.
         first_state: "auto", "on" or "off": a constant state for the first attended token.
@@ -261,6 +262,6 @@ def statistics_bytes_needed(
         assert num_layers is not None
         check_layer_count(num_layers, layers)
         count = len(candidate_intervals(num_layers, layers)) if criterion == "ghost" else 1
-        if criterion == "shortgpt":
+        if criterion in ("shortgpt", "sleb", "taylor"):
             count = num_layers
     return count * interval_bytes(hidden_size(model), options or GhostOptions())

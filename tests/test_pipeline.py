@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ghosted_fast.criteria import CRITERIA
 from ghosted_fast.errors import ArgumentError, CalibrationError, UnknownFamilyError
 from ghosted_fast.evaluation import perplexity
 from ghosted_fast.families import decoder_layers
@@ -44,7 +45,7 @@ def test_ghosts_recover_what_was_lost(family: str, input_form: str) -> None:
     assert facts.fit_error < 1.0
 
 
-@pytest.mark.parametrize("criterion", ["ghost", "streamline", "shortgpt"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_goes_all_the_way(criterion: str) -> None:
     ghosted, report = ghost_model(tiny_model("llama"), tokens(), 2, criterion=criterion)
     assert len(report.removed) == 2 and report.criterion == criterion and report.scores
