@@ -7,17 +7,17 @@ those that are clearly worse than the best are dropped before the next batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ghosted_fast.batches import Batch, iterate_batches
-from ghosted_fast.boundaries import Operator, resume, visit_boundaries
+from ghosted_fast.boundaries import resume, visit_boundaries
 from ghosted_fast.calibration import GhostOptions, is_held_out
 from ghosted_fast.errors import CalibrationError
 from ghosted_fast.evaluation import token_losses
+from ghosted_fast.gaps import Gap
 from ghosted_fast.modules import GhostLinear
 
 DEFAULT_SCORE_TOKENS = 2048
@@ -25,29 +25,6 @@ DEFAULT_SCORE_TOKENS = 2048
 # difference, token by token: about one in 30,000 of those that are as good would be.
 _DROP_ABOVE = 4.0
 _FEWEST_TOKENS_TO_DROP = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Gap:
-    """A run of layers that is left out, and what stands in its place.
-
-    Attributes:
-        start: First removed layer.
-        stop: One past the last removed layer.
-        ghost: Of the model's dtype; None for nothing.
-    """
-
-    start: int
-    stop: int
-    ghost: GhostLinear | None = None
-
-    def operator(self, batch: Batch) -> Operator | None:
-        """Return the map from the states that enter the gap to those that leave it."""
-        ghost = self.ghost
-        if ghost is None:
-            return None
-        is_first = batch.is_first if ghost.first_state is not None else None
-        return lambda x: ghost(x, is_first)
 
 
 def held_out_batches(
@@ -134,15 +111,9 @@ def score_gaps(
             starts = sorted({candidates[index][0].start for index in running})
             visit_boundaries(model, batch, starts, states.__setitem__)
             for index in running:
-                first, *others = candidates[index]
-                enter, hidden = first.operator(batch), states[first.start]
-                logits = resume(
-                    model,
-                    batch,
-                    first.stop,
-                    hidden if enter is None else enter(hidden),
-                    [(gap.start, gap.stop, gap.operator(batch)) for gap in others],
-                )
+                (start, stop, enter), *others = [gap.on(batch) for gap in candidates[index]]
+                hidden = states[start] if enter is None else enter(states[start])
+                logits = resume(model, batch, stop, hidden, others)
                 loss, predicted = token_losses(logits, batch.input_ids, batch.attention_mask)
                 losses[index].append(loss[predicted].double().cpu())
                 bar.update()

@@ -18,6 +18,7 @@ FLOORS: list[set[str]] = [
     {"ops"},
     {"gram", "families", "testing", "machine"},
     {"solve", "modules", "boundaries"},
+    {"gaps"},
     {"calibration", "ghosted_layers"},
     {"fitting", "registry", "evaluation", "speed", "sources", "assets", "checkpoint"},
     {"surgery", "comparison", "memory", "scoring"},

@@ -13,7 +13,8 @@ from ghosted_fast.errors import CalibrationError
 from ghosted_fast.evaluation import perplexity
 from ghosted_fast.families import decoder_layers
 from ghosted_fast.fitting import FittedGhost, fit_on_training_folds
-from ghosted_fast.scoring import Gap, held_out_batches, score_gaps, score_intervals
+from ghosted_fast.gaps import Gap
+from ghosted_fast.scoring import held_out_batches, score_gaps, score_intervals
 from ghosted_fast.surgery import remove_layers
 from ghosted_fast.testing import random_tokens, tiny_model
 
