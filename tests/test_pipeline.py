@@ -61,6 +61,16 @@ def test_several_gaps_at_once() -> None:
     assert divergence(model, ghosted) < divergence(model, prune_model(model, [0, 2, 5]))
 
 
+def test_later_ghosts_are_fitted_on_what_the_earlier_ones_give() -> None:
+    model = tiny_model("llama")
+    ghosted, report = ghost_model(model, iter(tokens(40)), removed=[1, 3, 5])
+    apart, other = ghost_model(model, tokens(40), removed=[1, 3, 5], sequential=False)
+    assert report.ghosts[0] == other.ghosts[0] and report.ghosts[1] != other.ghosts[1]
+    assert divergence(model, ghosted) < divergence(model, apart)
+    one = statistics_bytes_needed(model, removed=[0])
+    ghost_model(model, tokens(), removed=[1, 3, 5], memory_budget=one)  # one gap at a time
+
+
 def test_in_place_and_dtype() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     ghosted, _ = ghost_model(model, tokens(), removed=[3], inplace=True)
@@ -88,8 +98,9 @@ def test_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_gaps_beyond_the_budget_take_several_passes() -> None:
     model = tiny_model("llama")
     one = statistics_bytes_needed(model, removed=[0])
-    together, report = ghost_model(model, tokens(), removed=[0, 2, 5])
-    apart, other = ghost_model(model, iter(tokens()), removed=[0, 2, 5], memory_budget=one)
+    options = {"removed": [0, 2, 5], "sequential": False}
+    together, report = ghost_model(model, tokens(), **options)
+    apart, other = ghost_model(model, iter(tokens()), **options, memory_budget=one)
     assert other.ghosts == report.ghosts
     for a, b in zip(together.parameters(), apart.parameters(), strict=True):
         assert torch.equal(a, b)
