@@ -16,6 +16,12 @@ from torch import Tensor, nn
 from ghosted_fast.batches import Batch
 from ghosted_fast.families import decoder_layers
 
+# Maps hidden states [batch, length, hidden_size] to others.
+Operator = Callable[[Tensor], Tensor]
+# Layers that are left out, (start, stop, operator): the operator maps the states that enter layer
+# `start` to those that enter `stop`; None leaves them as they are.
+LeftOut = tuple[int, int, Operator | None]
+
 
 class _LastBoundaryReached(Exception):
     """Ends a forward pass whose remaining layers nobody looks at."""
@@ -73,6 +79,7 @@ def visit_intervals(
     batch: Batch,
     intervals: Sequence[tuple[int, int]],
     visit: Callable[[int, Tensor, Tensor], None],
+    gaps: Sequence[LeftOut] = (),
 ) -> None:
     """Run the layers on a batch and hand over both ends of each interval.
 
@@ -83,9 +90,14 @@ def visit_intervals(
         batch: The tokens.
         intervals: Pairs of boundaries (start, stop), start < stop.
         visit: Called with the interval's index and the states at its start and its stop.
+        gaps: Layers that are left out on the way to the starts; the stops are those of the whole
+            model all the same. Each ends below every start.
     """
     last_stop = {start: max(e for s, e in intervals if s == start) for start, _ in intervals}
     states: dict[int, Tensor] = {}
+    if gaps:
+        with leaving_out(model, gaps):
+            visit_boundaries(model, batch, list(last_stop), states.__setitem__)
 
     def reached(boundary: int, hidden: Tensor) -> None:
         for index, (start, stop) in enumerate(intervals):
@@ -93,28 +105,35 @@ def visit_intervals(
                 visit(index, states[start], hidden)
         for start in [start for start in states if last_stop[start] <= boundary]:
             del states[start]
-        if boundary in last_stop:
+        if boundary in last_stop and not gaps:
             states[boundary] = hidden
 
-    visit_boundaries(model, batch, [b for pair in intervals for b in pair], reached)
+    wanted = [stop for _, stop in intervals] if gaps else [b for pair in intervals for b in pair]
+    visit_boundaries(model, batch, wanted, reached)
 
 
 class _PassThrough(nn.Module):
     """Stands in for a layer that is not computed; answers for its attributes."""
 
-    def __init__(self, layer: nn.Module, hidden: Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Module, operator: Operator | None = None) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
-        self._hidden = hidden
+        self._operator = operator
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_layer"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states if self._hidden is None else self._hidden
+        return hidden_states if self._operator is None else self._operator(hidden_states)
 
 
-def resume(model: nn.Module, batch: Batch, boundary: int, hidden: Tensor) -> Tensor:
+def resume(
+    model: nn.Module,
+    batch: Batch,
+    boundary: int,
+    hidden: Tensor,
+    gaps: Sequence[LeftOut] = (),
+) -> Tensor:
     """Return the logits that follow from given hidden states at a boundary.
 
     Only the layers from the boundary on, the final norm and the head are computed.
@@ -124,25 +143,31 @@ def resume(model: nn.Module, batch: Batch, boundary: int, hidden: Tensor) -> Ten
         batch: The tokens that the hidden states belong to (for masks and positions).
         boundary: In 1..num_layers.
         hidden: [batch, length, hidden_size], in the model's dtype.
+        gaps: Layers above the boundary that are left out.
 
     Returns:
         Logits [batch, length, vocabulary], in the model's dtype.
     """
-    layers = decoder_layers(model)
-    replaced: dict[int, nn.Module] = {i: _PassThrough(layers[i]) for i in range(boundary - 1)}
-    replaced[boundary - 1] = _PassThrough(layers[boundary - 1], hidden)
-    with _replaced(model, replaced), torch.inference_mode():
+    with leaving_out(model, [(0, boundary, lambda _: hidden), *gaps]), torch.inference_mode():
         output = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return output.logits
 
 
 @contextmanager
-def _replaced(model: nn.Module, replacements: dict[int, nn.Module]) -> Iterator[None]:
+def leaving_out(model: nn.Module, gaps: Sequence[LeftOut]) -> Iterator[None]:
+    """Run the model without some of its layers, which are put back afterwards.
+
+    Args:
+        model: A causal language model or its base model.
+        gaps: The layers that are left out.
+    """
     layers = decoder_layers(model)
-    originals = {index: layers[index] for index in replacements}
+    originals = {index: layers[index] for start, stop, _ in gaps for index in range(start, stop)}
     try:
-        for index, module in replacements.items():
-            layers[index] = module
+        for start, stop, operator in gaps:
+            for index in range(start, stop):
+                last = index == stop - 1
+                layers[index] = _PassThrough(originals[index], operator if last else None)
         yield
     finally:
         for index, module in originals.items():

@@ -15,6 +15,7 @@ from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.boundaries import visit_intervals
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
 from ghosted_fast.families import hidden_size
+from ghosted_fast.gaps import Gap
 from ghosted_fast.gram import GramAccumulator, NormalEquations, mean_square, statistics_bytes
 
 Input = Literal["normed", "hidden"]
@@ -179,6 +180,7 @@ def collect_statistics(
     intervals: Sequence[tuple[int, int]],
     options: GhostOptions | None = None,
     progress: bool = False,
+    gaps: Sequence[Gap] = (),
 ) -> list[IntervalStatistics]:
     """Run the dense model once over text and gather the statistics of all intervals.
 
@@ -191,6 +193,8 @@ def collect_statistics(
         intervals: Pairs (start, stop) of removed layers.
         options: How the ghosts will be fitted.
         progress: Whether to show a progress bar on stderr.
+        gaps: Gaps below all the intervals. The states that enter an interval are then those of the
+            model with these gaps; the states that leave it stay those of the dense model.
 
     Returns:
         The statistics, in the order of the intervals.
@@ -218,7 +222,7 @@ def collect_statistics(
     with bar:
         for index, batch in enumerate(iterate_batches(batches, device)):
             update = partial(_update, statistics, batch, index, sequences, options)
-            visit_intervals(model, batch, intervals, update)
+            visit_intervals(model, batch, intervals, update, [gap.on(batch) for gap in gaps])
             sequences += len(batch.input_ids)
             tokens += batch.num_tokens
             bar.update(batch.num_tokens)

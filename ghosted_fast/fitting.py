@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ghosted_fast.batches import Batch
 from ghosted_fast.calibration import (
     FirstTokens,
     GhostOptions,
     IntervalStatistics,
+    collect_statistics,
     token_weights,
 )
+from ghosted_fast.gaps import Gap
 from ghosted_fast.gram import GramAccumulator, NormalEquations
 from ghosted_fast.modules import GhostLinear
 from ghosted_fast.solve import GhostSolution, solve_ghost, solve_on_split
@@ -89,6 +93,45 @@ def fit_ghost(
     solution = solve_ghost(statistics.gram, options.damping, options.bias)
     ghost = FittedGhost(solution.weight, solution.bias, first_state, statistics.gram.norm_eps)
     return ghost, solution
+
+
+def fit_in_sequence(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    intervals: Sequence[tuple[int, int]],
+    options: GhostOptions,
+    progress: bool = False,
+) -> list[tuple[FittedGhost, GhostSolution]]:
+    """Fit the ghosts of several gaps one after the other, each on what it will really be given.
+
+    The states that enter a gap come from the model with the ghosts of the gaps below it; those that
+    should leave it come from the dense model. So a ghost also mends what the ones below it left.
+    There is one pass over the text for each gap, with the statistics of one gap in memory.
+
+    Args:
+        model: The dense model.
+        batches: Calibration tokens.
+        intervals: The gaps (start, stop), ascending, at least one layer apart.
+        options: How the ghosts are fitted.
+        progress: Whether to show progress bars on stderr.
+
+    Returns:
+        The ghosts, in the order of the gaps, with their solutions.
+
+    Raises:
+        CalibrationError: There are fewer than 2 x hidden_size tokens.
+        NonFiniteError: An activation is NaN or infinite; the message names boundary and batch.
+
+    Source: ours.
+    """
+    parameter = next(model.parameters())
+    gaps: list[Gap] = []
+    fits: list[tuple[FittedGhost, GhostSolution]] = []
+    for interval in intervals:
+        (statistics,) = collect_statistics(model, batches, [interval], options, progress, gaps)
+        fits.append(fit_ghost(statistics, options))
+        gaps.append(Gap(*interval, fits[-1][0].to_module(parameter.dtype, parameter.device)))
+    return fits
 
 
 def fit_on_training_folds(statistics: IntervalStatistics, options: GhostOptions) -> FittedGhost:

@@ -23,7 +23,7 @@ from ghosted_fast.calibration import (
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import find_family, hidden_size
 from ghosted_fast.families import num_layers as layer_count
-from ghosted_fast.fitting import fit_ghost
+from ghosted_fast.fitting import FittedGhost, fit_ghost, fit_in_sequence
 from ghosted_fast.selection import (
     DEFAULT_SCORE_TOKENS,
     IntervalScore,
@@ -79,7 +79,8 @@ class GhostReport:
         scores: The criterion's candidates.
         ghosts: One record per interval.
         num_tokens: Calibration tokens.
-        seconds: Wall-clock time of selection, calibration and solve.
+        seconds: Wall-clock time of selection, calibration and solve; for ghosts that are fitted in
+            sequence the solve is part of the calibration.
     """
 
     model: str
@@ -124,6 +125,7 @@ def ghost_model(
     first_state: FirstState = "auto",
     bias: bool = False,
     damping: float | Literal["auto"] = "auto",
+    sequential: bool = True,
     score_tokens: int = DEFAULT_SCORE_TOKENS,
     memory_budget: int | None = None,
     inplace: bool = False,
@@ -137,12 +139,16 @@ def ghost_model(
             token tensors. Read once where `removed` is given, else held in memory as token ids.
         num_layers: How many layers to remove; the criterion chooses them. Give this or `removed`.
         removed: The layers to remove.
-        criterion: "ghost", "streamline" or "shortgpt"; see `select_layers`.
+        criterion: "ghost", "streamline", "shortgpt", "sleb", "taylor" or "angular"; see
+            `select_layers`.
         input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
         token_weight: "inverse_energy" or "uniform"; see `token_weights`.
         first_state: "auto", "on" or "off": a constant state for the first attended token.
         bias: Whether ghosts have an additive bias.
         damping: Absolute damping, or "auto".
+        sequential: Whether, with several gaps, each ghost is fitted on the states that the ghosts
+            below it give, by one pass for each gap; see `fit_in_sequence`. Otherwise all are fitted
+            on the dense model's states.
         score_tokens: Held-out tokens per candidate of the criterion "ghost".
         memory_budget: Bytes for statistics, see `select_layers`.
         inplace: Whether to cut the given model. Default: a new one that shares its weights.
@@ -193,20 +199,27 @@ def ghost_model(
     groups = passes_within(intervals, hidden_size(model), options, budget)
     if len(groups) > 1:
         batches = list(iterate_batches(batches))
-    ghosts, facts = [], []
-    for group in groups:
+    fits: list[tuple[FittedGhost, GhostSolution]] = []
+    if sequential and len(intervals) > 1:
         began = time.perf_counter()
-        if winner is not None:
-            statistics = [winner]
-        else:
-            statistics = collect_statistics(model, batches, group, options, progress)
+        fits = fit_in_sequence(model, list(iterate_batches(batches)), intervals, options, progress)
         seconds["calibrate"] += time.perf_counter() - began
-        began = time.perf_counter()
-        for item in statistics:
-            fitted, solution = fit_ghost(item, options)
-            ghosts.append(fitted.to_module(parameter.dtype, parameter.device))
-            facts.append(_facts(item, options, fitted.has_first_state, solution))
-        seconds["solve"] += time.perf_counter() - began
+    else:
+        for group in groups:
+            began = time.perf_counter()
+            if winner is not None:
+                statistics = [winner]
+            else:
+                statistics = collect_statistics(model, batches, group, options, progress)
+            seconds["calibrate"] += time.perf_counter() - began
+            began = time.perf_counter()
+            fits += [fit_ghost(item, options) for item in statistics]
+            seconds["solve"] += time.perf_counter() - began
+    ghosts = [fitted.to_module(parameter.dtype, parameter.device) for fitted, _ in fits]
+    facts = [
+        _facts(interval, options, fitted.has_first_state, solution)
+        for interval, (fitted, solution) in zip(intervals, fits, strict=True)
+    ]
     report = GhostReport(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
         family=find_family(model).name,
@@ -222,11 +235,11 @@ def ghost_model(
 
 
 def _facts(
-    item: IntervalStatistics, options: GhostOptions, first_state: bool, solution: GhostSolution
+    interval: tuple[int, int], options: GhostOptions, first_state: bool, solution: GhostSolution
 ) -> GhostFacts:
     return GhostFacts(
-        start=item.start,
-        stop=item.stop,
+        start=interval[0],
+        stop=interval[1],
         input=options.input,
         bias=options.bias,
         first_state=first_state,
@@ -261,6 +274,6 @@ def statistics_bytes_needed(
         assert num_layers is not None
         check_layer_count(num_layers, layers)
         count = len(candidate_intervals(num_layers, layers)) if criterion == "ghost" else 1
-        if criterion == "shortgpt":
+        if criterion in ("shortgpt", "sleb", "taylor"):
             count = num_layers
     return count * interval_bytes(hidden_size(model), options or GhostOptions())

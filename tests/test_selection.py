@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
 
-from ghosted_fast import selection
-from ghosted_fast.batches import iterate_batches
-from ghosted_fast.calibration import GhostOptions, collect_statistics, interval_bytes
+from ghosted_fast.calibration import GhostOptions, interval_bytes
+from ghosted_fast.criteria import CRITERIA
 from ghosted_fast.errors import ArgumentError, CalibrationError
+from ghosted_fast.evaluation import perplexity
 from ghosted_fast.families import decoder_layers
-from ghosted_fast.fitting import FittedGhost, fit_on_training_folds
-from ghosted_fast.selection import (
-    held_out_batches,
-    passes_within,
-    score_intervals,
-    select_layers,
-)
+from ghosted_fast.selection import select_layers
+from ghosted_fast.surgery import prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
 OPTIONS = GhostOptions()
@@ -46,6 +43,8 @@ def test_shortgpt_removes_the_layers_that_turn_the_state_least() -> None:
     lowest = sorted(chosen.scores, key=lambda s: s.score)[:2]
     assert chosen.removed == sorted(s.start for s in lowest)
     assert len(chosen.scores) == 6
+    assert chosen.choices[2] == chosen.removed and len(chosen.choices) == 5
+    assert chosen.choices[3] == select_layers(model, tokens(), 3, "shortgpt").removed
 
 
 def test_streamline_compares_the_ends_of_every_interval() -> None:
@@ -60,92 +59,80 @@ def test_streamline_compares_the_ends_of_every_interval() -> None:
     assert chosen.removed == [best.start, best.start + 1, best.start + 2]
 
 
-def test_scores_are_losses_of_the_model_with_the_ghost_in_place() -> None:
-    model = tiny_model("gemma3_text")
-    intervals = [(1, 3), (0, 2), (4, 6)]
-    statistics = collect_statistics(model, tokens(), intervals, OPTIONS)
-    fitted = [fit_on_training_folds(item, OPTIONS) for item in statistics]
-    held_out = held_out_batches(list(iterate_batches(tokens())), OPTIONS, 10**6)
-    scores = score_intervals(
-        model, held_out, intervals, [f.to_module(torch.float32, "cpu") for f in fitted]
-    )
-    for (start, stop), ghost, score in zip(intervals, fitted, scores, strict=True):
-        assert score == pytest.approx(loss_by_hooks(model, held_out, start, stop, ghost), rel=1e-4)
-
-
-def loss_by_hooks(
-    model: torch.nn.Module, batches: list[object], start: int, stop: int, ghost: FittedGhost
-) -> float:
-    """Run the dense model and overwrite the state that leaves the last removed layer."""
-    entering: list[torch.Tensor] = []
-
-    def remember(_: object, args: tuple[torch.Tensor, ...], kwargs: dict[str, object]) -> None:
-        entering.append(args[0] if args else kwargs["hidden_states"])  # type: ignore[arg-type]
-
-    def overwrite(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
-        x = entering.pop()
-        y = ghost.apply(x.flatten(0, 1)).float().view_as(x)
-        if ghost.first_state is not None:
-            y[:, 0] = ghost.first_state.float()
-        return y
-
-    layers = decoder_layers(model)
-    handles = [
-        layers[start].register_forward_pre_hook(remember, with_kwargs=True),
-        layers[stop - 1].register_forward_hook(overwrite),
-    ]
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            ids = batch.input_ids  # type: ignore[attr-defined]
-            logits = model(ids).logits[:, :-1].flatten(0, 1)
-            total += float(functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
-            count += ids[:, 1:].numel()
-    for handle in handles:
-        handle.remove()
-    return total / count
-
-
-def test_clearly_worse_candidates_are_dropped_and_still_ranked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_angular_compares_the_last_attended_tokens() -> None:
     model = tiny_model("llama")
-    intervals = [(0, 2), (1, 3), (2, 4), (4, 6)]
-    texts = [random_tokens(8, 64, seed) for seed in range(10)]
-    with (
-        torch.no_grad()
-    ):  # what the model itself would say, so that removing layers costs something
-        for position in range(4, 64):
-            for text in texts:
-                text[:, position] = 1 + model(text[:, :position]).logits[:, -1, 1:].argmax(-1)
-    statistics = collect_statistics(model, texts, intervals, OPTIONS)
-    ghosts = [
-        fit_on_training_folds(item, OPTIONS).to_module(torch.float32, "cpu") for item in statistics
-    ]
-    for spoilt in (0, 2):
-        ghosts[spoilt].weight.copy_(torch.randn(32, 32))
-    held_out = held_out_batches(list(iterate_batches(texts)), OPTIONS, 10**6)
-    resumed: list[int] = []
-    resume = selection.resume
+    ids = random_tokens(6, 24)
+    mask = torch.ones_like(ids)
+    mask[2, 20:] = 0  # padding behind the text
+    mask[4, :5] = 0  # and before it
+    batch = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states
+    chosen = select_layers(model, [batch], 2, "angular")
+    for score in chosen.scores[:4]:
+        x, y = (
+            torch.stack([states[b][row, 19 if row == 2 else 23] for row in range(6)]).double()
+            for b in (score.start, score.stop)
+        )
+        cosine = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+        assert score.score == pytest.approx(float(cosine.acos().mean()) / math.pi, rel=1e-5)
+    best = min(chosen.scores, key=lambda s: s.score)
+    assert chosen.removed == [best.start, best.start + 1] and chosen.choices == {2: chosen.removed}
 
-    def counted(model: object, batch: object, stop: int, hidden: torch.Tensor) -> torch.Tensor:
-        resumed.append(stop)
-        return resume(model, batch, stop, hidden)
 
-    monkeypatch.setattr(selection, "resume", counted)
-    monkeypatch.setattr(selection, "_FEWEST_TOKENS_TO_DROP", 10**9)
-    whole = score_intervals(model, held_out, intervals, ghosts)
-    assert len(resumed) == len(held_out) * len(intervals)
-    resumed.clear()
-    monkeypatch.setattr(selection, "_FEWEST_TOKENS_TO_DROP", 256)
-    raced = score_intervals(model, held_out, intervals, ghosts)
-    # 252 tokens of four batches do not suffice for a verdict, 315 of five do.
-    assert resumed.count(2) == resumed.count(4) == 5
-    assert resumed.count(3) + resumed.count(6) > len(held_out)
-    best = min(range(4), key=whole.__getitem__)
-    assert min(range(4), key=raced.__getitem__) == best
-    assert raced[best] == pytest.approx(whole[best], rel=1e-6)
-    assert raced == pytest.approx(whole, rel=0.05)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_taylor_sums_weight_times_gradient(family: str) -> None:
+    model = tiny_model(family, 9).requires_grad_(False)
+    ids = [random_tokens(1, 24, seed) for seed in range(12)]
+    chosen = select_layers(model, ids, 4, "taylor", score_tokens=48)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+    model.requires_grad_(True)
+    held_out = torch.cat([ids[3], ids[7]])
+    logits = model(held_out).logits[:, :-1].flatten(0, 1)
+    functional.cross_entropy(logits, held_out[:, 1:].flatten()).backward()
+    importance = [0.0] * 9
+    for index, layer in enumerate(decoder_layers(model)):
+        for name, parameter in layer.named_parameters():
+            if "bias" not in name and parameter.grad is not None:
+                importance[index] += float((parameter.detach() * parameter.grad).abs().sum())
+    assert [s.score for s in chosen.scores] == pytest.approx(importance, rel=1e-4)
+    # The first four and the last two of the nine come after the three between them.
+    assert chosen.choices[3] == [4, 5, 6]
+    others = min((0, 1, 2, 3, 7, 8), key=importance.__getitem__)
+    assert chosen.removed == sorted([4, 5, 6, others])
+
+
+def test_sleb_removes_greedily_and_its_choices_are_nested() -> None:
+    model = tiny_model("llama")
+    texts = [random_tokens(8, 32, seed) for seed in range(6)]
+    chosen = select_layers(model, texts, 3, "sleb", score_tokens=10**6)
+    held_out = [t[3::4] for t in texts]
+    removed: list[int] = []
+    for turn in range(1, 4):
+        losses = {
+            layer: math.log(perplexity(prune_model(model, [*removed, layer]), held_out).value)
+            for layer in range(6)
+            if layer not in removed
+        }
+        removed.append(min(losses, key=losses.__getitem__))
+        assert chosen.choices[turn] == sorted(removed)
+        assert chosen.scores[removed[-1]].score == pytest.approx(losses[removed[-1]], rel=1e-5)
+    assert chosen.removed == sorted(removed)
+    assert len(chosen.choices) == 3 and len(chosen.scores) == 6
+    assert len(decoder_layers(model)) == 6
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_choice_is_repeatable_and_leaves_the_model_alone(criterion: str) -> None:
+    model = tiny_model("gemma3_text")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = (select_layers(model, tokens(), 2, criterion) for _ in range(2))
+    assert first == second and first.criterion == criterion
+    assert len(first.removed) == 2 and first.choices[2] == first.removed
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert [p for p in model.parameters() if not p.requires_grad] == []
 
 
 def test_ghost_criterion_takes_the_lowest_loss_and_keeps_its_statistics() -> None:
@@ -166,25 +153,6 @@ def test_several_passes_give_the_scores_of_one() -> None:
     assert [s.score for s in several.scores] == pytest.approx([s.score for s in one.scores])
 
 
-def test_budget_is_cut_into_passes_or_refused() -> None:
-    intervals = [(i, i + 2) for i in range(5)]
-    each = interval_bytes(32, OPTIONS)
-    groups = passes_within(intervals, 32, OPTIONS, 2 * each)
-    assert [len(group) for group in groups] == [2, 2, 1]
-    with pytest.raises(CalibrationError, match=str(each)):
-        passes_within(intervals, 32, OPTIONS, each - 1)
-
-
-def test_held_out_sequences_are_those_of_the_last_fold() -> None:
-    batches = list(iterate_batches(tokens()))
-    rows = torch.cat([b.input_ids for b in batches])
-    held_out = held_out_batches(batches, OPTIONS, 10**6)
-    assert torch.equal(torch.cat([b.input_ids for b in held_out]), rows[3::4])
-    assert len(held_out_batches(batches, OPTIONS, 30)) == 2
-    with pytest.raises(CalibrationError, match="at least 4"):
-        held_out_batches(batches[:1][0:0], OPTIONS, 100)
-
-
 @pytest.mark.parametrize("count", [0, -1, 6, 100])
 def test_layer_counts_out_of_range(count: int) -> None:
     with pytest.raises(ArgumentError, match=r"1\.\.5"):
@@ -195,7 +163,7 @@ def test_wrong_types_and_names() -> None:
     model = tiny_model("llama")
     with pytest.raises(TypeError, match="int"):
         select_layers(model, tokens(), 1.5)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="ghost, streamline, shortgpt"):
+    with pytest.raises(ArgumentError, match="ghost, streamline, shortgpt, sleb, taylor, angular"):
         select_layers(model, tokens(), 2, "cosine")
     with pytest.raises(CalibrationError, match="got none"):
         select_layers(model, [], 2, "streamline")

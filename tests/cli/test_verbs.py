@@ -11,9 +11,10 @@ import torch
 from tiny_text import save_tiny_model
 from typer.testing import CliRunner
 
-from ghosted_fast import calibration, selection
+from ghosted_fast import calibration
 from ghosted_fast.cli import options
 from ghosted_fast.cli.app import app
+from ghosted_fast.criteria import CRITERIA
 from ghosted_fast.families import num_layers
 from ghosted_fast.sources import load_model
 
@@ -31,7 +32,7 @@ def run_json(*arguments: object) -> Any:
     return json.loads(run(*arguments, "--json"))
 
 
-@pytest.mark.parametrize("criterion", ["ghost", "streamline", "shortgpt"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_select(model_folder: Path, texts: Path, criterion: str) -> None:
     command = ["select", "--model", model_folder, "--calibration", texts, "--num-layers", 2]
     found = run_json(*command, "--criterion", criterion, *SMALL)
@@ -152,7 +153,7 @@ def test_doctor() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert set(get_args(options.Criterion)) == set(selection.CRITERIA)
+    assert set(get_args(options.Criterion)) == set(CRITERIA)
     assert options.GhostInput == calibration.Input
     assert options.FirstState == calibration.FirstState
     assert options.TokenWeight == calibration.TokenWeight

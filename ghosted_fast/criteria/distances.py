@@ -1,0 +1,59 @@
+"""The mean distance between the states at the two ends of intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, cosine_similarity
+from tqdm import tqdm
+
+from ghosted_fast.batches import Batch, iterate_batches
+from ghosted_fast.boundaries import visit_intervals
+from ghosted_fast.criteria.request import IntervalScore, Request
+from ghosted_fast.errors import CalibrationError
+
+Compare = Callable[[Batch, Tensor, Tensor], Tensor]
+
+
+def mean_distances(
+    request: Request, intervals: Sequence[tuple[int, int]], compare: Compare
+) -> list[IntervalScore]:
+    """Return the mean of a distance over the calibration text, for each interval.
+
+    Args:
+        request: The model and the text.
+        intervals: Pairs (start, stop).
+        compare: Gives the distances [n] that one batch adds to the mean, from the batch and the
+            states [batch, length, hidden_size] that enter layers start and stop.
+
+    Raises:
+        CalibrationError: There is no text.
+    """
+    sums = [0.0] * len(intervals)
+    counts = [0] * len(intervals)
+    device = next(request.model.parameters()).device
+    bar = tqdm(
+        desc="comparing", unit="tok", unit_scale=True, delay=2.0, disable=not request.progress
+    )
+    with bar:
+        for batch in iterate_batches(request.batches, device):
+
+            def add(index: int, x: Tensor, y: Tensor) -> None:
+                distances = compare(batch, x, y)  # noqa: B023 - called within this turn
+                sums[index] += float(distances.double().sum())
+                counts[index] += len(distances)
+
+            visit_intervals(request.model, batch, intervals, add)
+            bar.update(batch.num_tokens)
+    if not any(counts):
+        raise CalibrationError("expected calibration tokens, got none: give some text")
+    return [
+        IntervalScore(*pair, total / count)
+        for pair, total, count in zip(intervals, sums, counts, strict=True)
+    ]
+
+
+def one_minus_cosine(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+    """Return 1 - cos(x, y) of every attended token."""
+    attended = batch.attention_mask.bool()
+    return 1.0 - cosine_similarity(x[attended].float(), y[attended].float(), dim=-1)

@@ -1,0 +1,49 @@
+"""The interval whose ghosted model has the lowest loss: the recovery is part of the choice.
+
+Source: ours. The ghosts are those of Yun et al., arXiv 2605.15491.
+"""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+from ghosted_fast.batches import iterate_batches
+from ghosted_fast.calibration import IntervalStatistics, collect_statistics
+from ghosted_fast.criteria.request import (
+    IntervalScore,
+    Request,
+    Selection,
+    candidate_intervals,
+)
+from ghosted_fast.families import hidden_size
+from ghosted_fast.fitting import fit_on_training_folds
+from ghosted_fast.memory import default_memory_budget, passes_within
+from ghosted_fast.scoring import held_out_batches, score_intervals
+
+
+def by_ghost(request: Request) -> Selection:
+    """Score every interval of the length on held-out tokens, its ghost in place."""
+    model, options = request.model, request.options
+    intervals = candidate_intervals(request.count, request.layers)
+    parameter = next(model.parameters())
+    budget = request.memory_budget or default_memory_budget(parameter.device)
+    groups = passes_within(intervals, hidden_size(model), options, budget)
+    batches = list(iterate_batches(request.batches))
+    held_out = held_out_batches(batches, options, request.score_tokens)
+    scores: list[IntervalScore] = []
+    best: tuple[float, IntervalStatistics] | None = None
+    for group in groups:
+        statistics = collect_statistics(model, batches, group, options, request.progress)
+        ghosts = [
+            fit_on_training_folds(item, options).to_module(parameter.dtype, parameter.device)
+            for item in tqdm(statistics, desc="fitting", delay=2.0, disable=not request.progress)
+        ]
+        losses = score_intervals(model, held_out, group, ghosts, request.progress)
+        scores += [IntervalScore(*pair, loss) for pair, loss in zip(group, losses, strict=True)]
+        lowest = min(range(len(group)), key=losses.__getitem__)
+        if best is None or losses[lowest] < best[0]:
+            best = losses[lowest], statistics[lowest]
+    assert best is not None
+    chosen = best[1]
+    removed = list(range(chosen.start, chosen.stop))
+    return Selection(removed, scores, "ghost", {request.count: removed}, chosen)

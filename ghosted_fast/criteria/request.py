@@ -1,0 +1,101 @@
+"""What every criterion is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ghosted_fast.calibration import GhostOptions, IntervalStatistics
+
+
+@dataclass(frozen=True)
+class IntervalScore:
+    """The score of one candidate: lower is better.
+
+    Attributes:
+        start: First removed layer.
+        stop: One past the last removed layer.
+        score: In the unit of the criterion: nats per token for `ghost` and `sleb`, 1 - cosine for
+            `streamline` and `shortgpt`, half turns for `angular`, |weight x gradient| for `taylor`.
+    """
+
+    start: int
+    stop: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers a criterion chose.
+
+    Attributes:
+        removed: Layers to remove, ascending.
+        scores: Every candidate that was looked at: intervals, or single layers for the criteria
+            that choose layer by layer.
+        criterion: The name of the criterion.
+        choices: The choice for each number of layers that the same work has settled, this one
+            included: all for `shortgpt` and `taylor`, all up to this one for `sleb`.
+        statistics: The winner's statistics where the criterion gathered them, else None.
+    """
+
+    removed: list[int]
+    scores: list[IntervalScore]
+    criterion: str
+    choices: dict[int, list[int]] = field(default_factory=dict)
+    statistics: IntervalStatistics | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked call of `select_layers`.
+
+    Attributes:
+        model: The dense model.
+        batches: Calibration tokens, see `iterate_batches`.
+        count: How many layers to remove.
+        layers: How many the model has.
+        options: How ghosts are fitted.
+        score_tokens: Held-out tokens that candidates are scored on.
+        memory_budget: Bytes that statistics may take; None for half of the free memory.
+        progress: Whether to show progress bars on stderr.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    count: int
+    layers: int
+    options: GhostOptions
+    score_tokens: int
+    memory_budget: int | None
+    progress: bool
+
+
+def candidate_intervals(count: int, layers: int) -> list[tuple[int, int]]:
+    """Return every interval of `count` layers, the first and the last layer included."""
+    return [(start, start + count) for start in range(layers - count + 1)]
+
+
+def best_interval(scores: Sequence[IntervalScore], criterion: str) -> Selection:
+    """Return the selection of the interval with the lowest score."""
+    best = min(scores, key=lambda item: item.score)
+    removed = list(range(best.start, best.stop))
+    return Selection(removed, list(scores), criterion, {len(removed): removed})
+
+
+def in_order(
+    order: Sequence[int], scores: Sequence[float], count: int, criterion: str
+) -> Selection:
+    """Return the selection of a criterion that removes one layer after the other.
+
+    Args:
+        order: Layers, the first to be removed first.
+        scores: The score of every layer.
+        count: How many to remove.
+        criterion: The criterion's name.
+    """
+    choices = {n: sorted(order[:n]) for n in range(1, min(len(order), len(scores) - 1) + 1)}
+    singles = [IntervalScore(layer, layer + 1, score) for layer, score in enumerate(scores)]
+    return Selection(choices[count], singles, criterion, choices)

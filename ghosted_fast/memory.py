@@ -1,0 +1,37 @@
+"""How much memory statistics may take, and how many passes that makes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from ghosted_fast.calibration import GhostOptions, interval_bytes
+from ghosted_fast.errors import CalibrationError
+
+
+def passes_within(
+    intervals: Sequence[tuple[int, int]], size: int, options: GhostOptions, budget: int
+) -> list[list[tuple[int, int]]]:
+    """Cut a list of intervals into groups whose statistics fit a budget of bytes.
+
+    Raises:
+        CalibrationError: Not even one interval fits.
+    """
+    each = interval_bytes(size, options)
+    if each > budget:
+        raise CalibrationError(
+            f"expected a memory budget of at least {each} bytes (the statistics of one interval: "
+            f"hidden size {size}, {options.folds} folds), got {budget}: raise it, or use fewer "
+            "folds"
+        )
+    per_pass = budget // each
+    return [list(intervals[i : i + per_pass]) for i in range(0, len(intervals), per_pass)]
+
+
+def default_memory_budget(device: torch.device) -> int:
+    """Return half of the free memory beside a device's tensors, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
