@@ -12,6 +12,8 @@ namespace {
 // Residuals above this are refined.
 constexpr double kRefineAbove = 1e-12;
 constexpr int kProbes = 8;
+// Rows of a matrix that one thread takes at a time.
+constexpr int64_t kSharedRows = 64;
 constexpr int kProbeVectors = kProbes / kDoubleLanes;
 
 inline bool all_finite(const double* values, int64_t count) {
@@ -24,20 +26,52 @@ inline bool all_finite(const double* values, int64_t count) {
   return bad == 0;
 }
 
-inline double sum_of_squares(const double* values, int64_t count) {
+// Numbers that one thread looks through at a time.
+constexpr int64_t kShare = int64_t{1} << 16;
+
+// The same, shared between threads.
+inline bool all_finite(const double* values, int64_t count, int64_t threads) {
+  bool finite = true;
+  for_each_task((count + kShare - 1) / kShare, threads, [&](int64_t task, int64_t) {
+    const int64_t begin = task * kShare;
+    if (!all_finite(values + begin, min64(kShare, count - begin))) {
+      __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+    }
+  });
+  return finite;
+}
+
+inline bool lower_triangle_is_finite(const double* matrix, int64_t size, int64_t threads) {
+  bool finite = true;
+  for_each_task((size + kSharedRows - 1) / kSharedRows, threads, [&](int64_t task, int64_t) {
+    for (int64_t i = task * kSharedRows; i < min64(size, (task + 1) * kSharedRows); ++i) {
+      if (!all_finite(matrix + i * size, i + 1)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+    }
+  });
+  return finite;
+}
+
+// The sum of term(value) over some numbers, in a fixed order.
+template <class Term>
+inline double sum_of(const double* values, int64_t count, Term term) {
   VecD sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * kDoubleLanes <= count; i += 4 * kDoubleLanes) {
-    for (int u = 0; u < 4; ++u) {
-      const VecD value = load(values + i + u * kDoubleLanes);
-      sums[u] += value * value;
-    }
+    for (int u = 0; u < 4; ++u) sums[u] += term(load(values + i + u * kDoubleLanes));
   }
   const VecD total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double sum = 0.0;
   for (int lane = 0; lane < kDoubleLanes; ++lane) sum += total[lane];
-  for (; i < count; ++i) sum += values[i] * values[i];
+  for (; i < count; ++i) sum += term(VecD{values[i]})[0];
   return sum;
+}
+
+inline double sum_of_squares(const double* values, int64_t count) {
+  return sum_of(values, count, [](VecD value) { return value * value; });
+}
+
+inline double sum_of_magnitudes(const double* values, int64_t count) {
+  return sum_of(values, count, [](VecD value) { return value < 0.0 ? -value : value; });
 }
 
 // A sign that depends on nothing but its position.
@@ -145,46 +179,51 @@ inline double inverse_norm(const Factor& u, int64_t size, double* strip) {
 }
 
 // Fills the scaled matrix and its scale; returns its 1-norm.
-inline double scale_matrix(const SolveArgs& args, const Factor& u, double* __restrict scale,
-                           double* __restrict sums) {
+inline double scale_matrix(const SolveArgs& args, const Factor& u, int64_t threads,
+                           double* __restrict scale, double* __restrict sums) {
   const int64_t size = args.size;
   for (int64_t i = 0; i < u.size; ++i) {
-    scale[i] = 1.0;
-    sums[i] = 0.0;
-    if (i >= size) continue;
-    const double diagonal = args.gram[i * size + i] + args.damping;
-    if (diagonal > 0.0) scale[i] = 1.0 / std::sqrt(diagonal);
-  }
-  for (int64_t i = 0; i < u.size; ++i) {
-    std::memset(u.at(i, 0), 0, static_cast<size_t>(u.stride) * sizeof(double));
-    u.diagonal[i] = 1.0;
-    if (i >= size) continue;
-    const double diagonal = args.gram[i * size + i] + args.damping;
+    const double diagonal = i < size ? args.gram[i * size + i] + args.damping : 1.0;
+    scale[i] = diagonal > 0.0 ? 1.0 / std::sqrt(diagonal) : 1.0;
     u.diagonal[i] = diagonal > 0.0 ? 1.0 : diagonal;
-    double* __restrict row = u.at(i, 0);
-    const double factor = scale[i];
-    for (int64_t j = 0; j < i; ++j) row[j] = args.gram[i * size + j] * factor * scale[j];
   }
-  constexpr int64_t kTile = 4;  // the mirror image, tile by tile; u.size is a multiple of 4
-  for (int64_t i = 0; i < u.size; i += kTile) {
-    for (int64_t j = 0; j < i; j += kTile) {
-      const double* __restrict from = u.at(i, j);
-      double* __restrict to = u.at(j, i);
-      GHOSTED_FAST_UNROLL
-      for (int64_t r = 0; r < kTile; ++r) {
+  auto for_rows = [&](auto visit) {  // u.size is a multiple of 4, and so is a share of rows
+    for_each_task((u.size + kSharedRows - 1) / kSharedRows, threads, [&](int64_t task, int64_t) {
+      visit(task * kSharedRows, min64(u.size, (task + 1) * kSharedRows));
+    });
+  };
+  for_rows([&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double* __restrict row = u.at(i, 0);
+      std::memset(row, 0, static_cast<size_t>(u.stride) * sizeof(double));
+      if (i >= size) continue;
+      const double factor = scale[i];
+      for (int64_t j = 0; j < i; ++j) row[j] = args.gram[i * size + j] * factor * scale[j];
+    }
+  });
+  constexpr int64_t kTile = 4;
+  for_rows([&](int64_t begin, int64_t end) {  // the mirror image, tile by tile
+    for (int64_t i = begin; i < end; i += kTile) {
+      for (int64_t j = 0; j < i; j += kTile) {
+        const double* __restrict from = u.at(i, j);
+        double* __restrict to = u.at(j, i);
         GHOSTED_FAST_UNROLL
-        for (int64_t c = 0; c < kTile; ++c) to[r * u.stride + c] = from[c * u.stride + r];
+        for (int64_t r = 0; r < kTile; ++r) {
+          GHOSTED_FAST_UNROLL
+          for (int64_t c = 0; c < kTile; ++c) to[r * u.stride + c] = from[c * u.stride + r];
+        }
+      }
+      for (int64_t r = i; r < i + kTile; ++r) {
+        *u.at(r, r) = u.diagonal[r];
+        for (int64_t c = i; c < r; ++c) *u.at(c, r) = *u.at(r, c);
       }
     }
-    for (int64_t r = i; r < i + kTile; ++r) {
-      *u.at(r, r) = u.diagonal[r];
-      for (int64_t c = i; c < r; ++c) *u.at(c, r) = *u.at(r, c);
+  });
+  for_rows([&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < min64(size, end); ++i) {
+      sums[i] = sum_of_magnitudes(u.at(i, 0), size);
     }
-  }
-  for (int64_t i = 0; i < size; ++i) {
-    const double* __restrict row = u.at(i, 0);
-    for (int64_t j = 0; j < size; ++j) sums[j] += std::fabs(row[j]);
-  }
+  });
   double norm = 0.0;
   for (int64_t i = 0; i < size; ++i) norm = std::fmax(norm, sums[i]);
   return norm;
@@ -239,13 +278,12 @@ inline void solve_columns(const SolveArgs& args, const Factor& u, const double* 
 inline SolveInfo ghost_solve(const SolveArgs& args) {
   const int64_t size = args.size, threads = max64(1, num_threads());
   const int64_t elements = size * args.num_outputs;
-  std::memset(args.solution, 0, static_cast<size_t>(elements) * sizeof(double));
   SolveInfo info{0, 1.0, 0.0, nullptr};
   if (size == 0) return info;
-  for (int64_t i = 0; i < size; ++i) {
-    if (!all_finite(args.gram + i * size, i + 1)) info.non_finite = "gram";
+  if (!lower_triangle_is_finite(args.gram, size, threads)) info.non_finite = "gram";
+  if (info.non_finite == nullptr && !all_finite(args.cross, elements, threads)) {
+    info.non_finite = "cross";
   }
-  if (info.non_finite == nullptr && !all_finite(args.cross, elements)) info.non_finite = "cross";
   if (info.non_finite != nullptr) return info;
 
   Factor u;
@@ -269,19 +307,19 @@ inline SolveInfo ghost_solve(const SolveArgs& args) {
   double* sums = scratch.take<double>(u.size);
   double* workspace = scratch.take<double>(shared);
 
-  const double norm = scale_matrix(args, u, scale, sums);
+  const double norm = scale_matrix(args, u, threads, scale, sums);
   info.failing_pivot = factorize(u, threads, workspace);
   if (info.failing_pivot == 0) {
     info.condition = norm * inverse_norm(u, size, workspace);
     solve_columns(args, u, scale, false, group, threads, workspace);
-    if (all_finite(args.solution, elements)) {
+    if (all_finite(args.solution, elements, threads)) {
       info.residual = estimate_residual(args, u, scale, threads, workspace);
       if (info.residual > kRefineAbove) {
         solve_columns(args, u, scale, true, group, threads, workspace);
         info.residual = estimate_residual(args, u, scale, threads, workspace);
       }
     }
-    if (!all_finite(args.solution, elements)) {  // overflow: blame the smallest pivot
+    if (!all_finite(args.solution, elements, threads)) {  // overflow: blame the smallest pivot
       int64_t smallest = 0;
       for (int64_t i = 1; i < size; ++i) {
         if (u.inverse_diagonal[i] > u.inverse_diagonal[smallest]) smallest = i;
