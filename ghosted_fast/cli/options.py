@@ -9,7 +9,7 @@ import typer
 
 from ghosted_fast.cli.verb import usage_error
 
-Criterion = Literal["ghost", "streamline", "shortgpt", "sleb", "taylor", "angular"]
+Criterion = Literal["ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor", "angular"]
 Recovery = Literal["ghost", "none"]
 GhostInput = Literal["normed", "hidden"]
 FirstState = Literal["auto", "on", "off"]
