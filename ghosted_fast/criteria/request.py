@@ -54,6 +54,7 @@ class Selection:
         criterion: The name of the criterion.
         choices: The choice for each number of layers that the same work has settled, this one
             included: all for `shortgpt` and `taylor`, all up to this one for `sleb`.
+        loss: The held-out loss of the ghosted model, where the criterion measured it, else None.
         statistics: The winner's statistics where the criterion gathered them, else None.
         sets: The sets that `ghost-search` raced, the best first.
     """
@@ -62,6 +63,7 @@ class Selection:
     scores: list[IntervalScore]
     criterion: str
     choices: dict[int, list[int]] = field(default_factory=dict)
+    loss: float | None = None
     statistics: IntervalStatistics | None = field(default=None, repr=False, compare=False)
     sets: list[SetScore] = field(default_factory=list)
 
