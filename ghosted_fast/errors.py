@@ -47,5 +47,9 @@ class SourceError(GhostedFastError, ValueError):
     """A model or a text was named that cannot be read."""
 
 
+class BudgetError(GhostedFastError, ValueError):
+    """A bound on quality or speed cannot be kept; the message holds the best that was reached."""
+
+
 class MissingExtraError(GhostedFastError, ImportError):
     """An optional package is needed; the message holds the command that installs it."""

@@ -40,7 +40,7 @@ def selection_figure(
 ) -> str | None:
     """Draw the score of every candidate interval, the selected one marked.
 
-    A loss (criteria `ghost` and `sleb`) is shown as perplexity too, on the right.
+    A loss (`ghost`, `ghost-search`, `sleb`) is shown as perplexity too, on the right.
 
     Args:
         scores: `IntervalScore` dicts: start, stop, score.
@@ -78,7 +78,7 @@ def selection_figure(
         lengths = {item["stop"] - item["start"] for item in scores}
         width = f"{lengths.pop()} " if len(lengths) == 1 else ""
         axes.set_xlabel(f"first of the {width}removed layers")
-        is_loss = criterion in ("ghost", "sleb")
+        is_loss = criterion in ("ghost", "ghost-search", "sleb")
         axes.set_ylabel("held-out loss, nats/token" if is_loss else f"{criterion} score")
         if is_loss:
             perplexity = axes.secondary_yaxis("right", functions=(_exp, _log))

@@ -101,6 +101,7 @@ def fit_in_sequence(
     intervals: Sequence[tuple[int, int]],
     options: GhostOptions,
     progress: bool = False,
+    gaps: Sequence[Gap] = (),
 ) -> list[tuple[FittedGhost, GhostSolution]]:
     """Fit the ghosts of several gaps one after the other, each on what it will really be given.
 
@@ -114,6 +115,7 @@ def fit_in_sequence(
         intervals: The gaps (start, stop), ascending, at least one layer apart.
         options: How the ghosts are fitted.
         progress: Whether to show progress bars on stderr.
+        gaps: Gaps below all of these that have their ghosts already.
 
     Returns:
         The ghosts, in the order of the gaps, with their solutions.
@@ -125,7 +127,7 @@ def fit_in_sequence(
     Source: ours.
     """
     parameter = next(model.parameters())
-    gaps: list[Gap] = []
+    gaps = list(gaps)
     fits: list[tuple[FittedGhost, GhostSolution]] = []
     for interval in intervals:
         (statistics,) = collect_statistics(model, batches, [interval], options, progress, gaps)

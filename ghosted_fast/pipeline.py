@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from ghosted_fast.batches import iterate_batches
+from ghosted_fast.budgets import Budget, decode_speedup, fewest_layers_for, most_layers_within
 from ghosted_fast.calibration import (
     FirstState,
     GhostOptions,
@@ -25,6 +27,7 @@ from ghosted_fast.families import find_family, hidden_size
 from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.fitting import FittedGhost, fit_ghost, fit_in_sequence
 from ghosted_fast.selection import (
+    DEFAULT_BEAM,
     DEFAULT_SCORE_TOKENS,
     IntervalScore,
     candidate_intervals,
@@ -34,7 +37,9 @@ from ghosted_fast.selection import (
     select_layers,
 )
 from ghosted_fast.solve import GhostSolution
-from ghosted_fast.surgery import remove_layers, removed_intervals
+from ghosted_fast.surgery import remove_layers, removed_intervals, share_copy
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class GhostReport:
         num_tokens: Calibration tokens.
         seconds: Wall-clock time of selection, calibration and solve; for ghosts that are fitted in
             sequence the solve is part of the calibration.
+        budget: The bound that the number of layers follows from, if one was given.
     """
 
     model: str
@@ -92,6 +98,7 @@ class GhostReport:
     ghosts: list[GhostFacts]
     num_tokens: int
     seconds: dict[str, float]
+    budget: Budget | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain lists, numbers and strings."""
@@ -119,6 +126,8 @@ def ghost_model(
     num_layers: int | None = None,
     *,
     removed: Sequence[int] | None = None,
+    max_perplexity_increase: float | None = None,
+    min_decode_speedup: float | None = None,
     criterion: str = "ghost",
     input: Input = "normed",
     token_weight: TokenWeight = "inverse_energy",
@@ -128,6 +137,7 @@ def ghost_model(
     sequential: bool = True,
     score_tokens: int = DEFAULT_SCORE_TOKENS,
     memory_budget: int | None = None,
+    beam: int = DEFAULT_BEAM,
     inplace: bool = False,
     progress: bool = False,
 ) -> tuple[Any, GhostReport]:
@@ -137,10 +147,15 @@ def ghost_model(
         model: A transformers causal language model of a known family.
         batches: Calibration tokens: dicts of `input_ids` [batch, length] and `attention_mask`, or
             token tensors. Read once where `removed` is given, else held in memory as token ids.
-        num_layers: How many layers to remove; the criterion chooses them. Give this or `removed`.
+        num_layers: How many layers to remove; the criterion chooses them. Give this, `removed` or
+            one of the two bounds.
         removed: The layers to remove.
-        criterion: "ghost", "streamline", "shortgpt", "sleb", "taylor" or "angular"; see
-            `select_layers`.
+        max_perplexity_increase: Remove as many layers as can go while the perplexity on held-out
+            calibration tokens stays within this share above the dense model's (0.1 for 10%).
+        min_decode_speedup: Remove as few layers as make decoding this many times as fast as the
+            dense model's, measured here.
+        criterion: "ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor" or "angular";
+            see `select_layers`.
         input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
         token_weight: "inverse_energy" or "uniform"; see `token_weights`.
         first_state: "auto", "on" or "off": a constant state for the first attended token.
@@ -151,6 +166,7 @@ def ghost_model(
             on the dense model's states.
         score_tokens: Held-out tokens per candidate of the criterion "ghost".
         memory_budget: Bytes for statistics, see `select_layers`.
+        beam: Sets that race in the criterion "ghost-search".
         inplace: Whether to cut the given model. Default: a new one that shares its weights.
         progress: Whether to show progress bars on stderr.
 
@@ -161,42 +177,59 @@ def ghost_model(
         ArgumentError: An option has no such value, or the layers cannot be removed.
         CalibrationError: There is too little text, or too little memory for the statistics.
         NonFiniteError: An activation is NaN or infinite; the message names boundary and batch.
+        BudgetError: The bound cannot be kept; the message holds the best that was reached.
         UnknownFamilyError: The model's layers cannot be found.
 
     Source: Yun et al., arXiv 2605.15491; selection, weights, normed input and first state are ours.
     """
     options = GhostOptions(input, token_weight, first_state, bias, damping)
-    if (num_layers is None) == (removed is None):
-        raise ArgumentError("expected either num_layers or removed, got both or neither")
+    given = {
+        "num_layers": num_layers,
+        "removed": removed,
+        "max_perplexity_increase": max_perplexity_increase,
+        "min_decode_speedup": min_decode_speedup,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ArgumentError(
+            f"expected exactly one of {', '.join(given)}, got {' and '.join(names) or 'none'}"
+        )
     layers = layer_count(model)
     seconds = {"select": 0.0, "calibrate": 0.0, "solve": 0.0}
     scores: list[IntervalScore] = []
     winner: IntervalStatistics | None = None
     chosen: list[int]
+    budget: Budget | None = None
+    dense = share_copy(model) if inplace and min_decode_speedup is not None else model
     if removed is not None:
         chosen = sorted(removed)
     else:
-        assert num_layers is not None
-        check_layer_count(num_layers, layers)
         batches = list(iterate_batches(batches))
         began = time.perf_counter()
-        selection = select_layers(
-            model,
-            batches,
-            num_layers,
-            criterion,
-            options=options,
-            score_tokens=score_tokens,
-            memory_budget=memory_budget,
-            progress=progress,
-        )
+        settings: dict[str, Any] = {
+            "options": options,
+            "score_tokens": score_tokens,
+            "memory_budget": memory_budget,
+            "beam": beam,
+            "progress": progress,
+        }
+        if max_perplexity_increase is not None:
+            selection, budget = most_layers_within(
+                model, batches, max_perplexity_increase, criterion, **settings
+            )
+        else:
+            if min_decode_speedup is not None:
+                budget = fewest_layers_for(model, min_decode_speedup)
+                num_layers = budget.num_layers
+            assert num_layers is not None
+            selection = select_layers(model, batches, num_layers, criterion, **settings)
         seconds["select"] = time.perf_counter() - began
         chosen, scores = selection.removed, selection.scores
         winner = selection.statistics
     intervals = removed_intervals(chosen, layers)
     parameter = next(model.parameters())
-    budget = memory_budget or default_memory_budget(parameter.device)
-    groups = passes_within(intervals, hidden_size(model), options, budget)
+    available = memory_budget or default_memory_budget(parameter.device)
+    groups = passes_within(intervals, hidden_size(model), options, available)
     if len(groups) > 1:
         batches = list(iterate_batches(batches))
     fits: list[tuple[FittedGhost, GhostSolution]] = []
@@ -220,6 +253,16 @@ def ghost_model(
         _facts(interval, options, fitted.has_first_state, solution)
         for interval, (fitted, solution) in zip(intervals, fits, strict=True)
     ]
+    smaller = remove_layers(model, chosen, ghosts, inplace=inplace)
+    if budget is not None and min_decode_speedup is not None:
+        budget = replace(budget, reached=decode_speedup(dense, smaller))
+        if budget.reached < min_decode_speedup:
+            _LOGGER.warning(
+                "decoding is %.2f times as fast as the dense model's, less than the %g asked for: "
+                "measured again with the chosen layers and their ghosts",
+                budget.reached,
+                min_decode_speedup,
+            )
     report = GhostReport(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
         family=find_family(model).name,
@@ -230,8 +273,9 @@ def ghost_model(
         ghosts=facts,
         num_tokens=max(item.num_tokens for item in facts),
         seconds=seconds,
+        budget=budget,
     )
-    return remove_layers(model, chosen, ghosts, inplace=inplace), report
+    return smaller, report
 
 
 def _facts(
@@ -274,6 +318,8 @@ def statistics_bytes_needed(
         assert num_layers is not None
         check_layer_count(num_layers, layers)
         count = len(candidate_intervals(num_layers, layers)) if criterion == "ghost" else 1
+        if criterion == "ghost-search":
+            count = sum(len(candidate_intervals(n, layers)) for n in range(1, num_layers + 1))
         if criterion in ("shortgpt", "sleb", "taylor"):
             count = num_layers
     return count * interval_bytes(hidden_size(model), options or GhostOptions())

@@ -52,6 +52,31 @@ def held_out_batches(
     return selected
 
 
+def training_batches(batches: Sequence[Batch], options: GhostOptions) -> list[Batch]:
+    """Return the sequences of all folds but the held-out one."""
+    selected: list[Batch] = []
+    sequences = 0
+    for batch in batches:
+        rows = range(len(batch.input_ids))
+        kept = [row for row in rows if not is_held_out(sequences + row, options)]
+        sequences += len(rows)
+        if kept:
+            selected.append(batch.rows(torch.tensor(kept, device=batch.input_ids.device)))
+    return selected
+
+
+def dense_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Return the mean loss of the model as it is, in nats per predicted token."""
+    losses = []
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        for batch in iterate_batches(batches, device):
+            output = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            loss, predicted = token_losses(output.logits, batch.input_ids, batch.attention_mask)
+            losses.append(loss[predicted].double().cpu())
+    return _mean(torch.cat(losses))
+
+
 def score_intervals(
     model: nn.Module,
     batches: Sequence[Batch],

@@ -9,7 +9,14 @@ from torch import nn
 
 from ghosted_fast.calibration import GhostOptions
 from ghosted_fast.criteria import CRITERIA
-from ghosted_fast.criteria.request import IntervalScore, Request, Selection, candidate_intervals
+from ghosted_fast.criteria.request import (
+    DEFAULT_BEAM,
+    IntervalScore,
+    Request,
+    Selection,
+    SetScore,
+    candidate_intervals,
+)
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.memory import default_memory_budget, passes_within
@@ -17,9 +24,11 @@ from ghosted_fast.scoring import DEFAULT_SCORE_TOKENS, held_out_batches, score_i
 
 __all__ = [
     "CRITERIA",
+    "DEFAULT_BEAM",
     "DEFAULT_SCORE_TOKENS",
     "IntervalScore",
     "Selection",
+    "SetScore",
     "candidate_intervals",
     "check_layer_count",
     "default_memory_budget",
@@ -39,6 +48,7 @@ def select_layers(
     options: GhostOptions | None = None,
     score_tokens: int = DEFAULT_SCORE_TOKENS,
     memory_budget: int | None = None,
+    beam: int = DEFAULT_BEAM,
     progress: bool = False,
 ) -> Selection:
     """Choose layers to remove.
@@ -49,16 +59,19 @@ def select_layers(
         num_layers: How many layers to remove, in 1..layers-1.
         criterion: One of `CRITERIA`:
             `ghost`: the interval whose ghosted model has the lowest loss on held-out tokens;
+            `ghost-search`: the same over sets of layers in up to three pieces;
             `streamline`: the interval whose ends have the highest cosine;
             `shortgpt`: the layers that turn the state least, one by one;
             `sleb`: greedily the layer without which the loss is lowest, with nothing in its place;
             `taylor`: the layers of the lowest sum of |weight x gradient|, one by one;
             `angular`: the interval across which the last token turns least.
-        options: How ghosts are fitted (criterion `ghost`), and how many folds there are, the last
+        options: How ghosts are fitted (the ghost criteria), and how many folds there are, the last
             of which is held out.
-        score_tokens: Held-out tokens that candidates are scored on (`ghost`, `sleb`, `taylor`).
-        memory_budget: Bytes that statistics may take (criterion `ghost`). Where all candidates
+        score_tokens: Held-out tokens that candidates are scored on (the ghost criteria, `sleb`,
+            `taylor`).
+        memory_budget: Bytes that statistics may take (the ghost criteria). Where all candidates
             together need more, several passes are made. Default: half of the free memory.
+        beam: How many sets race in the criterion `ghost-search`.
         progress: Whether to show progress bars on stderr.
 
     Returns:
@@ -73,6 +86,8 @@ def select_layers(
     check_layer_count(num_layers, layers)
     if criterion not in CRITERIA:
         raise ArgumentError(f"expected a criterion out of {', '.join(CRITERIA)}, got {criterion!r}")
+    if beam < 1:
+        raise ArgumentError(f"expected beam >= 1, got {beam}")
     request = Request(
         model,
         batches,
@@ -82,6 +97,7 @@ def select_layers(
         score_tokens,
         memory_budget,
         progress,
+        beam,
     )
     return CRITERIA[criterion](request)
 

@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"surgery", "comparison", "memory", "scoring"},
     {"criteria"},
     {"selection"},
-    {"report"},
+    {"report", "budgets"},
     {"pipeline"},
     {"demo"},
     {"cli"},

@@ -110,9 +110,9 @@ def test_gaps_beyond_the_budget_take_several_passes() -> None:
 
 def test_refusals() -> None:
     model = tiny_model("llama")
-    with pytest.raises(ArgumentError, match="either num_layers or removed"):
+    with pytest.raises(ArgumentError, match="exactly one of num_layers, removed"):
         ghost_model(model, tokens())
-    with pytest.raises(ArgumentError, match="either num_layers or removed"):
+    with pytest.raises(ArgumentError, match="exactly one of num_layers, removed"):
         ghost_model(model, tokens(), 2, removed=[1])
     with pytest.raises(ArgumentError, match=r"0\.\.5"):
         ghost_model(model, tokens(), removed=[6])
@@ -131,3 +131,4 @@ def test_memory_is_announced() -> None:
     assert statistics_bytes_needed(model, num_layers=2) == 5 * one
     assert statistics_bytes_needed(model, removed=[0, 2, 3]) == 2 * one
     assert statistics_bytes_needed(model, num_layers=2, criterion="streamline") == one
+    assert statistics_bytes_needed(model, num_layers=2, criterion="ghost-search") == 11 * one

@@ -163,7 +163,9 @@ def test_wrong_types_and_names() -> None:
     model = tiny_model("llama")
     with pytest.raises(TypeError, match="int"):
         select_layers(model, tokens(), 1.5)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="ghost, streamline, shortgpt, sleb, taylor, angular"):
+    with pytest.raises(
+        ArgumentError, match="ghost, ghost-search, streamline, shortgpt, sleb, taylor, angular"
+    ):
         select_layers(model, tokens(), 2, "cosine")
     with pytest.raises(CalibrationError, match="got none"):
         select_layers(model, [], 2, "streamline")

@@ -21,7 +21,11 @@ def fit(
     output: OutputOption = None,
     num_layers: options.NumLayersOption = None,
     removed: options.RemovedOption = None,
+    max_perplexity_increase: options.MaxPerplexityIncreaseOption = None,
+    min_speedup: options.MinSpeedupOption = None,
     criterion: options.CriterionOption = "ghost",
+    beam: options.BeamOption = 16,
+    sequential: options.SequentialOption = True,
     recovery: options.RecoveryOption = "ghost",
     field: options.FieldOption = None,
     split: options.SplitOption = None,
@@ -43,7 +47,14 @@ def fit(
     seed: options.SeedOption = 0,
 ) -> Result:
     """Remove layers, fit a ghost for each removed run, and save the smaller model."""
-    layers = options.check_layer_choice(num_layers, removed)
+    increase = options.parse_increase(max_perplexity_increase)
+    speedup = options.parse_speedup(min_speedup)
+    layers = options.check_layer_choice(num_layers, removed, increase, speedup)
+    if num_layers is None and layers is None and (recovery == "none" or dry_run):
+        raise usage_error(
+            "expected --num-layers or --removed with --recovery none and with --dry-run",
+            "--max-perplexity-increase / --min-speedup",
+        )
     absolute_damping = options.parse_damping(damping)
     if output is None and not dry_run:
         raise usage_error("expected a folder for the checkpoint, or --dry-run", "--output")
@@ -53,7 +64,7 @@ def fit(
     from ghosted_fast.calibration import GhostOptions
     from ghosted_fast.checkpoint import save_model
     from ghosted_fast.cli.loading import calibration_batches, check_new, open_model
-    from ghosted_fast.cli.tables import ghost_table, memory_line, model_table
+    from ghosted_fast.cli.tables import budget_line, ghost_table, memory_line, model_table
     from ghosted_fast.comparison import compare_models
     from ghosted_fast.machine import machine_facts
     from ghosted_fast.pipeline import ghost_model, statistics_bytes_needed
@@ -90,7 +101,7 @@ def fit(
         if layers is None:
             assert num_layers is not None
             layers = select_layers(
-                dense, batches, num_layers, criterion, options=ghosts, progress=True
+                dense, batches, num_layers, criterion, options=ghosts, beam=beam, progress=True
             ).removed
         smaller = prune_model(dense, layers)
         facts = {"model": model, "removed": layers, "criterion": None if removed else criterion}
@@ -100,7 +111,11 @@ def fit(
             batches,
             num_layers,
             removed=layers,
+            max_perplexity_increase=increase,
+            min_decode_speedup=speedup,
             criterion=criterion,
+            beam=beam,
+            sequential=sequential,
             input=input,
             token_weight=token_weight,
             first_state=first_state,
@@ -115,6 +130,8 @@ def fit(
     shown: list[TextTable | str] = [
         f"removed {','.join(map(str, facts['removed']))}; saved {output}"
     ]
+    if facts.get("budget"):
+        shown.append(budget_line(facts["budget"]))
     if facts.get("ghosts"):
         shown += ["", ghost_table(facts["ghosts"])]
     if held_out is not None:

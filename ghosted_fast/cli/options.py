@@ -9,7 +9,7 @@ import typer
 
 from ghosted_fast.cli.verb import usage_error
 
-Criterion = Literal["ghost", "streamline", "shortgpt", "sleb", "taylor", "angular"]
+Criterion = Literal["ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor", "angular"]
 Recovery = Literal["ghost", "none"]
 GhostInput = Literal["normed", "hidden"]
 FirstState = Literal["auto", "on", "off"]
@@ -58,6 +58,29 @@ SplitOption = Annotated[
 NumLayersOption = Annotated[
     int | None,
     typer.Option("--num-layers", min=1, help="How many layers to remove; --criterion picks them."),
+]
+MaxPerplexityIncreaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-perplexity-increase",
+        help="Remove as many layers as held-out text allows within this, such as '10%'.",
+    ),
+]
+MinSpeedupOption = Annotated[
+    str | None,
+    typer.Option(
+        "--min-speedup", help="Remove as few layers as make decoding this fast, such as '1.3'."
+    ),
+]
+BeamOption = Annotated[
+    int, typer.Option("--beam", min=1, help="Sets of layers that ghost-search compares.")
+]
+SequentialOption = Annotated[
+    bool,
+    typer.Option(
+        "--sequential/--independent",
+        help="Fit the ghosts of several gaps on what the ones below them give, or by themselves.",
+    ),
 ]
 RequiredNumLayersOption = Annotated[
     int, typer.Option("--num-layers", min=1, help="How many layers to remove.")
@@ -153,10 +176,52 @@ def parse_damping(text: str) -> float | Literal["auto"]:
     return damping
 
 
-def check_layer_choice(num_layers: int | None, removed: str | None) -> list[int] | None:
-    """Return the layers of `--removed`, after checking that exactly one of the two is given."""
-    if (num_layers is None) == (removed is None):
+def parse_increase(text: str | None) -> float | None:
+    """Return the share that a text such as '10%' or '0.1' names.
+
+    Raises:
+        typer.BadParameter: It names none above 0.
+    """
+    if text is None:
+        return None
+    option = "--max-perplexity-increase"
+    number = text.strip().removesuffix("%")
+    share = _number_above(0.0, number, text, "a share above 0 such as '10%'", option)
+    return share / 100.0 if text.strip().endswith("%") else share
+
+
+def parse_speedup(text: str | None) -> float | None:
+    """Return the factor that a text such as '1.3' or '1.3x' names.
+
+    Raises:
+        typer.BadParameter: It names none above 1.
+    """
+    if text is None:
+        return None
+    number = text.strip().removesuffix("x")
+    return _number_above(1.0, number, text, "a factor above 1 such as '1.3'", "--min-speedup")
+
+
+def _number_above(least: float, number: str, text: str, expected: str, option: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = least
+    if not least < value < float("inf"):
+        raise usage_error(f"expected {expected}, got {text!r}", option)
+    return value
+
+
+def check_layer_choice(
+    num_layers: int | None,
+    removed: str | None,
+    increase: float | None = None,
+    speedup: float | None = None,
+) -> list[int] | None:
+    """Return the layers of `--removed`, after checking that exactly one of the four is given."""
+    if sum(value is not None for value in (num_layers, removed, increase, speedup)) != 1:
         raise usage_error(
-            "expected one of the two, got both or neither", "--num-layers / --removed"
+            "expected one of these, got several or none",
+            "--num-layers / --removed / --max-perplexity-increase / --min-speedup",
         )
     return None if removed is None else parse_layers(removed)

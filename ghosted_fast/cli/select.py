@@ -13,6 +13,7 @@ def select(
     calibration: options.CalibrationOption,
     num_layers: options.RequiredNumLayersOption,
     criterion: options.CriterionOption = "ghost",
+    beam: options.BeamOption = 16,
     field: options.FieldOption = None,
     split: options.SplitOption = None,
     input: options.InputOption = "normed",
@@ -33,7 +34,7 @@ def select(
 
     from ghosted_fast.calibration import GhostOptions
     from ghosted_fast.cli.loading import calibration_batches, open_model
-    from ghosted_fast.cli.tables import memory_line, score_table
+    from ghosted_fast.cli.tables import memory_line, score_table, set_table
     from ghosted_fast.pipeline import statistics_bytes_needed
     from ghosted_fast.selection import select_layers
 
@@ -53,8 +54,17 @@ def select(
         batch_size=batch_size,
         seed=seed,
     )
-    selection = select_layers(dense, batches, num_layers, criterion, options=ghosts, progress=True)
+    selection = select_layers(
+        dense, batches, num_layers, criterion, options=ghosts, beam=beam, progress=True
+    )
     scores = [asdict(score) for score in selection.scores]
-    data = {"removed": selection.removed, "criterion": criterion, "scores": scores}
-    line = f"remove {','.join(map(str, selection.removed))}"
-    return Result(data, [score_table(scores, selection.removed), "", line])
+    sets = [asdict(item) for item in selection.sets]
+    data = {
+        "removed": selection.removed,
+        "criterion": criterion,
+        "scores": scores,
+        "choices": selection.choices,
+        "sets": sets,
+    }
+    table = set_table(sets) if sets else score_table(scores, selection.removed)
+    return Result(data, [table, "", f"remove {','.join(map(str, selection.removed))}"])

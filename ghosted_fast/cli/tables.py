@@ -87,3 +87,22 @@ def score_table(scores: Sequence[Mapping[str, Any]], removed: Sequence[int]) -> 
 def memory_line(num_bytes: int, candidates: str) -> str:
     """Return what a dry run prints: the bytes of the statistics, in a unit that one can read."""
     return f"{num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) of statistics for {candidates}"
+
+
+def budget_line(budget: Mapping[str, Any]) -> str:
+    """Return what became of a bound on quality or speed, from `Budget` as a dict."""
+    if budget["kind"] == "max_perplexity_increase":
+        return (
+            f"perplexity on held-out calibration text {budget['reached']:+.1%} "
+            f"({budget['asked']:+.1%} allowed): {budget['num_layers']} layers"
+        )
+    return (
+        f"decoding {budget['reached']:.2f} times as fast as measured here "
+        f"({budget['asked']:g} asked for): {budget['num_layers']} layers"
+    )
+
+
+def set_table(sets: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Return the table of the sets that were raced, from `SetScore` as dicts, the best first."""
+    rows = [[",".join(map(str, item["removed"])), f"{item['score']:.5f}"] for item in sets]
+    return TextTable(["layers", "loss"], rows)

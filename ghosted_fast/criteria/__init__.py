@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ghosted_fast.criteria.angular import by_angular
 from ghosted_fast.criteria.ghost import by_ghost
 from ghosted_fast.criteria.request import Request, Selection
+from ghosted_fast.criteria.search import by_ghost_search
 from ghosted_fast.criteria.shortgpt import by_shortgpt
 from ghosted_fast.criteria.sleb import by_sleb
 from ghosted_fast.criteria.streamline import by_streamline
@@ -14,6 +15,7 @@ from ghosted_fast.criteria.taylor import by_taylor
 
 CRITERIA: dict[str, Callable[[Request], Selection]] = {
     "ghost": by_ghost,
+    "ghost-search": by_ghost_search,
     "streamline": by_streamline,
     "shortgpt": by_shortgpt,
     "sleb": by_sleb,

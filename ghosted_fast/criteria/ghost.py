@@ -44,6 +44,6 @@ def by_ghost(request: Request) -> Selection:
         if best is None or losses[lowest] < best[0]:
             best = losses[lowest], statistics[lowest]
     assert best is not None
-    chosen = best[1]
+    loss, chosen = best
     removed = list(range(chosen.start, chosen.stop))
-    return Selection(removed, scores, "ghost", {request.count: removed}, chosen)
+    return Selection(removed, scores, "ghost", {request.count: removed}, loss, chosen)

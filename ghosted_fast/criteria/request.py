@@ -10,6 +10,8 @@ from torch import nn
 
 from ghosted_fast.calibration import GhostOptions, IntervalStatistics
 
+DEFAULT_BEAM = 16
+
 
 @dataclass(frozen=True)
 class IntervalScore:
@@ -18,12 +20,26 @@ class IntervalScore:
     Attributes:
         start: First removed layer.
         stop: One past the last removed layer.
-        score: In the unit of the criterion: nats per token for `ghost` and `sleb`, 1 - cosine for
-            `streamline` and `shortgpt`, half turns for `angular`, |weight x gradient| for `taylor`.
+        score: In the unit of the criterion: nats per token for `ghost`, `ghost-search` and `sleb`,
+            1 - cosine for `streamline` and `shortgpt`, half turns for `angular`,
+            |weight x gradient| for `taylor`.
     """
 
     start: int
     stop: int
+    score: float
+
+
+@dataclass(frozen=True)
+class SetScore:
+    """The score of a set of layers, in one piece or several: lower is better.
+
+    Attributes:
+        removed: The layers, ascending.
+        score: Nats per token, all ghosts in place.
+    """
+
+    removed: list[int]
     score: float
 
 
@@ -38,14 +54,18 @@ class Selection:
         criterion: The name of the criterion.
         choices: The choice for each number of layers that the same work has settled, this one
             included: all for `shortgpt` and `taylor`, all up to this one for `sleb`.
+        loss: The held-out loss of the ghosted model, where the criterion measured it, else None.
         statistics: The winner's statistics where the criterion gathered them, else None.
+        sets: The sets that `ghost-search` raced, the best first.
     """
 
     removed: list[int]
     scores: list[IntervalScore]
     criterion: str
     choices: dict[int, list[int]] = field(default_factory=dict)
+    loss: float | None = None
     statistics: IntervalStatistics | None = field(default=None, repr=False, compare=False)
+    sets: list[SetScore] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,7 @@ class Request:
         score_tokens: Held-out tokens that candidates are scored on.
         memory_budget: Bytes that statistics may take; None for half of the free memory.
         progress: Whether to show progress bars on stderr.
+        beam: Sets that `ghost-search` races.
     """
 
     model: nn.Module
@@ -69,8 +90,9 @@ class Request:
     layers: int
     options: GhostOptions
     score_tokens: int
-    memory_budget: int | None
-    progress: bool
+    memory_budget: int | None = None
+    progress: bool = False
+    beam: int = DEFAULT_BEAM
 
 
 def candidate_intervals(count: int, layers: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ghosted_fast import __version__
 from ghosted_fast.cli.app import app
-from ghosted_fast.cli.options import parse_damping, parse_layers
+from ghosted_fast.cli.options import parse_damping, parse_increase, parse_layers, parse_speedup
 
 VERBS = ("demo", "select", "fit", "eval", "bench", "doctor")
 
@@ -56,11 +56,24 @@ def test_entry_point_and_version() -> None:
         (("nonsense",), "nonsense"),
         (("fit",), "Missing option '--model'"),
         (("select", "--model", "m", "--calibration", "c", "--num-layers", "0"), "--num-layers"),
-        (("fit", "--model", "m", "--calibration", "c", "--output", "o"), "both or neither"),
+        (("fit", "--model", "m", "--calibration", "c", "--output", "o"), "several or none"),
         (
             ("fit", "--model=m", "--calibration=c", "--output=o", "--removed=1", "--num-layers=1"),
-            "both or neither",
+            "several or none",
         ),
+        (
+            ("fit", "--model=m", "--calibration=c", "--max-perplexity-increase=much"),
+            "expected a share above 0 such as '10%', got 'much'",
+        ),
+        (
+            ("fit", "--model=m", "--calibration=c", "--min-speedup=0.9"),
+            "expected a factor above 1 such as '1.3', got '0.9'",
+        ),
+        (
+            ("fit", "--model=m", "--calibration=c", "--min-speedup=2", "--recovery=none"),
+            "expected --num-layers or --removed with --recovery none",
+        ),
+        (("select", "--model=m", "--calibration=c", "--num-layers=1", "--beam=0"), "--beam"),
         (("fit", "--model=m", "--calibration=c", "--removed=1"), "--output"),
         (("fit", "--model=m", "--calibration=c", "--output=o", "--removed=4-2"), "'4-2'"),
         (("fit", "--model=m", "--calibration=c", "--removed=1", "--criterion=best"), "--criterion"),
@@ -163,3 +176,15 @@ def test_parse_damping() -> None:
     for text in ("-1", "nan", "inf", "much"):
         with pytest.raises(typer.BadParameter):
             parse_damping(text)
+
+
+def test_parse_budgets() -> None:
+    assert parse_increase(None) is None and parse_speedup(None) is None
+    assert parse_increase("10%") == pytest.approx(0.1) and parse_increase("0.05") == 0.05
+    assert parse_speedup("1.3") == 1.3 and parse_speedup("1.3x") == 1.3
+    for text in ("0%", "-1", "nan", "ten", "inf"):
+        with pytest.raises(typer.BadParameter):
+            parse_increase(text)
+    for text in ("1", "0.5", "nan", "fast"):
+        with pytest.raises(typer.BadParameter):
+            parse_speedup(text)

@@ -1,0 +1,147 @@
+"""Bounds on quality and speed: the number of layers they lead to, and those that cannot be kept."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ghosted_fast import budgets, pipeline
+from ghosted_fast.batches import iterate_batches
+from ghosted_fast.budgets import _largest, estimated_speedup, fewest_layers_for, most_layers_within
+from ghosted_fast.calibration import GhostOptions
+from ghosted_fast.errors import ArgumentError, BudgetError
+from ghosted_fast.evaluation import perplexity
+from ghosted_fast.families import num_layers
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.scoring import held_out_batches, training_batches
+from ghosted_fast.selection import select_layers
+from ghosted_fast.testing import random_tokens, tiny_model
+
+
+def spoken(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Return text that the model itself would write, so that removing layers costs something."""
+    texts = [random_tokens(8, 40, seed) for seed in range(8)]
+    with torch.no_grad():
+        for position in range(4, 40):
+            for text in texts:
+                text[:, position] = 1 + model(text[:, :position]).logits[:, -1, 1:].argmax(-1)
+    return texts
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 8, 29])
+def test_largest_is_found_in_few_steps(most: int) -> None:
+    for answer in range(most + 1):
+        asked: list[int] = []
+
+        def holds(number: int, answer: int = answer, asked: list[int] = asked) -> bool:
+            asked.append(number)
+            return number <= answer
+
+        assert _largest(most, holds) == answer
+        assert len(asked) == len(set(asked)) <= 2 * math.log2(most + 1) + 1
+        assert all(1 <= number <= most for number in asked)
+
+
+def independent_increase(
+    model: torch.nn.Module, texts: list[torch.Tensor], criterion: str, count: int
+) -> float:
+    """Return the perplexity increase of a ghosted model that never saw the held-out sequences."""
+    options = GhostOptions()
+    batches = list(iterate_batches(texts))
+    removed = select_layers(model, batches, count, criterion, score_tokens=10**6).removed
+    ghosted, _ = ghost_model(model, training_batches(batches, options), removed=removed)
+    held_out = held_out_batches(batches, options, 10**6)
+    return perplexity(ghosted, held_out).value / perplexity(model, held_out).value - 1
+
+
+@pytest.mark.parametrize("criterion", ["shortgpt", "ghost", "ghost-search"])
+def test_as_many_layers_as_the_quality_allows(criterion: str) -> None:
+    model = tiny_model("llama")
+    texts = spoken(model)
+    increases = [independent_increase(model, texts, criterion, n) for n in (1, 2, 3)]
+    bound = (increases[1] + increases[2]) / 2
+    ghosted, report = ghost_model(
+        model, texts, max_perplexity_increase=bound, criterion=criterion, score_tokens=10**6
+    )
+    budget = report.budget
+    assert budget is not None and budget.kind == "max_perplexity_increase"
+    assert budget.num_layers == len(report.removed) == 6 - num_layers(ghosted) == 2
+    assert budget.reached <= bound == budget.asked
+    rough = 1e-3 if criterion == "shortgpt" else 0.1  # another split chose the damping
+    assert budget.reached == pytest.approx(increases[1], rel=rough)
+    assert [trial.num_layers for trial in budget.tried] == [1, 2, 3, 4][: len(budget.tried)]
+    assert report.to_dict()["budget"]["num_layers"] == 2
+
+
+def test_a_quality_that_cannot_be_had() -> None:
+    model = tiny_model("llama")
+    texts = spoken(model)
+    with pytest.raises(BudgetError, match=r"within a perplexity 0\.1% above .* is \d+\.\d% above"):
+        ghost_model(model, texts, max_perplexity_increase=0.001)
+    for bound in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ArgumentError, match="max_perplexity_increase above 0"):
+            most_layers_within(model, texts, bound)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let decoding take 2 units of time plus 1 for each layer, and list what is measured."""
+    measured: list[int] = []
+
+    def speedup(dense: torch.nn.Module, smaller: torch.nn.Module) -> float:
+        measured.append(num_layers(smaller))
+        return (2 + num_layers(dense)) / (2 + num_layers(smaller))
+
+    monkeypatch.setattr(budgets, "decode_speedup", speedup)
+    monkeypatch.setattr(pipeline, "decode_speedup", speedup)
+    return measured
+
+
+@pytest.mark.parametrize(("factor", "count"), [(1.1, 1), (1.3, 2), (1.6, 3), (2.6, 5)])
+def test_as_few_layers_as_the_speed_needs(pretended: list[int], factor: float, count: int) -> None:
+    budget = fewest_layers_for(tiny_model("llama"), factor)
+    assert budget.num_layers == count
+    assert budget.reached == 8 / (8 - count) >= factor > 8 / (9 - count)
+    assert len(pretended) == len(set(pretended)) == len(budget.tried)
+
+
+def test_the_finished_model_is_measured_again(
+    pretended: list[int], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    texts = [random_tokens(8, 24, seed) for seed in range(4)]
+    ghosted, report = ghost_model(
+        model, texts, min_decode_speedup=1.3, criterion="shortgpt", inplace=True
+    )
+    assert ghosted is model and num_layers(model) == 4
+    assert report.budget is not None and report.budget.reached == 8 / 6 and not caplog.records
+    monkeypatch.setattr(pipeline, "decode_speedup", lambda dense, smaller: 1.25)
+    _, report = ghost_model(tiny_model("llama"), texts, min_decode_speedup=1.3)
+    assert report.budget is not None and report.budget.reached == 1.25
+    assert "1.25 times as fast" in caplog.text
+
+
+def test_a_speed_that_cannot_be_had(pretended: list[int]) -> None:
+    with pytest.raises(BudgetError, match=r"without 5 of the 6 layers it is 2\.67 times"):
+        fewest_layers_for(tiny_model("llama"), 3.0)
+    for factor in (1.0, 0.5, math.nan, math.inf):
+        with pytest.raises(ArgumentError, match="min_decode_speedup above 1"):
+            fewest_layers_for(tiny_model("llama"), factor)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_estimate_counts_the_bytes_of_a_step(tied: bool) -> None:
+    model = tiny_model("llama")
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    rest = model.lm_head.weight.nbytes + model.model.norm.weight.nbytes
+    expected = (6 * layer + rest) / (4 * layer + rest + 32 * 32 * 4)
+    assert estimated_speedup(model, 2) == pytest.approx(expected)
+
+
+def test_the_speed_of_a_real_run_is_a_ratio() -> None:
+    model = tiny_model("llama")
+    assert budgets.decode_speedup(model, model) == pytest.approx(1.0, abs=0.9)
