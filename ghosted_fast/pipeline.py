@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import find_family, hidden_size
 from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.fitting import FittedGhost, fit_ghost, fit_in_sequence
+from ghosted_fast.recovery import check_recovery, fit_patches, put_patches
 from ghosted_fast.selection import (
     DEFAULT_SCORE_TOKENS,
     IntervalScore,
@@ -76,8 +78,9 @@ class GhostReport:
         num_layers: Layers of the dense model.
         removed: The removed layers.
         criterion: The criterion that chose them, or None where they were given.
+        recovery: What was put in their place.
         scores: The criterion's candidates.
-        ghosts: One record per interval.
+        ghosts: One record per interval of the recovery "ghost"; none for the others.
         num_tokens: Calibration tokens.
         seconds: Wall-clock time of selection, calibration and solve; for ghosts that are fitted in
             sequence the solve is part of the calibration.
@@ -88,6 +91,7 @@ class GhostReport:
     num_layers: int
     removed: list[int]
     criterion: str | None
+    recovery: str
     scores: list[IntervalScore]
     ghosts: list[GhostFacts]
     num_tokens: int
@@ -120,6 +124,7 @@ def ghost_model(
     *,
     removed: Sequence[int] | None = None,
     criterion: str = "ghost",
+    recovery: str = "ghost",
     input: Input = "normed",
     token_weight: TokenWeight = "inverse_energy",
     first_state: FirstState = "auto",
@@ -141,6 +146,9 @@ def ghost_model(
         removed: The layers to remove.
         criterion: "ghost", "streamline", "shortgpt", "sleb", "taylor" or "angular"; see
             `select_layers`.
+        recovery: What takes the place of each removed run: "ghost" or a published rival: "none",
+            "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"; see
+            `ghosted_fast.recovery`. The options of ghosts below do not concern the rivals.
         input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
         token_weight: "inverse_energy" or "uniform"; see `token_weights`.
         first_state: "auto", "on" or "off": a constant state for the first attended token.
@@ -166,6 +174,7 @@ def ghost_model(
     Source: Yun et al., arXiv 2605.15491; selection, weights, normed input and first state are ours.
     """
     options = GhostOptions(input, token_weight, first_state, bias, damping)
+    check_recovery(recovery)
     if (num_layers is None) == (removed is None):
         raise ArgumentError("expected either num_layers or removed, got both or neither")
     layers = layer_count(model)
@@ -194,6 +203,25 @@ def ghost_model(
         chosen, scores = selection.removed, selection.scores
         winner = selection.statistics
     intervals = removed_intervals(chosen, layers)
+    report = partial(
+        GhostReport,
+        model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        family=find_family(model).name,
+        num_layers=layers,
+        removed=chosen,
+        criterion=criterion if removed is None else None,
+        recovery=recovery,
+        scores=scores,
+        seconds=seconds,
+    )
+    if recovery != "ghost":
+        batches = list(iterate_batches(batches))
+        began = time.perf_counter()
+        jobs = [(recovery, interval) for interval in intervals]
+        patches = fit_patches(model, batches, jobs, options, memory_budget, progress)
+        seconds["calibrate"] = time.perf_counter() - began
+        smaller = put_patches(model, chosen, [patches[job] for job in jobs], inplace)
+        return smaller, report(ghosts=[], num_tokens=sum(batch.num_tokens for batch in batches))
     parameter = next(model.parameters())
     budget = memory_budget or default_memory_budget(parameter.device)
     groups = passes_within(intervals, hidden_size(model), options, budget)
@@ -220,18 +248,8 @@ def ghost_model(
         _facts(interval, options, fitted.has_first_state, solution)
         for interval, (fitted, solution) in zip(intervals, fits, strict=True)
     ]
-    report = GhostReport(
-        model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
-        family=find_family(model).name,
-        num_layers=layers,
-        removed=chosen,
-        criterion=criterion if removed is None else None,
-        scores=scores,
-        ghosts=facts,
-        num_tokens=max(item.num_tokens for item in facts),
-        seconds=seconds,
-    )
-    return remove_layers(model, chosen, ghosts, inplace=inplace), report
+    smaller = remove_layers(model, chosen, ghosts, inplace=inplace)
+    return smaller, report(ghosts=facts, num_tokens=max(item.num_tokens for item in facts))
 
 
 def _facts(
