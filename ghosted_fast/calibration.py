@@ -204,19 +204,8 @@ def collect_statistics(
         NonFiniteError: An activation is NaN or infinite; the message names boundary and batch.
     """
     options = options or GhostOptions()
-    size, eps = hidden_size(model), norm_eps_of(model, options)
-    device = next(model.parameters()).device
-    statistics = [
-        IntervalStatistics(
-            start,
-            stop,
-            GramAccumulator(size, options.folds, eps, device),
-            None
-            if options.first_state == "off"
-            else FirstTokens(torch.zeros(size, dtype=torch.float64, device=device)),
-        )
-        for start, stop in intervals
-    ]
+    size, device = hidden_size(model), next(model.parameters()).device
+    statistics = [new_statistics(model, interval, options) for interval in intervals]
     sequences = tokens = 0
     bar = tqdm(desc="calibrating", unit="tok", unit_scale=True, delay=2.0, disable=not progress)
     with bar:
@@ -226,11 +215,7 @@ def collect_statistics(
             sequences += len(batch.input_ids)
             tokens += batch.num_tokens
             bar.update(batch.num_tokens)
-    if tokens < 2 * size:
-        raise CalibrationError(
-            f"expected at least {2 * size} calibration tokens (2 x the hidden size {size}), got "
-            f"{tokens}: give more text"
-        )
+    check_enough_tokens(tokens, 2 * size, size)
     return statistics
 
 
@@ -244,7 +229,44 @@ def _update(
     x: Tensor,
     y: Tensor,
 ) -> None:
-    item = statistics[interval]
+    update_statistics(statistics[interval], batch, batch_index, sequences, options, x, y)
+
+
+def new_statistics(
+    model: nn.Module, interval: tuple[int, int], options: GhostOptions
+) -> IntervalStatistics:
+    """Return the statistics of no token yet, for one interval of a model."""
+    size, device = hidden_size(model), next(model.parameters()).device
+    first = None
+    if options.first_state != "off":
+        first = FirstTokens(torch.zeros(size, dtype=torch.float64, device=device))
+    gram = GramAccumulator(size, options.folds, norm_eps_of(model, options), device)
+    return IntervalStatistics(*interval, gram, first)
+
+
+def update_statistics(
+    item: IntervalStatistics,
+    batch: Batch,
+    batch_index: int,
+    sequences: int,
+    options: GhostOptions,
+    x: Tensor,
+    y: Tensor,
+) -> None:
+    """Add a batch to an interval's statistics.
+
+    Args:
+        item: The statistics, changed in place.
+        batch: The tokens.
+        batch_index: Number of the batch, for error messages.
+        sequences: Sequences in the batches before; they decide the folds.
+        options: How the ghost will be fitted.
+        x: States that enter the gap [batch, length, d].
+        y: States that leave it [batch, length, d].
+
+    Raises:
+        NonFiniteError: An activation is NaN or infinite.
+    """
     y = y.to(x.device)
     weight = token_weights(x, y, options, item.gram.norm_eps) * batch.attention_mask
     row_folds = (torch.arange(len(x), device=x.device) + sequences) % options.folds
@@ -260,17 +282,28 @@ def _update(
         try:
             item.gram.update(x[rows], y[rows], weight[rows], fold=int(row_folds[fold]))
         except NonFiniteError as error:
-            raise _non_finite(item, batch_index, str(error)) from error
+            raise non_finite(item.start, item.stop, batch_index, str(error)) from error
 
 
 def _check_first(x: Tensor, y: Tensor, item: IntervalStatistics, batch_index: int) -> None:
     if not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
-        raise _non_finite(item, batch_index, "the first token of a sequence is not finite")
+        detail = "the first token of a sequence is not finite"
+        raise non_finite(item.start, item.stop, batch_index, detail)
 
 
-def _non_finite(item: IntervalStatistics, batch_index: int, detail: str) -> NonFiniteError:
+def check_enough_tokens(count: int, least: int, size: int) -> None:
+    """Raise CalibrationError if there are fewer tokens than a fit of width `size` needs."""
+    if count < least:
+        reason = f"2 x the hidden size {size}" if least == 2 * size else "one at least"
+        raise CalibrationError(
+            f"expected at least {least} calibration tokens ({reason}), got {count}: give more text"
+        )
+
+
+def non_finite(start: int, stop: int, batch_index: int, detail: str) -> NonFiniteError:
+    """Return the error for activations of a gap that are NaN or infinite."""
     return NonFiniteError(
-        f"expected finite activations at boundaries {item.start} and {item.stop}, got NaN or "
+        f"expected finite activations at boundaries {start} and {stop}, got NaN or "
         f"infinity in calibration batch {batch_index} ({detail}): check the model in this dtype, "
         "or leave that text out"
     )

@@ -17,6 +17,7 @@ _MAKER_MODULES = (
     "ghosted_fast.modules",
     "ghosted_fast.ghosted_layers",
     "ghosted_fast.registry",
+    "ghosted_fast.recovery.mlp",
 )
 
 

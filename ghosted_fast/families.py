@@ -45,6 +45,9 @@ class Family:
         layer_index_lists: Configuration attributes that list layer indices; they are remapped.
         refusals: Configuration values under which layers cannot be removed.
         make_explicit: Turns settings that depend on a layer's index into lists, in place.
+        mlp_output: Path in a layer of the module whose output the layer adds last; "" if unknown.
+        mlp_projections: Paths of the linear layers (or stacked weights [experts, d, in]) of which
+            one makes that output; none where a norm stands behind it.
     """
 
     name: str
@@ -55,6 +58,12 @@ class Family:
     layer_index_lists: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     make_explicit: Callable[[Any], None] | None = None
+    mlp_output: str = "mlp"
+    mlp_projections: tuple[str, ...] = ("mlp.down_proj", "mlp.experts.down_proj")
+
+
+def _with_norm_behind_mlp(name: str) -> Family:
+    return Family(name, mlp_output="post_feedforward_layernorm", mlp_projections=())
 
 
 def _list_dense_layers(config: Any) -> None:
@@ -74,10 +83,10 @@ _FAMILIES: dict[str, Family] = {
         Family("qwen2"),
         Family("qwen3"),
         Family("mistral"),
-        Family("gemma2"),
-        Family("gemma3_text"),
+        _with_norm_behind_mlp("gemma2"),
+        _with_norm_behind_mlp("gemma3_text"),
         Family("phi3"),
-        Family("olmo2"),
+        _with_norm_behind_mlp("olmo2"),
         Family("mixtral"),
         Family(
             "qwen3_moe",
@@ -88,6 +97,7 @@ _FAMILIES: dict[str, Family] = {
             "gpt2",
             layers="h",
             final_norm="ln_f",
+            mlp_projections=("mlp.c_proj",),
             refusals=(
                 Refusal(
                     "scale_attn_by_inverse_layer_idx",
@@ -100,6 +110,8 @@ _FAMILIES: dict[str, Family] = {
             "opt",
             owner="decoder",
             final_norm="final_layer_norm",
+            mlp_output="fc2",
+            mlp_projections=("fc2",),
             refusals=(
                 Refusal(
                     "do_layer_norm_before",
@@ -109,7 +121,11 @@ _FAMILIES: dict[str, Family] = {
                 Refusal("_remove_final_layer_norm", False, "it has no norm after the last layer"),
             ),
         ),
-        Family("gpt_neox", final_norm="final_layer_norm"),
+        Family(
+            "gpt_neox",
+            final_norm="final_layer_norm",
+            mlp_projections=("mlp.dense_4h_to_h",),
+        ),
     )
 }
 
@@ -245,6 +261,7 @@ def _family_by_structure(model: Any) -> Family:
         layers=layers,
         final_norm=norms[0],
         per_layer_lists=tuple(per_layer),
+        mlp_output="",
     )
 
 

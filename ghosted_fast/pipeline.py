@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import find_family, hidden_size
 from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.fitting import FittedGhost, fit_ghost, fit_in_sequence
+from ghosted_fast.recovery import check_recovery, fit_patches, put_patches
 from ghosted_fast.selection import (
     DEFAULT_BEAM,
     DEFAULT_SCORE_TOKENS,
@@ -81,8 +83,9 @@ class GhostReport:
         num_layers: Layers of the dense model.
         removed: The removed layers.
         criterion: The criterion that chose them, or None where they were given.
+        recovery: What was put in their place.
         scores: The criterion's candidates.
-        ghosts: One record per interval.
+        ghosts: One record per interval of the recovery "ghost"; none for the others.
         num_tokens: Calibration tokens.
         seconds: Wall-clock time of selection, calibration and solve; for ghosts that are fitted in
             sequence the solve is part of the calibration.
@@ -94,6 +97,7 @@ class GhostReport:
     num_layers: int
     removed: list[int]
     criterion: str | None
+    recovery: str
     scores: list[IntervalScore]
     ghosts: list[GhostFacts]
     num_tokens: int
@@ -129,6 +133,7 @@ def ghost_model(
     max_perplexity_increase: float | None = None,
     min_decode_speedup: float | None = None,
     criterion: str = "ghost",
+    recovery: str = "ghost",
     input: Input = "normed",
     token_weight: TokenWeight = "inverse_energy",
     first_state: FirstState = "auto",
@@ -156,6 +161,9 @@ def ghost_model(
             dense model's, measured here.
         criterion: "ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor" or "angular";
             see `select_layers`.
+        recovery: What takes the place of each removed run: "ghost" or a published rival: "none",
+            "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"; see
+            `ghosted_fast.recovery`. The options of ghosts below do not concern the rivals.
         input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
         token_weight: "inverse_energy" or "uniform"; see `token_weights`.
         first_state: "auto", "on" or "off": a constant state for the first attended token.
@@ -183,6 +191,7 @@ def ghost_model(
     Source: Yun et al., arXiv 2605.15491; selection, weights, normed input and first state are ours.
     """
     options = GhostOptions(input, token_weight, first_state, bias, damping)
+    check_recovery(recovery)
     given = {
         "num_layers": num_layers,
         "removed": removed,
@@ -227,6 +236,25 @@ def ghost_model(
         chosen, scores = selection.removed, selection.scores
         winner = selection.statistics
     intervals = removed_intervals(chosen, layers)
+    report = partial(
+        GhostReport,
+        model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        family=find_family(model).name,
+        num_layers=layers,
+        removed=chosen,
+        criterion=criterion if removed is None else None,
+        recovery=recovery,
+        scores=scores,
+        seconds=seconds,
+    )
+    if recovery != "ghost":
+        batches = list(iterate_batches(batches))
+        began = time.perf_counter()
+        jobs = [(recovery, interval) for interval in intervals]
+        patches = fit_patches(model, batches, jobs, options, memory_budget, progress)
+        seconds["calibrate"] = time.perf_counter() - began
+        smaller = put_patches(model, chosen, [patches[job] for job in jobs], inplace)
+        return smaller, report(ghosts=[], num_tokens=sum(batch.num_tokens for batch in batches))
     parameter = next(model.parameters())
     available = memory_budget or default_memory_budget(parameter.device)
     groups = passes_within(intervals, hidden_size(model), options, available)
@@ -263,19 +291,9 @@ def ghost_model(
                 budget.reached,
                 min_decode_speedup,
             )
-    report = GhostReport(
-        model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
-        family=find_family(model).name,
-        num_layers=layers,
-        removed=chosen,
-        criterion=criterion if removed is None else None,
-        scores=scores,
-        ghosts=facts,
-        num_tokens=max(item.num_tokens for item in facts),
-        seconds=seconds,
-        budget=budget,
+    return smaller, report(
+        ghosts=facts, num_tokens=max(item.num_tokens for item in facts), budget=budget
     )
-    return smaller, report
 
 
 def _facts(

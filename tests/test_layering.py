@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "ghosted_fast"
 # Each module may import from the floors below its own.
 FLOORS: list[set[str]] = [
     {"errors", "_env", "derived", "first_token", "figures"},
-    {"_native", "batches", "readers", "kernels"},
+    {"_native", "batches", "readers", "kernels", "hadamard"},
     {"ops"},
     {"gram", "families", "testing", "machine"},
     {"solve", "modules", "boundaries"},
@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"calibration", "ghosted_layers"},
     {"fitting", "registry", "evaluation", "speed", "sources", "assets", "checkpoint"},
     {"surgery", "comparison", "memory", "scoring"},
-    {"criteria"},
+    {"criteria", "recovery"},
     {"selection"},
     {"report", "budgets"},
     {"pipeline"},

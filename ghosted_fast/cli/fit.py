@@ -69,7 +69,6 @@ def fit(
     from ghosted_fast.machine import machine_facts
     from ghosted_fast.pipeline import ghost_model, statistics_bytes_needed
     from ghosted_fast.report import write_report
-    from ghosted_fast.selection import select_layers
     from ghosted_fast.sources import load_texts, token_batches
     from ghosted_fast.surgery import prune_model
 
@@ -96,34 +95,25 @@ def fit(
         batch_size=batch_size,
         seed=seed,
     )
-    facts: dict[str, Any]
-    if recovery == "none":
-        if layers is None:
-            assert num_layers is not None
-            layers = select_layers(
-                dense, batches, num_layers, criterion, options=ghosts, beam=beam, progress=True
-            ).removed
-        smaller = prune_model(dense, layers)
-        facts = {"model": model, "removed": layers, "criterion": None if removed else criterion}
-    else:
-        smaller, found = ghost_model(
-            dense,
-            batches,
-            num_layers,
-            removed=layers,
-            max_perplexity_increase=increase,
-            min_decode_speedup=speedup,
-            criterion=criterion,
-            beam=beam,
-            sequential=sequential,
-            input=input,
-            token_weight=token_weight,
-            first_state=first_state,
-            bias=bias,
-            damping=absolute_damping,
-            progress=True,
-        )
-        facts = found.to_dict()
+    smaller, found = ghost_model(
+        dense,
+        batches,
+        num_layers,
+        removed=layers,
+        max_perplexity_increase=increase,
+        min_decode_speedup=speedup,
+        criterion=criterion,
+        beam=beam,
+        sequential=sequential,
+        recovery=recovery,
+        input=input,
+        token_weight=token_weight,
+        first_state=first_state,
+        bias=bias,
+        damping=absolute_damping,
+        progress=True,
+    )
+    facts: dict[str, Any] = found.to_dict()
     assert output is not None
     save_model(smaller, output, tokenizer, overwrite)
     facts["output"] = str(output)
@@ -136,8 +126,8 @@ def fit(
         shown += ["", ghost_table(facts["ghosts"])]
     if held_out is not None:
         models = {"dense": dense, "pruned": prune_model(dense, facts["removed"])}
-        if recovery == "ghost":
-            models["ghosted"] = smaller
+        if recovery != "none":
+            models["ghosted" if recovery == "ghost" else recovery] = smaller
         rows = compare_models(models, held_out, progress=True, seed=seed)
         facts["models"] = [row.to_dict() for row in rows]
         shown += ["", model_table(rows)]

@@ -10,7 +10,7 @@ import typer
 from ghosted_fast.cli.verb import usage_error
 
 Criterion = Literal["ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor", "angular"]
-Recovery = Literal["ghost", "none"]
+Recovery = Literal["ghost", "none", "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"]
 GhostInput = Literal["normed", "hidden"]
 FirstState = Literal["auto", "on", "off"]
 TokenWeight = Literal["inverse_energy", "uniform"]

@@ -102,6 +102,17 @@ def test_fit_without_recovery(model_folder: Path, texts: Path, tmp_path: Path) -
     assert num_layers(load_model(tmp_path / "pruned")[0]) == 4
 
 
+def test_fit_with_a_published_recovery(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    command = ["fit", "--model", model_folder, "--calibration", texts, "--recovery", "replaceme"]
+    found = run_json(*command, "--removed", "3", "--output", tmp_path / "folded", *SMALL,
+                     "--evaluation", texts, "--evaluation-tokens", "256")  # fmt: skip
+    assert [row["name"] for row in found["models"]] == ["dense", "pruned", "replaceme"]
+    assert found["recovery"] == "replaceme" and found["ghosts"] == []
+    pruned, folded = found["models"][1:]
+    assert folded["parameters"] == pruned["parameters"]
+    assert folded["perplexity"] != pruned["perplexity"]
+
+
 def test_fit_on_text_of_its_own(model_folder: Path, tmp_path: Path) -> None:
     found = run_json("fit", "--model", model_folder, "--calibration", "self", "--removed", "3",
                      "--output", tmp_path / "ghosted", "--tokens", "256",

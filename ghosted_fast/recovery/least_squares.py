@@ -1,0 +1,50 @@
+"""Least squares in fp64 as published code has them: plain sums, plain LU, none of our kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ghosted_fast.errors import SolveError
+
+_BYTES_PER_DOUBLE = 8
+
+
+def plain_bytes(size: int) -> int:
+    """Return the bytes of one `PlainEquations`."""
+    return 2 * _BYTES_PER_DOUBLE * size * size
+
+
+class PlainEquations:
+    """Sums of f f^T and f t^T over rows f and targets t [n, d], each taken in fp64.
+
+    Args:
+        size: Width d.
+        device: Of the sums.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._cross = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """Add rows [n, d], fp64."""
+        self._gram += features.mT @ features
+        self._cross += features.mT @ targets
+
+    def solve(self, damping: float) -> Tensor:
+        """Return M [d, d], [out, in], with (sum f f^T + damping I) M^T = sum f t^T.
+
+        Raises:
+            SolveError: The system is singular.
+        """
+        damped = self._gram + damping * torch.eye(
+            len(self._gram), dtype=torch.float64, device=self._gram.device
+        )
+        solution, info = torch.linalg.solve_ex(damped, self._cross)
+        if int(info) or not bool(torch.isfinite(solution).all()):
+            raise SolveError(
+                f"expected features that span all {len(damped)} channels, got singular equations: "
+                "give more text, or use the recovery 'ghost', whose damping adapts"
+            )
+        return solution.mT.contiguous()

@@ -1,0 +1,70 @@
+"""LinearPatch: the size of each channel behind the gap, as it is or in a Hadamard basis.
+
+With z = x ("D") or z = x H ("R", H an orthonormal Hadamard matrix), and likewise for y,
+
+    r_i = mean over sequences of (mean over tokens |z_i(y)|) / (mean over tokens |z_i(x)|)
+    y' = x diag(r)    or    y' = x H diag(r) H^T
+
+This is what the published code computes: one ratio per sequence, all its tokens included, then the
+mean over sequences. The Hadamard matrix of a size is not unique: ours is `hadamard`. A channel that
+is zero in a whole sequence counts there as r = 1. Without the paper's distillation.
+
+Source: Chen et al., "A Simple Linear Patch Revives Layer-Pruned Large Language Models", arXiv
+2505.24680, P = H D H^T, and its code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ghosted_fast.families import hidden_size
+from ghosted_fast.hadamard import hadamard
+from ghosted_fast.modules import GhostLinear
+from ghosted_fast.recovery.collector import Collector, Patch, Sample
+
+
+class LinearPatchCollector(Collector):
+    """Means of |z| per sequence and channel, as the sum of their ratios.
+
+    Args:
+        model: The dense model.
+        start: First removed layer.
+        stop: One past the last removed layer.
+        rotated: Whether the channels are those of the Hadamard basis.
+    """
+
+    def __init__(self, model: nn.Module, start: int, stop: int, rotated: bool) -> None:
+        super().__init__(start, stop)
+        parameter = next(model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        size = hidden_size(model)
+        self._basis = hadamard(size).to(self._device) if rotated else None
+        self._ratios = torch.zeros(size, dtype=torch.float64, device=self._device)
+        self._sequences = 0
+
+    def update(self, sample: Sample) -> None:
+        """Add the ratios of the batch's sequences."""
+        used = sample.attended.any(-1)
+        x, y = (self._sizes(states, sample.attended) for states in (sample.x, sample.y))
+        ratios = torch.where(x > 0, y / x, 1.0)[used]
+        self._ratios += ratios.sum(0)
+        self._sequences += len(ratios)
+
+    def _sizes(self, states: Tensor, attended: Tensor) -> Tensor:
+        """Return the sum of |z| over the attended tokens [batch, d], fp64."""
+        sums = []
+        for row, mask in zip(states, attended, strict=True):
+            z = row[mask].double()
+            sums.append((z if self._basis is None else z @ self._basis).abs().sum(0))
+        return torch.stack(sums)
+
+    def patch(self) -> Patch:
+        """Return the operator as a ghost: M = diag(r) - I, or H diag(r) H^T - I."""
+        change = torch.diag(self._ratios / self._sequences - 1.0)
+        if self._basis is not None:
+            change = self._basis @ change @ self._basis.mT
+        ghost = GhostLinear(len(change), device=self._device, dtype=self._dtype)
+        with torch.no_grad():
+            ghost.weight.copy_(change)
+        return Patch(ghost.requires_grad_(False))
