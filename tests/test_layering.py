@@ -14,13 +14,13 @@ PACKAGE = Path(__file__).parent.parent / "ghosted_fast"
 # Each module may import from the floors below its own.
 FLOORS: list[set[str]] = [
     {"errors", "_env", "derived", "first_token", "figures"},
-    {"_native", "batches", "readers", "kernels"},
+    {"_native", "batches", "readers", "kernels", "questions"},
     {"ops"},
     {"gram", "families", "testing", "machine"},
     {"solve", "modules", "boundaries"},
     {"calibration", "ghosted_layers"},
     {"fitting", "registry", "evaluation", "speed", "sources", "assets", "checkpoint"},
-    {"surgery", "selection", "comparison"},
+    {"surgery", "selection", "comparison", "harness"},
     {"report"},
     {"pipeline"},
     {"demo"},
