@@ -13,6 +13,7 @@ from tiny_text import TEXT, save_tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from ghosted_fast import harness
+from ghosted_fast.cli import options
 from ghosted_fast.cli.app import app
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
 from ghosted_fast.harness import LOCAL_TASKS, accuracy, check_tasks, evaluate_tasks
@@ -90,6 +91,11 @@ def test_eval_needs_a_text_or_tasks(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["eval", "--model", "tiny"])
     assert result.exit_code == 2
     assert "expected one of the two or both" in result.output
+
+
+def test_help_names_the_tasks() -> None:
+    (option,) = options.TasksOption.__metadata__
+    assert all(task in option.help for task in LOCAL_TASKS)
 
 
 def test_unknown_task() -> None:
