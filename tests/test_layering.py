@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,13 @@ def test_no_file_is_two_rooms() -> None:
         str(p.relative_to(root)): n for p in files if (n := len(p.read_text().splitlines())) > 400
     }
     assert not long
+
+
+def test_every_package_is_built() -> None:
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    listed = set(re.search(r"^packages = \[(.*?)\]", text, re.M | re.S)[1].split('"')[1::2])  # type: ignore[index]
+    found = {
+        ".".join(path.parent.relative_to(PACKAGE.parent).parts)
+        for path in PACKAGE.rglob("__init__.py")
+    }
+    assert listed == {*found, "ghosted_fast.kernels"}
