@@ -1,0 +1,271 @@
+"""Corrections: steps of fitted ghosts towards the dense model's predictions, in closed form.
+
+The least-squares fit makes a ghost's output close to the dense state; what counts is that the
+predictions are close. A correction takes the gradient of the divergence at each ghost's output and
+solves, with the features' Gram as the curvature,
+
+    (G + damping) dM^T = sum f(x_t) g_t^T
+
+then moves the ghosts in the span of -dM and of the correction before. How far is decided on
+held-out tokens: one forward pass per direction gives the change of the logits, and with it the
+Gauss-Newton optimum of the divergence in that span. A step that raises the held-out divergence is
+never taken. Nothing is random: the same text gives the same ghosts.
+
+Source: ours. The span of a new and the last direction is that of conjugate gradients (Hestenes and
+Stiefel, 1952); the curvature of the divergence by logits z is the covariance of z under softmax(z).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ghosted_fast.divergence import (
+    Divergence,
+    GhostSlope,
+    States,
+    compare,
+    in_passes,
+    row_slices,
+    split_sequences,
+    wide_rows,
+)
+from ghosted_fast.errors import ArgumentError
+from ghosted_fast.solve import mean_diagonal, solve_equations
+
+_LOGGER = logging.getLogger(__name__)
+Corrections = int | Literal["auto"]
+
+MOST_CORRECTIONS = 8
+DEFAULT_DAMPING = 0.1
+DEFAULT_TOKENS = 4096
+# "auto" stops after a correction that lowers the held-out divergence by less than this share.
+_LEAST_GAIN = 0.003
+# Size of a trial direction: rms change of the ghost's output relative to that output. Large
+# beside bf16 rounding, and about as large as the steps that are taken.
+_TRIAL_CHANGE = 0.02
+_RIDGE = 1e-3
+# Shares of the Gauss-Newton step that are tried, one after the other, until one is an improvement.
+_SHARES = (1.0, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class CorrectionFacts:
+    """What one correction did.
+
+    Attributes:
+        before: Held-out divergence before it, nats per token.
+        after: The same after it; as before where it was not accepted.
+        accepted: Whether the ghosts were moved.
+        change: Size of the step: rms change of the ghosts' outputs relative to the outputs.
+        seconds: Wall-clock time.
+    """
+
+    before: float
+    after: float
+    accepted: bool
+    change: float
+    seconds: float
+
+
+def check_corrections(corrections: Any) -> None:
+    """Raise unless a number of corrections is an int >= 0 or "auto".
+
+    Raises:
+        ArgumentError: It is not.
+    """
+    is_count = isinstance(corrections, int) and not isinstance(corrections, bool)
+    if corrections != "auto" and not (is_count and corrections >= 0):
+        raise ArgumentError(
+            f'expected corrections to be an int >= 0 or "auto", got {corrections!r}'
+        )
+
+
+def correct_ghosts(
+    ghosted: Any,
+    dense: Any,
+    batches: Iterable[Any],
+    corrections: Corrections = "auto",
+    *,
+    damping: float = DEFAULT_DAMPING,
+    tokens: int = DEFAULT_TOKENS,
+    held_out_tokens: int = DEFAULT_TOKENS,
+    progress: bool = False,
+) -> list[CorrectionFacts]:
+    """Move a model's ghosts, in place, so that its predictions come closer to the dense model's.
+
+    Args:
+        ghosted: A model with ghosts, of any fit; all of them are corrected together.
+        dense: The dense model that it comes from, in the same dtype.
+        batches: Text, see `iterate_batches`; every fourth sequence is held out.
+        corrections: How many to make; "auto" for at most `MOST_CORRECTIONS`, as long as they help.
+        damping: Relative to the mean of G's diagonal, > 0.
+        tokens: Tokens of each correction. Corrections take turns with the text, from the start
+            again where it ends.
+        held_out_tokens: Tokens that steps are decided on.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        What each correction did.
+
+    Raises:
+        ArgumentError: An argument is out of range, or the models do not fit each other.
+        CalibrationError: There is too little text to hold any out.
+        NonFiniteError: A state or a gradient is NaN or infinite.
+    """
+    check_corrections(corrections)
+    if not damping > 0 or tokens < 1 or held_out_tokens < 1:
+        raise ArgumentError(
+            "expected damping > 0, tokens >= 1 and held_out_tokens >= 1, got "
+            f"{damping}, {tokens} and {held_out_tokens}"
+        )
+    if corrections == 0:
+        return []
+    divergence = Divergence(ghosted, dense)
+    train, judges = split_sequences(batches, held_out_tokens, divergence.device)
+    held_out = [divergence.states(batch) for batch in in_passes(judges)]
+    average = sum(sequence.num_tokens for sequence in train) / len(train)
+    per_correction = min(len(train), max(1, round(tokens / average)))
+    text = cycle(train)
+    most = MOST_CORRECTIONS if corrections == "auto" else corrections
+    facts: list[CorrectionFacts] = []
+    last: list[Tensor] | None = None
+    for _ in tqdm(range(most), desc="correcting", delay=2.0, disable=not progress):
+        began = time.perf_counter()
+        slopes = divergence.slopes(in_passes(islice(text, per_correction)))
+        candidates = [_descent(slopes, damping)]
+        if last is not None:
+            candidates.append(last)
+        step, before, after = _best_step(divergence, held_out, _trials(slopes, candidates))
+        last = step if step is not None else last
+        facts.append(
+            CorrectionFacts(
+                before=before,
+                after=after,
+                accepted=step is not None,
+                change=0.0 if step is None else _relative_change(slopes, step),
+                seconds=time.perf_counter() - began,
+            )
+        )
+        _LOGGER.info("held-out divergence %.5f -> %.5f", before, after)
+        if corrections == "auto" and before - after < _LEAST_GAIN * before:
+            break
+    return facts
+
+
+def _descent(slopes: Sequence[GhostSlope], damping: float) -> list[Tensor]:
+    """Return the solution of the damped equations, downhill, as a direction of all parameters."""
+    direction: list[Tensor] = []
+    for slope in slopes:
+        equations = slope.equations()
+        absolute = damping * mean_diagonal(equations)
+        solution, offset, _ = solve_equations(equations, absolute, slope.has_bias)
+        direction.append(-solution.mT)
+        if offset is not None:
+            direction.append(-offset)
+    return direction
+
+
+def _relative_change(slopes: Sequence[GhostSlope], direction: Sequence[Tensor]) -> float:
+    """Return the rms change of the ghosts' outputs, relative to the outputs."""
+    parts = iter(direction)
+    energy = tokens = 0.0
+    for slope in slopes:
+        weight = next(parts)
+        bias = next(parts) if slope.has_bias else None
+        energy += slope.relative_energy(weight, bias)
+        tokens += slope.num_tokens
+    return math.sqrt(max(energy, 0.0) / max(tokens, 1.0))
+
+
+def _trials(
+    slopes: Sequence[GhostSlope], candidates: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]]:
+    """Return the directions at the size of a trial, without those that change nothing."""
+    sizes = [_relative_change(slopes, direction) for direction in candidates]
+    return [
+        [part * (_TRIAL_CHANGE / size) for part in direction]
+        for direction, size in zip(candidates, sizes, strict=True)
+        if size > 0.0
+    ]
+
+
+def _best_step(
+    divergence: Divergence, held_out: Sequence[States], directions: Sequence[Sequence[Tensor]]
+) -> tuple[list[Tensor] | None, float, float]:
+    """Move the ghosts by the best step in the span of some directions, if it is an improvement.
+
+    Returns:
+        The step, or None; and the held-out divergence before and after.
+    """
+    point = divergence.point()
+    before, slope, curvature = _local_model(divergence, held_out, point, directions)
+    ridge = _RIDGE * curvature.diagonal().diag()
+    amounts = -torch.linalg.lstsq(curvature + ridge, slope[:, None]).solution[:, 0]
+    step = _combined(amounts, directions)
+    for share in _SHARES:
+        shorter = [share * part for part in step]
+        divergence.move([old + change for old, change in zip(point, shorter, strict=True)])
+        after = divergence.value(held_out)
+        if after < before:
+            return shorter, before, after
+    divergence.move(point)
+    return None, before, before
+
+
+def _local_model(
+    divergence: Divergence,
+    held_out: Sequence[States],
+    point: Sequence[Tensor],
+    directions: Sequence[Sequence[Tensor]],
+) -> tuple[float, Tensor, Tensor]:
+    """Return the divergence, its slope [k] and its Gauss-Newton curvature [k, k], k directions.
+
+    The slope and the curvature are those of the line through the point and the direction's end:
+    differences of logits, not derivatives. The ghosts are left at the point.
+    """
+    count = len(directions)
+    slope = torch.zeros(count, dtype=torch.float64)
+    curvature = torch.zeros(count, count, dtype=torch.float64)
+    value = 0.0
+    for states in held_out:
+        dense, mask = divergence.dense_logits(states), states.batch.attention_mask
+        moved = []
+        for direction in directions:
+            divergence.move([old + change for old, change in zip(point, direction, strict=True)])
+            moved.append(divergence.logits(states))
+        divergence.move(point)
+        base = divergence.logits(states)
+        value += compare(dense, base, mask)
+        for rows in row_slices(base, mask):
+            here = wide_rows(base, rows)
+            q = here.softmax(-1)
+            away = q - wide_rows(dense, rows).softmax(-1)
+            changes = [wide_rows(logits, rows) - here for logits in moved]
+            changes = [change - (q * change).sum(-1, keepdim=True) for change in changes]
+            for i, change in enumerate(changes):
+                slope[i] += float((away * change).sum(dtype=torch.float64))
+                weighted = q * change
+                for j in range(i + 1):
+                    curvature[i, j] += float((weighted * changes[j]).sum(dtype=torch.float64))
+    tokens = sum(states.batch.num_tokens for states in held_out)
+    curvature = curvature.tril() + curvature.tril(-1).mT
+    return value / tokens, slope / tokens, curvature / tokens
+
+
+def _combined(amounts: Tensor, directions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the sum of directions, each times its amount."""
+    scaled = [
+        [float(amount) * part for part in direction]
+        for amount, direction in zip(amounts, directions, strict=True)
+    ]
+    return [torch.stack(parts).sum(0) for parts in zip(*scaled, strict=True)]
