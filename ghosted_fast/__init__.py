@@ -18,6 +18,7 @@ from ghosted_fast._hook import install_hook
 
 if TYPE_CHECKING:
     from ghosted_fast.checkpoint import save_model as save_model
+    from ghosted_fast.correction import correct_ghosts as correct_ghosts
     from ghosted_fast.evaluation import Perplexity as Perplexity
     from ghosted_fast.evaluation import perplexity as perplexity
     from ghosted_fast.gram import GramAccumulator as GramAccumulator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ghosted_fast.ops import ghost_apply_rms_norm as ghost_apply_rms_norm
     from ghosted_fast.pipeline import GhostReport as GhostReport
     from ghosted_fast.pipeline import ghost_model as ghost_model
+    from ghosted_fast.refinement import refine_ghosts as refine_ghosts
     from ghosted_fast.selection import Selection as Selection
     from ghosted_fast.selection import select_layers as select_layers
     from ghosted_fast.solve import GhostSolution as GhostSolution
@@ -53,7 +55,9 @@ _HOMES = {
     "evaluate_tasks": "harness",
     "ghost_apply": "ops",
     "ghost_apply_rms_norm": "ops",
+    "correct_ghosts": "correction",
     "ghost_model": "pipeline",
+    "refine_ghosts": "refinement",
     "perplexity": "evaluation",
     "prune_model": "surgery",
     "save_model": "checkpoint",

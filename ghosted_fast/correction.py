@@ -29,17 +29,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ghosted_fast.divergence import (
-    Divergence,
-    GhostSlope,
-    States,
-    compare,
-    in_passes,
-    row_slices,
-    split_sequences,
-    wide_rows,
-)
+from ghosted_fast.divergence import Divergence, GhostSlope, States, compare, row_slices, wide_rows
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.held_out import (
+    check_split,
+    in_passes,
+    sequences_for,
+    split_sequences,
+    token_count,
+)
 from ghosted_fast.solve import mean_diagonal, solve_equations
 
 _LOGGER = logging.getLogger(__name__)
@@ -50,6 +48,7 @@ DEFAULT_DAMPING = 0.1
 DEFAULT_TOKENS = 4096
 # "auto" stops after a correction that lowers the held-out divergence by less than this share.
 _LEAST_GAIN = 0.003
+_FEWEST_FOR_AUTO = 2048
 # Size of a trial direction: rms change of the ghost's output relative to that output. Large
 # beside bf16 rounding, and about as large as the steps that are taken.
 _TRIAL_CHANGE = 0.02
@@ -107,7 +106,8 @@ def correct_ghosts(
         ghosted: A model with ghosts, of any fit; all of them are corrected together.
         dense: The dense model that it comes from, in the same dtype.
         batches: Text, see `iterate_batches`; every fourth sequence is held out.
-        corrections: How many to make; "auto" for at most `MOST_CORRECTIONS`, as long as they help.
+        corrections: How many to make; "auto" for at most `MOST_CORRECTIONS`, as long as they help,
+            and none, with a warning, where the text is too short to judge them.
         damping: Relative to the mean of G's diagonal, > 0.
         tokens: Tokens of each correction. Corrections take turns with the text, from the start
             again where it ends.
@@ -132,9 +132,18 @@ def correct_ghosts(
         return []
     divergence = Divergence(ghosted, dense)
     train, judges = split_sequences(batches, held_out_tokens, divergence.device)
+    found, needed = token_count(judges), min(held_out_tokens, _FEWEST_FOR_AUTO)
+    if corrections == "auto" and found < needed:
+        _LOGGER.warning(
+            "ghosts are not corrected: %d tokens of the text can be held out, and fewer than %d "
+            "are no judge of a step; give more text, or a number of corrections",
+            found,
+            needed,
+        )
+        return []
+    check_split(train, judges)
     held_out = [divergence.states(batch) for batch in in_passes(judges)]
-    average = sum(sequence.num_tokens for sequence in train) / len(train)
-    per_correction = min(len(train), max(1, round(tokens / average)))
+    per_correction = sequences_for(tokens, train)
     text = cycle(train)
     most = MOST_CORRECTIONS if corrections == "auto" else corrections
     facts: list[CorrectionFacts] = []
@@ -176,7 +185,11 @@ def _descent(slopes: Sequence[GhostSlope], damping: float) -> list[Tensor]:
 
 
 def _relative_change(slopes: Sequence[GhostSlope], direction: Sequence[Tensor]) -> float:
-    """Return the rms change of the ghosts' outputs, relative to the outputs."""
+    """Return the rms change of the ghosts' outputs, relative to the outputs.
+
+    It has three digits: the last bits of a product in fp64 may depend on where its operands lie in
+    memory, and directions are scaled by this number.
+    """
     parts = iter(direction)
     energy = tokens = 0.0
     for slope in slopes:
@@ -184,7 +197,7 @@ def _relative_change(slopes: Sequence[GhostSlope], direction: Sequence[Tensor]) 
         bias = next(parts) if slope.has_bias else None
         energy += slope.relative_energy(weight, bias)
         tokens += slope.num_tokens
-    return math.sqrt(max(energy, 0.0) / max(tokens, 1.0))
+    return float(f"{math.sqrt(max(energy, 0.0) / max(tokens, 1.0)):.2e}")
 
 
 def _trials(
@@ -207,6 +220,9 @@ def _best_step(
     Returns:
         The step, or None; and the held-out divergence before and after.
     """
+    if not directions:
+        value = divergence.value(held_out)
+        return None, value, value
     point = divergence.point()
     before, slope, curvature = _local_model(divergence, held_out, point, directions)
     ridge = _RIDGE * curvature.diagonal().diag()
@@ -257,7 +273,7 @@ def _local_model(
                 weighted = q * change
                 for j in range(i + 1):
                     curvature[i, j] += float((weighted * changes[j]).sum(dtype=torch.float64))
-    tokens = sum(states.batch.num_tokens for states in held_out)
+    tokens = token_count(states.batch for states in held_out)
     curvature = curvature.tril() + curvature.tril(-1).mT
     return value / tokens, slope / tokens, curvature / tokens
 

@@ -10,7 +10,7 @@ Source: ours; KL(p || q) of softmax logits has the gradient q - p.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,22 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghosted_fast.batches import Batch, iterate_batches
+from ghosted_fast.batches import Batch
 from ghosted_fast.boundaries import leaving_out, visit_boundaries
-from ghosted_fast.calibration import GhostOptions, is_held_out, token_weights
-from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
+from ghosted_fast.calibration import GhostOptions, token_weights
+from ghosted_fast.errors import ArgumentError, NonFiniteError
 from ghosted_fast.families import decoder_layers, num_layers
 from ghosted_fast.ghosted_layers import ghosts_of
 from ghosted_fast.gram import NormalEquations
+from ghosted_fast.held_out import token_count
 from ghosted_fast.modules import GhostLinear
 from ghosted_fast.ops import gram_update
 from ghosted_fast.registry import is_ghosted, removal_record
 
 # fp32 logits held at once where two distributions are compared: 16 MiB, an outer cache.
 _SLICE_ELEMENTS = 1 << 22
-# Tokens per pass: enough to keep two cores busy, few beside the logits' memory.
-_PASS_TOKENS = 1024
-_FEWEST_HELD_OUT = 128
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ class Divergence:
             compare(self.dense_logits(item), self.logits(item), item.batch.attention_mask)
             for item in held_out
         )
-        return total / sum(item.batch.num_tokens for item in held_out)
+        return total / token_count(item.batch for item in held_out)
 
     def slopes(self, batches: Iterable[Batch]) -> list[GhostSlope]:
         """Sum the gradients at the ghosts over batches.
@@ -320,64 +318,3 @@ def compare(
         if gradient is not None:
             gradient.view(-1, gradient.shape[-1])[rows] = (log_q.exp() - p).to(gradient.dtype)
     return total
-
-
-def split_sequences(
-    batches: Iterable[Any], held_out_tokens: int, device: torch.device | str | None = None
-) -> tuple[list[Batch], list[Batch]]:
-    """Split text into sequences to learn from and sequences to judge by.
-
-    Sequence i is held out where the fit's last fold has it (`is_held_out`).
-
-    Args:
-        batches: See `iterate_batches`.
-        held_out_tokens: Attended tokens to hold out, as far as there are that many.
-        device: Where the tokens go.
-
-    Returns:
-        The two lists; each element is one sequence.
-
-    Raises:
-        CalibrationError: There is too little text to hold any out.
-    """
-    options = GhostOptions()
-    train: list[Batch] = []
-    held_out: list[Batch] = []
-    sequences = tokens = 0
-    for batch in iterate_batches(batches, device):
-        for row in range(len(batch.input_ids)):
-            sequence = batch.rows(torch.tensor([row], device=batch.input_ids.device))
-            if not is_held_out(sequences, options):
-                train.append(sequence)
-            elif tokens < held_out_tokens:
-                held_out.append(sequence)
-                tokens += sequence.num_tokens
-            sequences += 1
-    if tokens < _FEWEST_HELD_OUT or not any(item.num_tokens for item in train):
-        raise CalibrationError(
-            f"expected at least {_FEWEST_HELD_OUT} held-out tokens (every {options.folds}th "
-            f"sequence is held out) and others to learn from, got {tokens} in {sequences} "
-            "sequences: give more text, or cut it into shorter sequences"
-        )
-    return train, held_out
-
-
-def in_passes(sequences: Iterable[Batch]) -> Iterator[Batch]:
-    """Join neighbouring sequences of one length into batches of about a thousand tokens."""
-    group: list[Batch] = []
-    for sequence in sequences:
-        length = sequence.input_ids.shape[1]
-        full = (len(group) + 1) * length > _PASS_TOKENS
-        if group and (full or group[0].input_ids.shape[1] != length):
-            yield _joined(group)
-            group = []
-        group.append(sequence)
-    if group:
-        yield _joined(group)
-
-
-def _joined(group: Sequence[Batch]) -> Batch:
-    def join(pick: Callable[[Batch], Tensor]) -> Tensor:
-        return torch.cat([pick(item) for item in group])
-
-    return Batch(join(lambda item: item.input_ids), join(lambda item: item.attention_mask))

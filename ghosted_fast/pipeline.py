@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,18 @@ from ghosted_fast.calibration import (
     collect_statistics,
     interval_bytes,
 )
+from ghosted_fast.correction import (
+    CorrectionFacts,
+    Corrections,
+    check_corrections,
+    correct_ghosts,
+)
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import find_family, hidden_size
 from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.fitting import FittedGhost, fit_ghost, fit_in_sequence
 from ghosted_fast.recovery import check_recovery, fit_patches, put_patches
+from ghosted_fast.refinement import RefinementFacts, refine_ghosts
 from ghosted_fast.selection import (
     DEFAULT_BEAM,
     DEFAULT_SCORE_TOKENS,
@@ -87,9 +94,11 @@ class GhostReport:
         scores: The criterion's candidates.
         ghosts: One record per interval of the recovery "ghost"; none for the others.
         num_tokens: Calibration tokens.
-        seconds: Wall-clock time of selection, calibration and solve; for ghosts that are fitted in
-            sequence the solve is part of the calibration.
+        seconds: Wall-clock time of selection, calibration and solve, corrections and refinement;
+            for ghosts that are fitted in sequence the solve is part of the calibration.
         budget: The bound that the number of layers follows from, if one was given.
+        corrections: What each correction of the ghosts did.
+        refinement: What their refinement did, or None.
     """
 
     model: str
@@ -103,6 +112,8 @@ class GhostReport:
     num_tokens: int
     seconds: dict[str, float]
     budget: Budget | None = None
+    corrections: list[CorrectionFacts] = field(default_factory=list)
+    refinement: RefinementFacts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain lists, numbers and strings."""
@@ -140,6 +151,9 @@ def ghost_model(
     bias: bool = False,
     damping: float | Literal["auto"] = "auto",
     sequential: bool = True,
+    corrections: Corrections = "auto",
+    refine: int = 0,
+    refine_state: str | Path | None = None,
     score_tokens: int = DEFAULT_SCORE_TOKENS,
     memory_budget: int | None = None,
     beam: int = DEFAULT_BEAM,
@@ -151,7 +165,8 @@ def ghost_model(
     Args:
         model: A transformers causal language model of a known family.
         batches: Calibration tokens: dicts of `input_ids` [batch, length] and `attention_mask`, or
-            token tensors. Read once where `removed` is given, else held in memory as token ids.
+            token tensors. Read once where `removed` is given and nothing is corrected or refined,
+            else held in memory as token ids.
         num_layers: How many layers to remove; the criterion chooses them. Give this, `removed` or
             one of the two bounds.
         removed: The layers to remove.
@@ -172,6 +187,10 @@ def ghost_model(
         sequential: Whether, with several gaps, each ghost is fitted on the states that the ghosts
             below it give, by one pass for each gap; see `fit_in_sequence`. Otherwise all are fitted
             on the dense model's states.
+        corrections: How many steps the ghosts take towards the dense model's predictions, an int or
+            "auto"; see `correct_ghosts`.
+        refine: Steps of training on the ghosts alone, after the corrections; see `refine_ghosts`.
+        refine_state: File that the refinement is kept in, so that it can go on after it was killed.
         score_tokens: Held-out tokens per candidate of the criterion "ghost".
         memory_budget: Bytes for statistics, see `select_layers`.
         beam: Sets that race in the criterion "ghost-search".
@@ -192,6 +211,12 @@ def ghost_model(
     """
     options = GhostOptions(input, token_weight, first_state, bias, damping)
     check_recovery(recovery)
+    check_corrections(corrections)
+    if recovery != "ghost" and (refine or corrections not in ("auto", 0)):
+        raise ArgumentError(
+            f"expected no corrections and no refinement with recovery {recovery!r}: use "
+            "refine_ghosts(smaller, model, batches) on what it gives"
+        )
     given = {
         "num_layers": num_layers,
         "removed": removed,
@@ -203,8 +228,10 @@ def ghost_model(
         raise ArgumentError(
             f"expected exactly one of {', '.join(given)}, got {' and '.join(names) or 'none'}"
         )
+    if corrections or refine:
+        batches = list(iterate_batches(batches))
     layers = layer_count(model)
-    seconds = {"select": 0.0, "calibrate": 0.0, "solve": 0.0}
+    seconds = {"select": 0.0, "calibrate": 0.0, "solve": 0.0, "correct": 0.0, "refine": 0.0}
     scores: list[IntervalScore] = []
     winner: IntervalStatistics | None = None
     chosen: list[int]
@@ -281,6 +308,18 @@ def ghost_model(
         _facts(interval, options, fitted.has_first_state, solution)
         for interval, (fitted, solution) in zip(intervals, fits, strict=True)
     ]
+    corrected: list[CorrectionFacts] = []
+    refined: RefinementFacts | None = None
+    if corrections or refine:
+        trial = remove_layers(model, chosen, ghosts)
+        began = time.perf_counter()
+        corrected = correct_ghosts(trial, model, batches, corrections, progress=progress)
+        seconds["correct"] = time.perf_counter() - began
+        if refine:
+            refined = refine_ghosts(
+                trial, model, batches, refine, state=refine_state, progress=progress
+            )
+            seconds["refine"] = refined.seconds
     smaller = remove_layers(model, chosen, ghosts, inplace=inplace)
     if budget is not None and min_decode_speedup is not None:
         budget = replace(budget, reached=decode_speedup(dense, smaller))
@@ -292,7 +331,11 @@ def ghost_model(
                 min_decode_speedup,
             )
     return smaller, report(
-        ghosts=facts, num_tokens=max(item.num_tokens for item in facts), budget=budget
+        ghosts=facts,
+        num_tokens=max(item.num_tokens for item in facts),
+        budget=budget,
+        corrections=corrected,
+        refinement=refined,
     )
 
 

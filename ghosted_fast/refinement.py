@@ -30,8 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ghosted_fast.batches import Batch
-from ghosted_fast.divergence import Divergence, GhostSlope, in_passes, split_sequences
+from ghosted_fast.divergence import Divergence, GhostSlope
 from ghosted_fast.errors import ArgumentError, CheckpointError
+from ghosted_fast.held_out import check_split, in_passes, sequences_for, split_sequences
 from ghosted_fast.solve import mean_diagonal
 
 _LOGGER = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def refine_ghosts(
     began = time.perf_counter()
     divergence = Divergence(ghosted, dense)
     train, judges = split_sequences(batches, held_out_tokens, divergence.device)
+    check_split(train, judges)
     held_out = [divergence.states(batch) for batch in in_passes(judges)]
     settings = (steps, tokens, held_out_tokens, step_size, seed)
     key = _key(settings, [*train, *judges], divergence.point())
@@ -140,8 +142,7 @@ def refine_ghosts(
     run = _load(path, key, divergence.device) if path is not None and path.exists() else None
     if run is None:
         run = _start(key, divergence, divergence.value(held_out))
-    average = sum(sequence.num_tokens for sequence in train) / len(train)
-    per_step = min(len(train), max(1, round(tokens / average)))
+    per_step = sequences_for(tokens, train)
     bar = tqdm(total=steps, initial=run.step, desc="refining", delay=2.0, disable=not progress)
     with bar:
         while run.step < steps and not _is_stale(run):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ghosted_fast.batches import Batch, iterate_batches
-from ghosted_fast.divergence import Divergence, in_passes, split_sequences
+from ghosted_fast.divergence import Divergence
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
+from ghosted_fast.held_out import check_split, in_passes, split_sequences
 from ghosted_fast.modules import GhostLinear
 from ghosted_fast.surgery import prune_model, remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
@@ -65,12 +66,12 @@ def test_gradient_is_that_of_the_parameters(
     slopes = divergence.slopes(in_passes(batch.rows(torch.tensor([i])) for i in range(4)))
     found = [part for slope in slopes for part in slope.gradient(batch.num_tokens)]
     loss = kl_sum(ghosted, dense, batch) / batch.num_tokens
-    assert loss > 0.01
     expected = torch.autograd.grad(loss, divergence.parameters)
+    assert loss.item() > 0.01
     assert len(found) == len(expected)
     for mine, exact in zip(found, expected, strict=True):
         assert relative_rms(mine, exact) < 1e-4
-    assert divergence.value([divergence.states(batch)]) == pytest.approx(float(loss), rel=1e-5)
+    assert divergence.value([divergence.states(batch)]) == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_models_are_left_as_they_were() -> None:
@@ -130,10 +131,10 @@ def test_sequences_are_split_as_the_fit_splits_them() -> None:
 
 
 def test_too_little_text() -> None:
-    with pytest.raises(CalibrationError, match=r"at least 128 held-out tokens.*got 100 in 4"):
-        split_sequences([random_tokens(4, 100)], 4096)
-    with pytest.raises(CalibrationError, match="got 0 in 0"):
-        split_sequences([], 4096)
+    with pytest.raises(CalibrationError, match=r"at least 128 held-out tokens.*got 100 of 400"):
+        check_split(*split_sequences([random_tokens(4, 100)], 4096))
+    with pytest.raises(CalibrationError, match="got 0 of 0"):
+        check_split(*split_sequences([], 4096))
 
 
 def test_models_that_do_not_fit() -> None:

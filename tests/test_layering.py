@@ -21,7 +21,6 @@ FLOORS: list[set[str]] = [
     {"solve", "modules", "boundaries"},
     {"gaps"},
     {"calibration", "ghosted_layers"},
-    {"fitting", "registry", "evaluation", "speed", "sources", "assets", "checkpoint"},
     {"surgery", "comparison", "memory", "scoring", "harness", "divergence"},
     {"criteria", "recovery", "correction", "refinement"},
     {"selection"},

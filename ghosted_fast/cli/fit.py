@@ -34,6 +34,8 @@ def fit(
     first_state: options.FirstStateOption = "auto",
     token_weight: options.TokenWeightOption = "inverse_energy",
     damping: options.DampingOption = "auto",
+    corrections: options.CorrectionsOption = "auto",
+    refine: options.RefineOption = 0,
     tokens: options.TokensOption = 49152,
     sequence_length: options.SequenceLengthOption = 512,
     batch_size: options.BatchSizeOption = 8,
@@ -56,6 +58,7 @@ def fit(
             "--max-perplexity-increase / --min-speedup",
         )
     absolute_damping = options.parse_damping(damping)
+    correction_count = options.parse_corrections(corrections)
     if output is None and not dry_run:
         raise usage_error("expected a folder for the checkpoint, or --dry-run", "--output")
     if report is not None and report.suffix not in (".html", ".json"):
@@ -64,7 +67,13 @@ def fit(
     from ghosted_fast.calibration import GhostOptions
     from ghosted_fast.checkpoint import save_model
     from ghosted_fast.cli.loading import calibration_batches, check_new, open_model
-    from ghosted_fast.cli.tables import budget_line, ghost_table, memory_line, model_table
+    from ghosted_fast.cli.tables import (
+        budget_line,
+        ghost_table,
+        improvement_lines,
+        memory_line,
+        model_table,
+    )
     from ghosted_fast.comparison import compare_models
     from ghosted_fast.machine import machine_facts
     from ghosted_fast.pipeline import ghost_model, statistics_bytes_needed
@@ -95,6 +104,9 @@ def fit(
         batch_size=batch_size,
         seed=seed,
     )
+    assert output is not None
+    # Beside the checkpoint: a refinement that was killed goes on there.
+    refine_state = output.with_name(f"{output.name}.refine") if refine else None
     smaller, found = ghost_model(
         dense,
         batches,
@@ -111,11 +123,15 @@ def fit(
         first_state=first_state,
         bias=bias,
         damping=absolute_damping,
+        corrections=correction_count,
+        refine=refine,
+        refine_state=refine_state,
         progress=True,
     )
     facts: dict[str, Any] = found.to_dict()
-    assert output is not None
     save_model(smaller, output, tokenizer, overwrite)
+    if refine_state is not None:
+        refine_state.unlink(missing_ok=True)
     facts["output"] = str(output)
     shown: list[TextTable | str] = [
         f"removed {','.join(map(str, facts['removed']))}; saved {output}"
@@ -123,7 +139,7 @@ def fit(
     if facts.get("budget"):
         shown.append(budget_line(facts["budget"]))
     if facts.get("ghosts"):
-        shown += ["", ghost_table(facts["ghosts"])]
+        shown += ["", ghost_table(facts["ghosts"]), *improvement_lines(facts)]
     if held_out is not None:
         models = {"dense": dense, "pruned": prune_model(dense, facts["removed"])}
         if recovery != "none":

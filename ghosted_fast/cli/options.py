@@ -121,6 +121,20 @@ DampingOption = Annotated[
     str,
     typer.Option("--damping", help="Absolute damping, or 'auto': what held-out text prefers."),
 ]
+CorrectionsOption = Annotated[
+    str,
+    typer.Option(
+        "--corrections",
+        help="Steps of the fitted ghosts towards the dense model's predictions: a number, or "
+        "'auto': as many as help.",
+    ),
+]
+RefineOption = Annotated[
+    int,
+    typer.Option(
+        "--refine", min=0, help="Steps of training on the ghosts alone, after the corrections."
+    ),
+]
 TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of calibration text.")]
 TextTokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of text.")]
 EvaluationTokensOption = Annotated[
@@ -185,6 +199,19 @@ def parse_damping(text: str) -> float | Literal["auto"]:
     if not 0 <= damping < float("inf"):
         raise usage_error(f"expected 'auto' or a number >= 0, got {text!r}", "--damping")
     return damping
+
+
+def parse_corrections(text: str) -> int | Literal["auto"]:
+    """Return the number of corrections, or "auto".
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise usage_error(f"expected 'auto' or a number >= 0, got {text!r}", "--corrections")
+    return int(text)
 
 
 def parse_increase(text: str | None) -> float | None:

@@ -84,6 +84,24 @@ def ghost_table(ghosts: Sequence[Mapping[str, Any]]) -> TextTable:
     return TextTable(columns, rows)
 
 
+def improvement_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Return what corrections and refinement did, a line each, from a `GhostReport` as a dict."""
+    lines = []
+    corrections, refinement = facts["corrections"], facts["refinement"]
+    if corrections:
+        accepted = sum(item["accepted"] for item in corrections)
+        lines.append(
+            f"{accepted} of {len(corrections)} corrections: held-out divergence "
+            f"{corrections[0]['before']:.4f} -> {corrections[-1]['after']:.4f}"
+        )
+    if refinement is not None:
+        lines.append(
+            f"refinement, step {refinement['best_step']} of {refinement['steps']}: held-out "
+            f"divergence {refinement['before']:.4f} -> {refinement['after']:.4f}"
+        )
+    return lines
+
+
 def score_table(scores: Sequence[Mapping[str, Any]], removed: Sequence[int]) -> TextTable:
     """Return the table of candidates, from `IntervalScore` as dicts, the best first."""
     chosen = set(removed)

@@ -79,6 +79,11 @@ def test_entry_point_and_version() -> None:
         (("fit", "--model=m", "--calibration=c", "--removed=1", "--criterion=best"), "--criterion"),
         (("fit", "--model=m", "--calibration=c", "--removed=1", "--damping=-1"), "--damping"),
         (
+            ("fit", "--model=m", "--calibration=c", "--removed=1", "--corrections=few"),
+            "--corrections",
+        ),
+        (("fit", "--model=m", "--calibration=c", "--removed=1", "--refine=-1"), "--refine"),
+        (
             ("fit", "--model=m", "--calibration=c", "--removed=1", "--output=o", "--report=r.pdf"),
             ".html or .json",
         ),
