@@ -45,7 +45,8 @@ Corrections = int | Literal["auto"]
 
 MOST_CORRECTIONS = 8
 DEFAULT_DAMPING = 0.1
-DEFAULT_TOKENS = 4096
+DEFAULT_TOKENS = 8192
+DEFAULT_HELD_OUT_TOKENS = 4096
 # "auto" stops after a correction that lowers the held-out divergence by less than this share.
 _LEAST_GAIN = 0.003
 _FEWEST_FOR_AUTO = 2048
@@ -97,7 +98,7 @@ def correct_ghosts(
     *,
     damping: float = DEFAULT_DAMPING,
     tokens: int = DEFAULT_TOKENS,
-    held_out_tokens: int = DEFAULT_TOKENS,
+    held_out_tokens: int = DEFAULT_HELD_OUT_TOKENS,
     progress: bool = False,
 ) -> list[CorrectionFacts]:
     """Move a model's ghosts, in place, so that its predictions come closer to the dense model's.
