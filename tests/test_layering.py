@@ -21,6 +21,7 @@ FLOORS: list[set[str]] = [
     {"solve", "modules", "boundaries"},
     {"gaps"},
     {"calibration", "ghosted_layers"},
+    {"fitting", "registry", "evaluation", "speed", "sources", "assets", "checkpoint", "held_out"},
     {"surgery", "comparison", "memory", "scoring", "harness", "divergence"},
     {"criteria", "recovery", "correction", "refinement"},
     {"selection"},
