@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from ghosted_fast.batches import Batch
 from ghosted_fast.calibration import GhostOptions
 from ghosted_fast.errors import GhostedFastError
-from ghosted_fast.evaluation import Perplexity, perplexity
 from ghosted_fast.families import decoder_layers, hidden_size
 from ghosted_fast.fitting import fit_in_sequence
+from ghosted_fast.grid.judging import Judge
 from ghosted_fast.grid.plan import Variant
 from ghosted_fast.machine import peak_memory, reset_peak_memory
 from ghosted_fast.memory import default_memory_budget
@@ -35,62 +33,30 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """What all cells share.
+class Fitting:
+    """How operators are fitted.
 
     Attributes:
         calibration: Tokens to learn from.
-        evaluations: Tokens to judge on, by the name of the text.
         options: How ghosts are fitted.
         sequential: Whether several ghosts are fitted one after the other; see `fit_in_sequence`.
-        accuracy: Measures a model's accuracy by task; None leaves it out.
         memory_budget: Bytes for statistics; None for half of the free memory.
-        seed: Of the bootstrap.
         progress: Whether to show progress bars on stderr.
     """
 
     calibration: Sequence[Batch]
-    evaluations: Mapping[str, Sequence[Batch]]
     options: GhostOptions
     sequential: bool
-    accuracy: Callable[[Any], dict[str, float]] | None
     memory_budget: int | None
-    seed: int
     progress: bool
 
 
-def judge(model: Any, texts: Texts) -> dict[str, Any]:
-    """Return a model's perplexity on every text, its accuracy, size and cost of an operator."""
-    began = time.perf_counter()
-    losses = {
-        name: _summary(perplexity(model, batches, seed=texts.seed, progress=texts.progress))
-        for name, batches in texts.evaluations.items()
-    }
-    accuracy = None if texts.accuracy is None else texts.accuracy(model)
-    return {
-        "perplexity": losses,
-        "accuracy": accuracy,
-        "layers": len(decoder_layers(model)),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "operators": operators_of(model),
-        "seconds": {"judge": time.perf_counter() - began},
-    }
-
-
-def operators_of(model: nn.Module) -> list[str]:
-    """Return the kinds of the operators that a smaller model computes in place of layers."""
-    ghosts = [module for module in model.modules() if isinstance(module, GhostLinear)]
-    return sorted("hidden" if ghost.norm_eps is None else "normed" for ghost in ghosts)
-
-
-def _summary(found: Perplexity) -> dict[str, Any]:
-    record = found.to_dict()
-    del record["passage_losses"], record["passage_tokens"]
-    return record
-
-
 def run_cells(
-    model: Any, cells: Sequence[Cell], texts: Texts, done: Callable[[Cell, dict[str, Any]], None]
+    model: Any,
+    cells: Sequence[Cell],
+    texts: Fitting,
+    judge: Judge,
+    done: Callable[[Cell, dict[str, Any]], None],
 ) -> None:
     """Fit and judge cells; all that share statistics share a pass of the dense model.
 
@@ -98,6 +64,7 @@ def run_cells(
         model: The dense model.
         cells: The cells, those of one set of layers together.
         texts: What they share.
+        judge: Measures their models.
         done: Called with each cell and its record, as soon as that is known. A recovery that
             cannot serve a gap gives a record with the reason under "refused".
     """
@@ -114,7 +81,7 @@ def run_cells(
         for cell in group:
             reset_peak_memory(device)
             try:
-                record = _run_cell(model, cell, texts, patches, refused)
+                record = _run_cell(model, cell, texts, judge, patches, refused)
             except GhostedFastError as error:
                 record = {"refused": str(error)}
             peaks = (peak_memory(device), peak_of_pass if _jobs(model, cell, texts) else None)
@@ -144,11 +111,11 @@ def _gaps(model: Any, cell: Cell) -> list[tuple[int, int]]:
     return removed_intervals(cell.removed, len(decoder_layers(model)))
 
 
-def _in_sequence(model: Any, cell: Cell, texts: Texts) -> bool:
+def _in_sequence(model: Any, cell: Cell, texts: Fitting) -> bool:
     return texts.sequential and cell.variant.recovery == "ghost" and len(_gaps(model, cell)) > 1
 
 
-def _jobs(model: Any, cell: Cell, texts: Texts) -> list[Job]:
+def _jobs(model: Any, cell: Cell, texts: Fitting) -> list[Job]:
     """Return what a cell needs of a pass that it shares with others."""
     if _in_sequence(model, cell, texts):
         return []
@@ -158,7 +125,8 @@ def _jobs(model: Any, cell: Cell, texts: Texts) -> list[Job]:
 def _run_cell(
     model: Any,
     cell: Cell,
-    texts: Texts,
+    texts: Fitting,
+    judge: Judge,
     patches: Mapping[Job, Patch],
     refused: Mapping[Job, GhostedFastError],
 ) -> dict[str, Any]:
@@ -179,7 +147,7 @@ def _run_cell(
     if cell.variant.after is not None:
         corrections = cell.variant.after(smaller, model, texts.calibration)
     recover += time.perf_counter() - began
-    record = judge(smaller, texts)
+    record = judge(smaller, cell.removed[0])
     record["corrections"] = corrections
     record["seconds"]["recover"] = recover
     return record
@@ -190,7 +158,7 @@ def _own(patches: Iterable[Patch]) -> list[Patch]:
     return [replace(patch, ghost=copy.deepcopy(patch.ghost)) for patch in patches]
 
 
-def _fit_in_sequence(model: Any, gaps: Sequence[tuple[int, int]], texts: Texts) -> list[Patch]:
+def _fit_in_sequence(model: Any, gaps: Sequence[tuple[int, int]], texts: Fitting) -> list[Patch]:
     parameter = next(model.parameters())
     fits = fit_in_sequence(model, texts.calibration, gaps, texts.options, texts.progress)
     return [

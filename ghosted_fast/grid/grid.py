@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from ghosted_fast.calibration import GhostOptions
 from ghosted_fast.criteria import CRITERIA
 from ghosted_fast.families import find_family
 from ghosted_fast.families import num_layers as layer_count
-from ghosted_fast.grid.cells import Cell, Removed, Texts, judge, run_cells, stand_in
+from ghosted_fast.grid.cells import Cell, Fitting, Removed, run_cells, stand_in
+from ghosted_fast.grid.judging import Judge
 from ghosted_fast.grid.outputs import check_outputs, write_outputs
 from ghosted_fast.grid.plan import Variant, check_plan, variants_of
 from ghosted_fast.grid.state import GridState, model_digest, text_digest
@@ -86,43 +88,38 @@ def compare_grid(
         MissingExtraError: The page needs a package of the extra `report`.
     """
     options = options or GhostOptions()
-    texts = Texts(
-        calibration=list(iterate_batches(calibration)),
-        evaluations={text: list(iterate_batches(it)) for text, it in evaluations.items()},
-        options=options,
-        sequential=sequential,
-        accuracy=accuracy,
-        memory_budget=memory_budget,
-        seed=seed,
-        progress=progress,
+    texts = {text: list(iterate_batches(batches)) for text, batches in evaluations.items()}
+    fitting = Fitting(
+        list(iterate_batches(calibration)), options, sequential, memory_budget, progress
     )
     variants = variants_of(recoveries)
-    check_plan(model, texts.calibration, texts.evaluations, num_layers, criteria)
+    check_plan(model, fitting.calibration, texts, num_layers, criteria)
     check_outputs()
     name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     facts = {
         "model": name,
         "weights": model_digest(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "calibration": text_digest(texts.calibration),
-        "evaluations": {text: text_digest(it) for text, it in texts.evaluations.items()},
+        "calibration": text_digest(fitting.calibration),
+        "evaluations": {text: text_digest(batches) for text, batches in texts.items()},
         "ghosts": {**asdict(options), "sequential": sequential},
         "score_tokens": score_tokens,
         "accuracy": accuracy is not None,
         "seed": seed,
     }
-    with GridState(Path(output), facts, overwrite) as state:
+    judge = Judge(model, texts, accuracy, seed)
+    with GridState(Path(output), facts, overwrite) as state, _evaluating(model):
         if state.get("dense") is None:
-            state.put("dense", record=judge(model, texts))
-        _select(state, model, texts, num_layers, criteria, score_tokens)
-        _run(state, model, texts, num_layers, criteria, variants)
+            state.put("dense", record=judge(model))
+        _select(state, model, fitting, num_layers, criteria, score_tokens)
+        _run(state, model, fitting, judge, num_layers, criteria, variants)
         if speed is not None:
             _measure(state, model, num_layers, criteria, variants, speed)
         about = {
             **facts,
             "family": find_family(model).name,
             "num_layers": layer_count(model),
-            "calibration_tokens": sum(batch.num_tokens for batch in texts.calibration),
+            "calibration_tokens": sum(batch.num_tokens for batch in fitting.calibration),
             "machine": machine_facts(),
         }
         grid = grid_of(state, about, num_layers, criteria, variants, speed)
@@ -130,10 +127,20 @@ def compare_grid(
     return grid
 
 
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _select(
     state: GridState,
     model: Any,
-    texts: Texts,
+    fitting: Fitting,
     num_layers: Sequence[int],
     criteria: Sequence[str],
     score_tokens: int,
@@ -146,13 +153,13 @@ def _select(
             began = time.perf_counter()
             selection = select_layers(
                 model,
-                texts.calibration,
+                fitting.calibration,
                 count,
                 criterion,
-                options=texts.options,
+                options=fitting.options,
                 score_tokens=score_tokens,
-                memory_budget=texts.memory_budget,
-                progress=texts.progress,
+                memory_budget=fitting.memory_budget,
+                progress=fitting.progress,
             )
             seconds = time.perf_counter() - began
             settled = {**selection.choices, count: selection.removed}
@@ -181,7 +188,8 @@ def _chosen_sets(
 def _run(
     state: GridState,
     model: Any,
-    texts: Texts,
+    fitting: Fitting,
+    judge: Judge,
     num_layers: Sequence[int],
     criteria: Sequence[str],
     variants: Sequence[Variant],
@@ -193,13 +201,13 @@ def _run(
         for variant in variants
         if state.get("cell", removed, variant.name) is None
     ]
-    with tqdm(total=len(cells), desc="cells", disable=not (texts.progress and cells)) as bar:
+    with tqdm(total=len(cells), desc="cells", disable=not (fitting.progress and cells)) as bar:
 
         def done(cell: Cell, record: dict[str, Any]) -> None:
             state.put("cell", cell.removed, cell.variant.name, record=record)
             bar.update()
 
-        run_cells(model, cells, texts, done)
+        run_cells(model, cells, fitting, judge, done)
 
 
 def _measure(

@@ -25,7 +25,8 @@ class Variant:
         name: What tables call it: "ghost", "ghost + 2 corrections", "ghost refined".
         recovery: One of `RECOVERIES`.
         after: Called with the smaller model, the dense model and the calibration batches. Changes
-            the smaller model in place, and returns the number of corrections it has now.
+            the smaller model in place, from the layer before the lowest gap on, and returns the
+            number of corrections it has now.
     """
 
     name: str
