@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from ghosted_fast.cli import options
 from ghosted_fast.cli.verb import Result, TextTable, usage_error
+
+_CRITERIA = ", ".join(get_args(options.Criterion))
+_RECOVERIES = ", ".join(get_args(options.Recovery))
 
 OutputOption = Annotated[
     Path,
@@ -29,12 +32,16 @@ CountsOption = Annotated[
     typer.Option("--num-layers", help="Numbers of layers to remove: '3,5,7', or repeat it."),
 ]
 CriteriaOption = Annotated[
-    list[options.Criterion] | None,
-    typer.Option("--criterion", help="What picks the layers; repeat it. All if not given."),
+    list[str] | None,
+    typer.Option(
+        "--criterion", help=f"What picks the layers; repeat it: {_CRITERIA}. All if not given."
+    ),
 ]
 RecoveriesOption = Annotated[
-    list[options.Recovery] | None,
-    typer.Option("--recovery", help="What takes their place; repeat it. All if not given."),
+    list[str] | None,
+    typer.Option(
+        "--recovery", help=f"What takes their place; repeat it: {_RECOVERIES}. All if not given."
+    ),
 ]
 SpeedOption = Annotated[
     bool, typer.Option("--speed/--no-speed", help="Also measure decoding speed, at the end.")
@@ -75,6 +82,8 @@ def compare(
     """
     counts = _counts(num_layers)
     names = _text_names(evaluation)
+    _check_names(criterion, options.Criterion, "--criterion")
+    _check_names(recovery, options.Recovery, "--recovery")
     absolute_damping = options.parse_damping(damping)
 
     from ghosted_fast.calibration import GhostOptions
@@ -132,6 +141,12 @@ def compare(
     shown: list[TextTable | str] = [TextTable(columns, lines, grid.about["model"]), ""]
     shown.append(f"{output / 'index.html'}")
     return Result(data, shown)
+
+
+def _check_names(names: list[str] | None, choices: Any, option: str) -> None:
+    known = get_args(choices)
+    if unknown := [name for name in names or () if name not in known]:
+        raise usage_error(f"expected some of {', '.join(known)}, got {unknown[0]!r}", option)
 
 
 def _counts(given: list[str]) -> list[int]:

@@ -41,15 +41,19 @@ def markdown(grid: Grid) -> str:
         rows = [row for row in grid.rows if row["num_layers"] == count]
         columns, cells = full_table(grid, rows)
         lines += ["", f"## {count} of {grid.about['num_layers']} layers removed", ""]
-        lines.append("| " + " | ".join(columns) + " |")
+        lines.append(_markdown_row(columns))
         lines.append("|" + " --- |" * 3 + " ---: |" * (len(columns) - 3))
         for row, line in zip(rows, cells, strict=True):
             if DEFAULT in row["marks"]:
                 line = [f"**{cell}**" if cell else cell for cell in line]
             if BEST_PUBLISHED in row["marks"]:
                 line[2] += " †"
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
+            lines.append(_markdown_row(line))
     return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def full_table(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
