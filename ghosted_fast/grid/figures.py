@@ -22,6 +22,8 @@ CUT_OFF = 16
 # Labels at the ends of lines stay apart by this share of the axis.
 _LABEL_GAP = 0.062
 _PAIR_COLUMNS = 2
+# Intervals stand beside their points, in layers, so that those of two lines are told apart.
+_INTERVAL_SHIFT = 0.05
 Row = Mapping[str, Any]
 Line = tuple[str, Sequence[Row], str]
 
@@ -37,7 +39,7 @@ def lead_figure(grid: Grid) -> str:
     if best:
         lines.append(("best published", list(best.values()), INK))
     if ours:
-        lines.append((" + ".join(DEFAULT_PAIR) + ", ours", list(ours.values()), ACCENT))
+        lines.append((f"{' + '.join(DEFAULT_PAIR)} (ours)", list(ours.values()), ACCENT))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.1 * len(grid.texts) + 0.4, 3.4), layout="constrained")
         panels = figure.subplots(1, len(grid.texts), squeeze=False)[0]
@@ -100,8 +102,12 @@ def intervals_figure(grid: Grid) -> str | None:
         axes.set_ylabel("held-out loss, nats/token")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
-        axes.margins(x=0.02)
-        _label_ends(axes, labels)
+        axes.margins(x=0.05)
+        for x, y, name, colour in labels:
+            axes.annotate(
+                name, (x, y), (6, 0), textcoords="offset points", va="center", color=colour,
+                fontsize=8.5,
+            )  # fmt: skip
         return svg_of(figure, "intervals")
 
 
@@ -128,21 +134,23 @@ def quality_figure(grid: Grid) -> str | None:
         points = [place(row) for row in rows if place(row)[1] < CUT_OFF * dense]
         axes.scatter([x for x, _ in points], [y for _, y in points], s=14, color=SECOND)
         labels = []
-        for mark, colour, name in (
-            (BEST_PUBLISHED, INK, "best published"),
-            (DEFAULT, ACCENT, "ours"),
+        best, ours = marked(rows, BEST_PUBLISHED), marked(rows, DEFAULT)
+        for line, other, colour, name in (
+            (best, ours, INK, "best published"),
+            (ours, best, ACCENT, "ours"),
         ):
-            line = [(count, place(row)) for count, row in marked(rows, mark).items()]
             if not line:
                 continue
-            axes.plot([p[0] for _, p in line], [p[1] for _, p in line], "o-", color=colour)
-            for count, (x, y) in line:
-                above = colour == INK
+            places = [place(row) for row in line.values()]
+            axes.plot([x for x, _ in places], [y for _, y in places], "o-", color=colour)
+            for count, (x, y) in zip(line, places, strict=True):
+                rival = place(other[count])[1] if count in other else y
+                above = y > rival or (y == rival and colour == INK)
                 axes.annotate(
                     f"{count}", (x, y), (0, 7 if above else -14), textcoords="offset points",
                     color=colour, fontsize=8, ha="center",
                 )  # fmt: skip
-            labels.append((*line[-1][1], name, colour))
+            labels.append((*places[-1], name, colour))
         _log_losses(axes, dense, [y for _, y in points])
         axes.axhline(dense, color=FAINT, linewidth=1.0, zorder=0)
         axes.set_xlabel(
@@ -179,14 +187,10 @@ def _losses(
         order = 3 if colour == ACCENT else 2
         axes.plot(counts, values, "o-", color=colour, linewidth=wide, markersize=3.5, zorder=order)
         if intervals and colour != SECOND:
-            axes.vlines(
-                counts,
-                [item["low"] for item in found],
-                [item["high"] for item in found],
-                color=colour,
-                linewidth=1.0,
-                alpha=0.6,
-            )
+            ends = [[item[end] for item in found] for end in ("low", "high")]
+            shift = _INTERVAL_SHIFT if colour == ACCENT else -_INTERVAL_SHIFT
+            axes.vlines([count + shift for count in counts], *ends, color=colour, linewidth=1.0)
+            seen += [*ends[0], *ends[1]]
         seen += values
         labels.append((counts[-1], min(values[-1], CUT_OFF * dense), name, colour))
     _log_losses(axes, dense, seen)
@@ -198,12 +202,13 @@ def _losses(
 
 
 def _log_losses(axes: Axes, dense: float, values: Sequence[float]) -> None:
-    """Give an axis of perplexities its scale, from just below the dense model's."""
-    top = min(max([*values, 1.5 * dense]), CUT_OFF * dense)
+    """Give an axis of perplexities its scale: to the lowest value, and to the highest or so."""
+    top = min(max([*values, 1.2 * dense]), CUT_OFF * dense)
+    bottom = min([*values, dense])
     axes.set_yscale("log")
-    axes.set_ylim(dense / 1.06, top * 1.12)
-    ratio = top / dense
-    subs = (1.0, 2.0, 5.0) if ratio > 8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    axes.set_ylim(bottom / 1.04, top * 1.06)
+    ratio = top / bottom
+    subs = (1.0, 2.0, 5.0) if ratio > 8 else (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(Format("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

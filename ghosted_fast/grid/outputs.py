@@ -145,9 +145,9 @@ def _block(grid: Grid, count: int) -> dict[str, Any]:
                 "cells": [
                     {
                         "row": row,
-                        "value": None
+                        "losses": None
                         if row["refused"] is not None
-                        else _loss(row["perplexity"][grid.texts[0]]["value"]),
+                        else [_loss(row["perplexity"][text]["value"]) for text in grid.texts],
                     }
                     for row in rows
                     if row["criterion"] == criterion
