@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ghosted_fast.evaluation import Perplexity as Perplexity
     from ghosted_fast.evaluation import perplexity as perplexity
     from ghosted_fast.gram import GramAccumulator as GramAccumulator
+    from ghosted_fast.grid import Grid as Grid
+    from ghosted_fast.grid import Variant as Variant
+    from ghosted_fast.grid import compare_grid as compare_grid
     from ghosted_fast.harness import TaskScore as TaskScore
     from ghosted_fast.harness import accuracy as accuracy
     from ghosted_fast.harness import evaluate_tasks as evaluate_tasks
@@ -47,11 +50,14 @@ _HOMES = {
     "GhostReport": "pipeline",
     "GhostSolution": "solve",
     "GramAccumulator": "gram",
+    "Grid": "grid",
     "Perplexity": "evaluation",
     "Selection": "selection",
     "TaskScore": "harness",
     "Throughput": "speed",
+    "Variant": "grid",
     "accuracy": "harness",
+    "compare_grid": "grid",
     "evaluate_tasks": "harness",
     "ghost_apply": "ops",
     "ghost_apply_rms_norm": "ops",

@@ -35,6 +35,10 @@ class Batch:
         attended = self.attention_mask.bool()
         return attended & (attended.cumsum(-1) == 1)
 
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on a device."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device))
+
     def rows(self, selected: Tensor) -> Batch:
         """Return the batch of some of the rows, given by their indices."""
         return Batch(self.input_ids[selected], self.attention_mask[selected])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from ghosted_fast.batches import iterate_batches
+from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.errors import ArgumentError, NonFiniteError
 
 _LOGGER = logging.getLogger(__name__)
@@ -81,32 +82,63 @@ def perplexity(
         ArgumentError: The confidence is out of range, or no token is predicted.
         NonFiniteError: The loss of a passage is not finite.
     """
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"expected a confidence between 0 and 1, got {confidence}")
-    sums: list[Tensor] = []
-    counts: list[Tensor] = []
     training = model.training
     model.eval()
     try:
         bar = tqdm(batches, desc="perplexity", unit="batch", delay=2.0, disable=not progress)
-        for batch in iterate_batches(bar, model.device):
-            for ids, mask in _parts(batch.input_ids, batch.attention_mask, model):
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                loss, count = cross_entropy_sum(logits, ids, mask)
-                sums.append(loss.cpu())
-                counts.append(count.cpu())
+        parts = (
+            part for batch in iterate_batches(bar, model.device) for part in parts_of(batch, model)
+        )
+        return perplexity_from(parts, partial(_logits, model), confidence, seed)
     finally:
         model.train(training)
+
+
+def _logits(model: Any, batch: Batch) -> Tensor:
+    return model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).logits
+
+
+@torch.inference_mode()
+def perplexity_from(
+    batches: Iterable[Batch],
+    logits_of: Callable[[Batch], Tensor],
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Perplexity:
+    """Measure the perplexity of predictions, wherever they come from; see `perplexity`.
+
+    Args:
+        batches: The tokens.
+        logits_of: Returns the logits [B, T, V] of a batch.
+        confidence: As in `perplexity`.
+        seed: As in `perplexity`.
+
+    Raises:
+        ArgumentError: The confidence is out of range, or no token is predicted.
+        NonFiniteError: The loss of a passage is not finite.
+    """
+    if not 0 < confidence < 1:
+        raise ArgumentError(f"expected a confidence between 0 and 1, got {confidence}")
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    for batch in batches:
+        logits = logits_of(batch)
+        loss, count = cross_entropy_sum(logits, batch.input_ids, batch.attention_mask)
+        sums.append(loss.cpu())
+        counts.append(count.cpu())
     total = torch.cat(sums).numpy() if sums else np.zeros(0)
     tokens = torch.cat(counts).numpy() if counts else np.zeros(0, dtype=np.int64)
     return _summary(total, tokens, confidence, seed)
 
 
-def _parts(ids: Tensor, mask: Tensor, model: Any) -> Iterable[tuple[Tensor, Tensor]]:
+def parts_of(batch: Batch, model: Any) -> list[Batch]:
     """Split a batch by rows so that the logits of one call stay within memory."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    rows = max(1, _CALL_ELEMENTS // (ids.shape[1] * vocabulary))
-    return zip(ids.split(rows), mask.split(rows), strict=True)
+    rows = max(1, _CALL_ELEMENTS // (batch.input_ids.shape[1] * vocabulary))
+    pairs = zip(batch.input_ids.split(rows), batch.attention_mask.split(rows), strict=True)
+    return [Batch(*pair) for pair in pairs]
 
 
 def cross_entropy_sum(

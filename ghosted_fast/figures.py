@@ -13,21 +13,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 # Colours that stand for the page's CSS variables; no other colour may be drawn.
-_INK, _FAINT, _ACCENT, _SECOND = "#010101", "#020202", "#030303", "#040404"
-_VARIABLES = {_INK: "--ink", _FAINT: "--faint", _ACCENT: "--accent", _SECOND: "--second"}
-_STYLE = {
+INK, FAINT, ACCENT, SECOND = "#010101", "#020202", "#030303", "#040404"
+_VARIABLES = {INK: "--ink", FAINT: "--faint", ACCENT: "--accent", SECOND: "--second"}
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ghosted_fast",
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _FAINT,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": FAINT,
     "grid.linewidth": 0.5,
     "legend.frameon": False,
 }
@@ -52,7 +52,7 @@ def selection_figure(
     """
     if len(scores) < 2:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
         for marked in (False, True):
@@ -65,7 +65,7 @@ def selection_figure(
                 [item["start"] for item in part],
                 [item["score"] for item in part],
                 s=64 if marked else 26,
-                color=_ACCENT if marked else _SECOND,
+                color=ACCENT if marked else SECOND,
                 label="selected" if marked else "candidate",
                 zorder=3,
             )
@@ -88,7 +88,7 @@ def selection_figure(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
         figure.legend(loc="outside upper right", ncols=2)
-        return _svg(figure, "selection")
+        return svg_of(figure, "selection")
 
 
 # While matplotlib sets an axis up, it tries values far beyond any loss.
@@ -113,7 +113,7 @@ def speed_figure(rows: Sequence[Mapping[str, Any]]) -> str | None:
     if not rows:
         return None
     labels = [f"{row['name']}, {row['dtype']}" for row in rows]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 0.75 + 0.36 * len(rows)), layout="constrained")
         for index, phase in enumerate(("prefill", "decode")):
             axes = figure.add_subplot(1, 2, index + 1)
@@ -133,8 +133,8 @@ def speed_figure(rows: Sequence[Mapping[str, Any]]) -> str | None:
                 range(len(rows)),
                 middle,
                 xerr=ends,
-                color=[_ACCENT if "ghost" in row["name"] else _SECOND for row in rows],
-                ecolor=_INK,
+                color=[ACCENT if "ghost" in row["name"] else SECOND for row in rows],
+                ecolor=INK,
                 error_kw={"elinewidth": 1.0},
                 height=0.66,
             )
@@ -143,11 +143,16 @@ def speed_figure(rows: Sequence[Mapping[str, Any]]) -> str | None:
             axes.set_xlabel(f"{phase}, tokens per second")
             axes.grid(axis="x")
             axes.set_axisbelow(True)
-        return _svg(figure, "speed")
+        return svg_of(figure, "speed")
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """Return the figure as an `<svg>` element that can stand in a page beside others."""
+def svg_of(figure: Figure, name: str) -> str:
+    """Return the figure as an `<svg>` element that can stand in a page beside others.
+
+    Args:
+        figure: Drawn with `STYLE` and in no other colours than those above.
+        name: Unlike that of any other figure of the page.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

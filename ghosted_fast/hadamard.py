@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,8 +11,11 @@ from torch import Tensor
 from ghosted_fast.errors import ArgumentError
 
 
+@lru_cache(maxsize=2)
 def hadamard(size: int) -> Tensor:
     """Return an orthonormal Hadamard matrix [size, size], fp64: entries +-1 / sqrt(size).
+
+    It is kept for the next caller: do not write into it.
 
     It is the Kronecker product of Sylvester's matrix of the largest power of two that leaves a size
     of 1 or one that Paley's constructions give: 576 = 16 x 36, 640 = 32 x 20.

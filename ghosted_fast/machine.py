@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -47,6 +49,30 @@ def machine_facts() -> dict[str, str]:
     usable = [name for name, available, _ in backend_status() if available]
     facts["backends"] = ", ".join(usable)
     return facts
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes held at once since `reset_peak_memory`, or None if unknown.
+
+    On an accelerator they are its tensors, else all of the process that is in memory (Linux).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def package_versions() -> dict[str, str]:

@@ -44,34 +44,30 @@ def write_report(
         page = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     else:
         page = render_report(report, title)
+    write_whole(path, page)
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all; an existing one is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
+            file.write(text)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return path
 
 
 def render_report(report: Mapping[str, Any], title: str | None = None) -> str:
     """Return the page's HTML; see `write_report`."""
-    try:
-        from jinja2 import Environment, FileSystemLoader
+    page = page_template("report.html")
+    from ghosted_fast.figures import selection_figure, speed_figure
 
-        from ghosted_fast.figures import selection_figure, speed_figure
-    except ImportError as error:
-        raise MissingExtraError(
-            f"a report needs {error.name}: pip install 'ghosted_fast[report]'"
-        ) from error
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(number=_number, short=_short, scientific=_scientific)
     rows = report.get("models") or []
-    return environment.get_template("report.html").render(
+    return page.render(
         title=title or report.get("model") or "Ghosted model",
         report=report,
         intervals=_intervals(report.get("removed") or []),
@@ -82,6 +78,26 @@ def render_report(report: Mapping[str, Any], title: str | None = None) -> str:
         ),
         speed_svg=speed_figure(rows),
     )
+
+
+def page_template(name: str) -> Any:
+    """Return a page's jinja2 template, with the filters for numbers.
+
+    Raises:
+        MissingExtraError: Package jinja2 or matplotlib, for the plots, is absent.
+    """
+    try:
+        import matplotlib  # noqa: F401
+        from jinja2 import Environment, FileSystemLoader
+    except ImportError as error:
+        raise MissingExtraError(
+            f"a report needs {error.name}: pip install 'ghosted_fast[report]'"
+        ) from error
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(number=_number, short=_short, scientific=_scientific)
+    return environment.get_template(name)
 
 
 def _with_ratios(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

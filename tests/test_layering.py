@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"criteria", "recovery", "correction", "refinement"},
     {"selection"},
     {"report", "budgets"},
-    {"pipeline"},
+    {"pipeline", "grid"},
     {"demo"},
     {"cli"},
 ]

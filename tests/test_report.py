@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_balance import Balance
 
 from ghosted_fast import report as report_module
 from ghosted_fast.comparison import ModelRow, compare_models, ratio
@@ -17,8 +17,6 @@ from ghosted_fast.evaluation import Perplexity
 from ghosted_fast.report import render_report, write_report
 from ghosted_fast.speed import Throughput
 from ghosted_fast.testing import random_tokens, tiny_model
-
-_VOID = {"meta", "br", "link", "img"}
 
 
 def row(name: str, dtype: str, decode: float) -> dict[str, Any]:
@@ -58,24 +56,6 @@ def full_report() -> dict[str, Any]:
         "checks": [{"label": "reloaded", "passed": True, "detail": "same logits"}],
         "machine": {"processor": "a fast one"},
     }
-
-
-class Balance(HTMLParser):
-    """Checks that every element is closed, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        if tag not in _VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def test_full_page() -> None:

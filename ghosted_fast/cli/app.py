@@ -8,6 +8,7 @@ import typer
 
 from ghosted_fast import __version__
 from ghosted_fast.cli.bench import bench
+from ghosted_fast.cli.compare import compare
 from ghosted_fast.cli.demo import demo
 from ghosted_fast.cli.doctor import doctor
 from ghosted_fast.cli.eval import evaluate
@@ -26,6 +27,7 @@ app.command("demo")(verb(demo))
 app.command("select")(verb(select))
 app.command("fit")(verb(fit))
 app.command("eval")(verb(evaluate))
+app.command("compare")(verb(compare))
 app.command("bench")(verb(bench))
 app.command("doctor")(verb(doctor))
 

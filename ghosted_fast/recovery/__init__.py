@@ -6,15 +6,23 @@ A recovery learns one operator for each gap from the dense model's states at its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ghosted_fast.batches import iterate_batches
 from ghosted_fast.calibration import GhostOptions, interval_bytes
-from ghosted_fast.errors import ArgumentError, CalibrationError
+from ghosted_fast.errors import (
+    ArgumentError,
+    CalibrationError,
+    GhostedFastError,
+    SolveError,
+    UnsupportedModelError,
+)
 from ghosted_fast.families import hidden_size
 from ghosted_fast.memory import default_memory_budget
 from ghosted_fast.recovery.collect import collect
@@ -39,11 +47,13 @@ class Recovery:
         collector: Makes the collector of a gap (model, start, stop, options); None where nothing
             is put into gaps.
         num_bytes: Bytes of a collector, from the hidden size and the options.
+        published: Whether it is somebody's published method, or doing nothing.
     """
 
     name: str
     collector: Callable[[nn.Module, int, int, GhostOptions], Collector] | None
     num_bytes: Callable[[int, GhostOptions], int]
+    published: bool = True
 
 
 RECOVERIES: dict[str, Recovery] = {
@@ -70,7 +80,7 @@ RECOVERIES: dict[str, Recovery] = {
             lambda model, start, stop, _: GhostPaperCollector(model, start, stop),
             lambda size, _: plain_bytes(size),
         ),
-        Recovery("ghost", GhostCollector, interval_bytes),
+        Recovery("ghost", GhostCollector, interval_bytes, published=False),
     )
 }
 Job = tuple[str, tuple[int, int]]
@@ -89,6 +99,7 @@ def fit_patches(
     options: GhostOptions | None = None,
     memory_budget: int | None = None,
     progress: bool = False,
+    refused: dict[Job, GhostedFastError] | None = None,
 ) -> dict[Job, Patch]:
     """Learn the operators of gaps, several recoveries and gaps in one pass of the dense model.
 
@@ -100,9 +111,10 @@ def fit_patches(
         memory_budget: Bytes for statistics; beyond it there are several passes. Default: half of
             the free memory.
         progress: Whether to show a progress bar on stderr.
+        refused: Where the errors of jobs go that cannot be served; None raises the first.
 
     Returns:
-        The operator of each job.
+        The operator of each job that was not refused.
 
     Raises:
         ArgumentError: There is no such recovery, or it cannot serve a gap.
@@ -120,15 +132,37 @@ def fit_patches(
     if len(groups) > 1:
         batches = list(iterate_batches(batches))
     for group in groups:
-        collectors = {}
+        collectors: dict[Job, Collector] = {}
         for job in group:
-            name, (start, stop) = job
-            make = RECOVERIES[name].collector
-            assert make is not None
-            collectors[job] = make(model, start, stop, options)
-        collect(model, batches, list(collectors.values()), progress)
-        patches |= {job: item.patch() for job, item in collectors.items()}
+            with _refusing(job, refused):
+                collectors[job] = _collector(model, job, options)
+        if not collectors:
+            continue
+        seconds = collect(model, batches, list(collectors.values()), progress)
+        for job, item in collectors.items():
+            began = time.perf_counter()
+            with _refusing(job, refused):
+                patch = item.patch()
+                spent = seconds + item.seconds + time.perf_counter() - began
+                patches[job] = replace(patch, seconds=spent)
     return patches
+
+
+def _collector(model: nn.Module, job: Job, options: GhostOptions) -> Collector:
+    name, (start, stop) = job
+    make = RECOVERIES[name].collector
+    assert make is not None
+    return make(model, start, stop, options)
+
+
+@contextmanager
+def _refusing(job: Job, refused: dict[Job, GhostedFastError] | None) -> Iterator[None]:
+    try:
+        yield
+    except (ArgumentError, UnsupportedModelError, SolveError) as error:
+        if refused is None:
+            raise
+        refused[job] = error
 
 
 def _within(jobs: Sequence[Job], size: int, options: GhostOptions, budget: int) -> list[list[Job]]:

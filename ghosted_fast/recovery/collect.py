@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ def collect(
     batches: Iterable[Any],
     collectors: Sequence[Collector],
     progress: bool = False,
-) -> int:
+) -> float:
     """Run the dense model once over text and show both ends of its gap to every collector.
 
     Args:
@@ -33,7 +34,7 @@ def collect(
         progress: Whether to show a progress bar on stderr.
 
     Returns:
-        The number of tokens.
+        The seconds that the model's own passes took; the collectors know theirs.
 
     Raises:
         CalibrationError: There are fewer tokens than a collector needs.
@@ -44,6 +45,7 @@ def collect(
     before = {item.start - 1 for item in collectors if item.needs_mlp_output}
     device = next(model.parameters()).device
     sequences = tokens = 0
+    began = time.perf_counter()
     bar = tqdm(desc="calibrating", unit="tok", unit_scale=True, delay=2.0, disable=not progress)
     with bar, _mlp_outputs(model, before) as outputs:
         for index, batch in enumerate(iterate_batches(batches, device)):
@@ -63,7 +65,9 @@ def collect(
                 sample = Sample(x, y.to(x.device), mlp_output, batch, index, sequences)
                 _check_finite(sample, start, stop)
                 for item in fed[interval]:
+                    start_time = time.perf_counter()
                     item.update(sample)
+                    item.seconds += time.perf_counter() - start_time
 
             visit_intervals(model, batch, intervals, feed)
             outputs.clear()
@@ -72,7 +76,7 @@ def collect(
             bar.update(batch.num_tokens)
     least = max((item.least_tokens for item in collectors), default=0)
     check_enough_tokens(tokens, least, hidden_size(model))
-    return tokens
+    return time.perf_counter() - began - sum(item.seconds for item in collectors)
 
 
 @contextmanager

@@ -20,11 +20,14 @@ class Patch:
         ghost: An operator on the hidden state that enters the gap, of the model's dtype.
         mlp_map: T - I [d, d] fp64, [out, in], for a map T on the output of the MLP before the gap.
         solution: How the ghost was solved for, where `solve_ghost` did.
+        seconds: What it took: a pass of the model, the statistics and the solve. Of a pass that
+            fed several recoveries each counts the forward passes and its own part.
     """
 
     ghost: GhostLinear | None = None
     mlp_map: Tensor | None = None
     solution: GhostSolution | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,7 @@ class Collector(ABC):
         stop: One past the last removed layer.
         needs_mlp_output: Whether samples must have `mlp_output`.
         least_tokens: Tokens without which there is no operator.
+        seconds: Time spent in `update` so far, as `collect` counts it.
     """
 
     needs_mlp_output = False
@@ -70,6 +74,7 @@ class Collector(ABC):
     def __init__(self, start: int, stop: int) -> None:
         self.start = start
         self.stop = stop
+        self.seconds = 0.0
 
     @abstractmethod
     def update(self, sample: Sample) -> None:

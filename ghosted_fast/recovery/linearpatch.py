@@ -53,10 +53,12 @@ class LinearPatchCollector(Collector):
 
     def _sizes(self, states: Tensor, attended: Tensor) -> Tensor:
         """Return the sum of |z| over the attended tokens [batch, d], fp64."""
+        basis = None if self._basis is None else self._basis.float()
         sums = []
         for row, mask in zip(states, attended, strict=True):
-            z = row[mask].double()
-            sums.append((z if self._basis is None else z @ self._basis).abs().sum(0))
+            z = row[mask].float()
+            z = z if basis is None else z @ basis
+            sums.append(z.abs().sum(0, dtype=torch.float64))
         return torch.stack(sums)
 
     def patch(self) -> Patch:

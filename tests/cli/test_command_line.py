@@ -15,7 +15,9 @@ from ghosted_fast import __version__
 from ghosted_fast.cli.app import app
 from ghosted_fast.cli.options import parse_damping, parse_increase, parse_layers, parse_speedup
 
-VERBS = ("demo", "select", "fit", "eval", "bench", "doctor")
+VERBS = ("demo", "select", "fit", "eval", "compare", "bench", "doctor")
+
+COMPARE = ("compare", "--model=m", "--calibration=c", "--evaluation=e", "--output=o")
 
 
 def fail(status: int, *arguments: object) -> str:
@@ -41,7 +43,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         "print(codes, [name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert finished.stdout.strip() == "[0, 0, 0, 0, 0, 0] []", finished.stderr
+    assert finished.stdout.strip() == f"{[0] * len(VERBS)} []", finished.stderr
 
 
 def test_entry_point_and_version() -> None:
@@ -87,6 +89,11 @@ def test_entry_point_and_version() -> None:
             ("fit", "--model=m", "--calibration=c", "--removed=1", "--output=o", "--report=r.pdf"),
             ".html or .json",
         ),
+        ((*COMPARE, "--num-layers=3,five"), "got '3,five'"),
+        ((*COMPARE, "--num-layers=0"), "numbers above 0"),
+        ((*COMPARE, "--num-layers=3", "--evaluation=e"), "got one of them twice"),
+        ((*COMPARE, "--num-layers=3", "--criterion=luck"), "--criterion"),
+        ((*COMPARE, "--num-layers=3", "--recovery=magic"), "--recovery"),
         (("bench", "--model", "m", "--repeats", "0"), "--repeats"),
         (("eval", "--model", "m", "--evaluation", "e", "--dtype", "int3"), "--dtype"),
         (("demo", "--dtype", "int3"), "got 'int3'"),
@@ -118,6 +125,10 @@ def test_too_little_text(model_folder: Path, tmp_path: Path) -> None:
     short.write_text("the cat sat")
     command = ["eval", "--model", model_folder, "--evaluation", short]
     assert "expected 5120 tokens of text for 10 rows of 512, got 3" in fail(1, *command)
+    command = ["compare", "--model", model_folder, "--calibration", short, "--evaluation", short]
+    message = fail(1, *command, "--num-layers", 2, "--output", tmp_path / "grid")
+    assert f"evaluation text {str(short)!r}: expected 5120 tokens" in message
+    assert not (tmp_path / "grid").exists()
 
 
 @pytest.mark.parametrize("removed", ["0-5", "7"])

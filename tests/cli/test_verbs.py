@@ -16,6 +16,7 @@ from ghosted_fast.cli import options
 from ghosted_fast.cli.app import app
 from ghosted_fast.criteria import CRITERIA
 from ghosted_fast.families import num_layers
+from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.sources import load_model
 
 SMALL = ["--tokens", "512", "--sequence-length", "32"]
@@ -158,6 +159,26 @@ def test_eval_compares_models(model_folder: Path, texts: Path, tmp_path: Path) -
     assert f"{found['models'][1]['perplexity']['value']:.2f}" in shown
 
 
+def test_compare_goes_on_where_it_was(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(["a bird saw the dog and the cat sat on it ."] * 60))
+    command = ["compare", "--model", model_folder, "--calibration", texts, "--evaluation", texts]
+    command += ["--evaluation", other, "--evaluation-tokens", 256, *SMALL, "--num-layers", "1,3"]
+    command += ["--output", tmp_path / "grid", "--criterion", "streamline"]
+    run(*command, "--recovery", "none", "--num-layers", 2)
+    state = (tmp_path / "grid" / "state.jsonl").read_text()
+    found = run_json(*command, "--recovery", "none", "--recovery", "ghost")
+    assert [(row["num_layers"], row["recovery"]) for row in found["rows"]] == [
+        (1, "none"), (1, "ghost"), (3, "none"), (3, "ghost"),
+    ]  # fmt: skip
+    assert list(found["rows"][0]["perplexity"]) == ["texts", "other"]
+    assert (tmp_path / "grid" / "state.jsonl").read_text().startswith(state)
+    shown = run(*command, "--recovery", "ghost")
+    assert "streamline" in shown and str(tmp_path / "grid" / "index.html") in shown
+    written = json.loads((tmp_path / "grid" / "results.json").read_text())
+    assert [row["recovery"] for row in written["rows"]] == ["ghost", "ghost"]
+
+
 def test_bench(model_folder: Path) -> None:
     command = ["bench", "--model", model_folder, "--prompt-length", "8", "--new-tokens", "2"]
     found = run_json(*command, "--repeats", "2", "--batch-size", "2")
@@ -178,6 +199,7 @@ def test_doctor() -> None:
 
 def test_choices_are_those_of_the_library() -> None:
     assert set(get_args(options.Criterion)) == set(CRITERIA)
+    assert set(get_args(options.Recovery)) == set(RECOVERIES)
     assert options.GhostInput == calibration.Input
     assert options.FirstState == calibration.FirstState
     assert options.TokenWeight == calibration.TokenWeight

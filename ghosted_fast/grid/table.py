@@ -1,0 +1,145 @@
+"""The rows of a grid, from its state: one for each criterion, number of layers and recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ghosted_fast.grid.plan import Variant, is_published
+from ghosted_fast.grid.state import GridState
+
+DEFAULT_PAIR = ("ghost", "ghost")
+BEST_PUBLISHED, DEFAULT = "best published", "default"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid that is complete.
+
+    Attributes:
+        about: The model, the texts, the settings and the machine.
+        dense: What is known of the dense model: perplexity by text, parameters, ...
+        rows: As `grid_of` makes them, by number of layers, criterion and recovery.
+        selections: The criteria's candidates: criterion, num_layers, removed, scores, seconds.
+    """
+
+    about: dict[str, Any]
+    dense: dict[str, Any]
+    rows: list[dict[str, Any]]
+    selections: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return asdict(self)
+
+    @property
+    def texts(self) -> list[str]:
+        """Names of the evaluation texts; the first decides what is best."""
+        return list(self.dense["perplexity"])
+
+
+def speed_key(record: Mapping[str, Any], speed: Mapping[str, int]) -> tuple[Any, ...]:
+    """Return what decides the speed of a cell's model, as a key of the state."""
+    settings = sorted(speed.items())
+    return "speed", settings, record["layers"], record["parameters"], record["operators"]
+
+
+def grid_of(
+    state: GridState,
+    about: Mapping[str, Any],
+    num_layers: Sequence[int],
+    criteria: Sequence[str],
+    variants: Sequence[Variant],
+    speed: Mapping[str, int] | None,
+) -> Grid:
+    """Return the grid of what a state knows of all its cells."""
+    dense = state.get("dense")
+    rows, selections = [], []
+    for count in sorted(num_layers):
+        for criterion in criteria:
+            selection = state.get("selection", criterion, count)
+            selections.append({"criterion": criterion, "num_layers": count, **selection})
+            for variant in variants:
+                cell = state.get("cell", selection["removed"], variant.name)
+                row = _row(criterion, count, variant, selection, cell, dense)
+                if speed is not None and row["refused"] is None:
+                    row |= _speeds(state.get(*speed_key(cell, speed)))
+                rows.append(row)
+    _mark(rows, next(iter(dense["perplexity"])))
+    return Grid(dict(about), dense, rows, selections)
+
+
+def _row(
+    criterion: str,
+    count: int,
+    variant: Variant,
+    selection: Mapping[str, Any],
+    cell: Mapping[str, Any],
+    dense: Mapping[str, Any],
+) -> dict[str, Any]:
+    losses = cell.get("perplexity")
+    seconds = {"select": selection["seconds"], **cell.get("seconds", {})}
+    return {
+        "num_layers": count,
+        "criterion": criterion,
+        "recovery": variant.name,
+        "corrections": cell.get("corrections"),
+        "published": is_published(criterion, variant),
+        "marks": [],
+        "removed": selection["removed"],
+        "perplexity": losses,
+        "excess": losses
+        and {
+            text: value["value"] / dense["perplexity"][text]["value"] - 1.0
+            for text, value in losses.items()
+        },
+        "accuracy": cell.get("accuracy"),
+        "parameters": cell.get("parameters"),
+        "decode_tokens_per_s": None,
+        "decode_ratio": None,
+        "seconds": seconds,
+        "peak_memory": cell.get("peak_memory"),
+        "refused": cell.get("refused"),
+    }
+
+
+def _speeds(record: Mapping[str, Any]) -> dict[str, float]:
+    decode, dense = (record[name]["decode_tokens_per_s"] for name in ("model", "dense"))
+    return {"decode_tokens_per_s": decode, "decode_ratio": decode / dense}
+
+
+def _mark(rows: Sequence[dict[str, Any]], text: str) -> None:
+    """Mark our default and, for each number of layers, the best published row."""
+    for row in rows:
+        if (row["criterion"], row["recovery"]) == DEFAULT_PAIR:
+            row["marks"].append(DEFAULT)
+    for count in {row["num_layers"] for row in rows}:
+        rivals = [
+            row
+            for row in rows
+            if row["num_layers"] == count and row["published"] and row["refused"] is None
+        ]
+        if rivals:
+            best = min(row["perplexity"][text]["value"] for row in rivals)
+            for row in rivals:
+                if row["perplexity"][text]["value"] == best:
+                    row["marks"].append(BEST_PUBLISHED)
+
+
+def marked(rows: Sequence[dict[str, Any]], mark: str) -> dict[int, dict[str, Any]]:
+    """Return the first row with a mark, by number of layers."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if mark in row["marks"]:
+            found.setdefault(row["num_layers"], row)
+    return found
+
+
+def layers_as_text(removed: Sequence[int]) -> str:
+    """Return layers as runs with both ends: 12-15, 17."""
+    gone = set(removed)
+    starts = [layer for layer in sorted(gone) if layer - 1 not in gone]
+    stops = [layer for layer in sorted(gone) if layer + 1 not in gone]
+    runs = zip(starts, stops, strict=True)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

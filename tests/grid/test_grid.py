@@ -1,0 +1,281 @@
+"""compare_grid: what its cells hold, what is shared, and that it goes on after it was killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ghosted_fast.batches import Batch
+from ghosted_fast.calibration import GhostOptions
+from ghosted_fast.errors import ArgumentError, CalibrationError
+from ghosted_fast.evaluation import perplexity, perplexity_from
+from ghosted_fast.grid import Variant, cells, compare_grid, grid, judging
+from ghosted_fast.grid.state import STATE_FILE
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.recovery import RECOVERIES
+from ghosted_fast.surgery import prune_model
+from ghosted_fast.testing import random_tokens, tiny_model
+
+TEXTS = {"first": [random_tokens(6, 24, 90)], "second": [random_tokens(6, 24, 91)]}
+
+
+def calibration() -> list[torch.Tensor]:
+    return [random_tokens(8, 24, seed) for seed in range(4)]
+
+
+def run(output: Path, model: Any = None, **options: Any) -> Any:
+    asked = {"num_layers": [1, 2], "criteria": ["ghost", "shortgpt"], **options}
+    return compare_grid(model or tiny_model("llama"), calibration(), TEXTS, output=output, **asked)
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Count the models whose perplexity is measured."""
+    seen: list[Any] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args)
+        return perplexity_from(*args, **kwargs)
+
+    monkeypatch.setattr(judging, "perplexity_from", counted)
+    yield seen
+
+
+def test_rows_hold_what_the_single_calls_give(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    found = run(tmp_path / "grid", model)
+    assert len(found.rows) == 2 * 2 * len(RECOVERIES)
+    for row in found.rows:
+        kwargs = {"removed": row["removed"], "recovery": row["recovery"]}
+        if row["recovery"] == "replaceme" and 0 in row["removed"]:
+            assert "keep layer 0" in row["refused"]
+            continue
+        smaller, _ = ghost_model(model, calibration(), **kwargs)
+        for text, batches in TEXTS.items():
+            exact = perplexity(smaller, batches)
+            assert row["perplexity"][text]["value"] == pytest.approx(exact.value, rel=1e-6)
+            assert row["perplexity"][text]["low"] == pytest.approx(exact.low, rel=1e-6)
+        assert row["parameters"] == sum(p.numel() for p in smaller.parameters())
+        assert row["corrections"] == 0 and row["peak_memory"] > 0
+        assert row["seconds"]["select"] > 0 and row["seconds"]["recover"] > 0
+        dense = perplexity(model, TEXTS["first"]).value
+        excess = row["perplexity"]["first"]["value"] / dense - 1
+        assert row["excess"]["first"] == pytest.approx(excess, abs=1e-5)
+
+
+def test_marks(tmp_path: Path) -> None:
+    found = run(tmp_path, criteria=["ghost", "streamline", "shortgpt"])
+    for count in (1, 2):
+        rows = [row for row in found.rows if row["num_layers"] == count]
+        (ours,) = [row for row in rows if "default" in row["marks"]]
+        assert (ours["criterion"], ours["recovery"]) == ("ghost", "ghost")
+        rivals = [
+            row["perplexity"]["first"]["value"]
+            for row in rows
+            if row["criterion"] != "ghost" and row["recovery"] != "ghost" and row["perplexity"]
+        ]
+        best = [row for row in rows if "best published" in row["marks"]]
+        assert best and all(row["perplexity"]["first"]["value"] == min(rivals) for row in best)
+
+
+def test_equal_sets_are_judged_once(tmp_path: Path, evaluated: list[Any]) -> None:
+    found = run(tmp_path, criteria=["streamline", "angular", "shortgpt"])
+    sets = {tuple(row["removed"]) for row in found.rows}
+    refused = {tuple(row["removed"]) for row in found.rows if row["refused"]}
+    assert len(evaluated) == len(TEXTS) * (1 + len(sets) * len(RECOVERIES) - len(refused))
+
+
+def test_the_dense_part_below_a_gap_is_computed_once() -> None:
+    model = tiny_model("llama")
+    ids = random_tokens(6, 24, 90)
+    judge = judging.Judge(model, {"text": [Batch(ids, torch.ones_like(ids))]}, None, 0)
+    ran = []
+    model.model.layers[1].register_forward_hook(lambda *_: ran.append(1))
+    for removed in ([4], [4, 5], [5]):
+        smaller = prune_model(model, removed)
+        exact = perplexity(smaller, [ids])
+        ran.clear()
+        found = judge(smaller, removed[0])["perplexity"]["text"]
+        assert found["value"] == exact.value and found["high"] == exact.high
+        assert len(ran) == (removed != [4, 5])
+    assert judge(model)["perplexity"]["text"]["value"] == perplexity(model, [ids]).value
+
+
+def test_one_pass_serves_all_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    run(tmp_path / "a", model, recoveries=["none"])
+    calls = []
+    fit = cells.fit_patches
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[2])
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(cells, "fit_patches", counted)
+    once = run(tmp_path / "b", model, recoveries=["ghost-paper", "replaceme"])
+    assert len(calls) == 1
+    calls.clear()
+    often = run(
+        tmp_path / "c",
+        model,
+        recoveries=["ghost-paper", "replaceme"],
+        memory_budget=16 * 32 * 32,
+        criteria=["streamline", "shortgpt"],
+    )
+    assert len(calls) > 1
+    assert [r["perplexity"] for r in once.rows if r["criterion"] == "shortgpt"] == [
+        r["perplexity"] for r in often.rows if r["criterion"] == "shortgpt"
+    ]
+
+
+def test_variants_change_models_of_their_own(tmp_path: Path) -> None:
+    def spoil(smaller: Any, dense: Any, batches: Any) -> int:
+        assert len(dense.model.layers) == 6 and len(batches) == 4
+        for layer in smaller.model.layers:
+            if getattr(layer, "ghost", None) is not None:
+                layer.ghost.weight.data.add_(0.3)
+        return 2
+
+    variants = ["ghost", Variant("ghost + 2 corrections", "ghost", spoil), "ghost-paper"]
+    found = run(tmp_path, criteria=["streamline"], recoveries=variants)
+    plain = run(tmp_path / "plain", criteria=["streamline"], recoveries=["ghost"])
+    for count in (1, 2):
+        rows = {r["recovery"]: r for r in found.rows if r["num_layers"] == count}
+        spoiled = rows["ghost + 2 corrections"]
+        assert (spoiled["corrections"], rows["ghost"]["corrections"]) == (2, 0)
+        assert not spoiled["published"] and rows["ghost-paper"]["published"]
+        assert spoiled["perplexity"] != rows["ghost"]["perplexity"]
+        same = next(r for r in plain.rows if r["num_layers"] == count)
+        assert same["perplexity"] == rows["ghost"]["perplexity"]
+
+
+def test_accuracy_and_speed(tmp_path: Path) -> None:
+    speed = {"prompt_length": 4, "new_tokens": 2, "repeats": 1}
+    found = run(
+        tmp_path,
+        criteria=["streamline"],
+        accuracy=lambda model: {"quiz": len(model.model.layers) / 10},
+        speed=speed,
+    )
+    for row in found.rows:
+        if row["refused"] is None:
+            assert row["accuracy"] == {"quiz": (6 - row["num_layers"]) / 10}
+            assert row["decode_ratio"] > 0 and row["decode_tokens_per_s"] > 0
+    lines = (tmp_path / STATE_FILE).read_text().splitlines()
+    shapes = [line for line in lines if json.loads(line).get("key", [""])[0] == "speed"]
+    assert len(shapes) == 2 * 3  # without an operator, with a ghost, with a normed ghost
+    assert "quiz" in (tmp_path / "results.md").read_text()
+
+
+def test_a_stopped_run_goes_on(
+    tmp_path: Path, evaluated: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    whole = run(tmp_path / "whole", model)
+    total = len(evaluated)
+    evaluated.clear()
+    judge = judging.Judge.__call__
+
+    def interrupted(*args: Any) -> Any:
+        if len(evaluated) >= 8:
+            raise KeyboardInterrupt
+        return judge(*args)
+
+    monkeypatch.setattr(judging.Judge, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", model)
+    assert not (tmp_path / "cut" / "results.json").exists()
+    monkeypatch.setattr(judging.Judge, "__call__", judge)
+    state = tmp_path / "cut" / STATE_FILE
+    before = state.read_text()
+    state.write_text(before + '{"key": ["cell", [2], "no')  # a line that was cut off
+    monkeypatch.setattr(grid, "select_layers", None)  # all selections are known
+    again = run(tmp_path / "cut", model)
+    assert len(evaluated) == total and state.read_text().startswith(before)
+    for one, other in zip(whole.rows, again.rows, strict=True):
+        for key in ("removed", "recovery", "perplexity", "marks", "parameters"):
+            assert one[key] == other[key]
+
+
+def test_a_killed_process_goes_on(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; sys.path[:0] = [sys.argv[2]]\n"
+        "import time; from ghosted_fast.grid.judging import Judge\n"
+        "judge = Judge.__call__\n"
+        "def slow(*args):\n    time.sleep(0.2); return judge(*args)\n"
+        "Judge.__call__ = slow\n"
+        "import test_grid; test_grid.run(Path(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    state, limit = tmp_path / STATE_FILE, time.monotonic() + 120
+    while not state.exists() or state.read_text().count('"cell"') < 3:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    with pytest.raises(ArgumentError, match="another run is writing"):
+        run(tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = state.read_text()
+    before = before[: before.rfind("\n") + 1]
+    run(tmp_path)
+    assert state.read_text().startswith(before)
+    keys = [json.loads(line).get("key") for line in state.read_text().splitlines()]
+    assert len({json.dumps(key) for key in keys}) == len(keys)
+
+
+def test_a_later_run_asks_for_more(tmp_path: Path, evaluated: list[Any]) -> None:
+    run(tmp_path, recoveries=["none"], num_layers=[1])
+    evaluated.clear()
+    found = run(tmp_path, recoveries=["none", "linearpatch-d"], num_layers=[1])
+    sets = {tuple(row["removed"]) for row in found.rows}
+    assert len(evaluated) == len(TEXTS) * len(sets)
+
+
+def test_results_of_other_settings_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, recoveries=["none"])
+    for change, what in (
+        ({"options": GhostOptions(input="hidden")}, "ghosts"),
+        ({"model": tiny_model("llama", seed=1)}, "weights"),
+        ({"model": tiny_model("llama", dtype=torch.bfloat16)}, "dtype: there float32, now bfloat"),
+    ):
+        with pytest.raises(ArgumentError, match=f"other settings.*{what}.*overwrite"):
+            run(tmp_path, recoveries=["none"], **change)
+    with pytest.raises(ArgumentError, match=r"other settings.*calibration"):
+        compare_grid(tiny_model("llama"), calibration()[:3], TEXTS, [1], tmp_path)
+    found = run(tmp_path, recoveries=["none"], model=tiny_model("llama", seed=1), overwrite=True)
+    assert found.about["weights"] in (tmp_path / STATE_FILE).read_text()
+    (tmp_path / STATE_FILE).write_text("not ours\n")
+    with pytest.raises(ArgumentError, match="is damaged"):
+        run(tmp_path, recoveries=["none"])
+    run(tmp_path, recoveries=["none"], overwrite=True)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"criteria out of ghost, .* got 'luck'"):
+        run(tmp_path, criteria=["luck"])
+    with pytest.raises(ArgumentError, match=r"recovery out of none, .* got 'magic'"):
+        run(tmp_path, recoveries=["magic"])
+    with pytest.raises(ArgumentError, match=r"num_layers in 1\.\.5"):
+        run(tmp_path, num_layers=[1, 6])
+    with pytest.raises(ArgumentError, match="at least one number of layers, and each once"):
+        run(tmp_path, num_layers=[2, 2])
+    with pytest.raises(ArgumentError, match="at least one recovery, and each once"):
+        run(tmp_path, recoveries=["none", Variant("none", "ghost")])
+    model = tiny_model("llama")
+    with pytest.raises(ArgumentError, match="at least one evaluation text"):
+        compare_grid(model, calibration(), {}, [1], tmp_path)
+    with pytest.raises(ArgumentError, match="tokens to predict in the text 'short'"):
+        compare_grid(model, calibration(), {"short": [random_tokens(1, 1)]}, [1], tmp_path)
+    with pytest.raises(CalibrationError, match="at least 64 calibration tokens"):
+        compare_grid(model, [random_tokens(1, 20)], TEXTS, [1], tmp_path)
+    assert not list(tmp_path.iterdir())
