@@ -11,7 +11,7 @@ from ghosted_fast.cli import options
 from ghosted_fast.cli.verb import Result, TextTable, usage_error
 
 _CRITERIA = ", ".join(get_args(options.Criterion))
-_RECOVERIES = ", ".join(get_args(options.Recovery))
+_RECOVERIES = ", ".join(get_args(options.ComparedRecovery))
 
 OutputOption = Annotated[
     Path,
@@ -40,7 +40,8 @@ CriteriaOption = Annotated[
 RecoveriesOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--recovery", help=f"What takes their place; repeat it: {_RECOVERIES}. All if not given."
+        "--recovery",
+        help=f"What takes their place; repeat it: {_RECOVERIES}. All but -refined if not given.",
     ),
 ]
 SpeedOption = Annotated[
@@ -83,16 +84,15 @@ def compare(
     counts = _counts(num_layers)
     names = _text_names(evaluation)
     _check_names(criterion, options.Criterion, "--criterion")
-    _check_names(recovery, options.Recovery, "--recovery")
+    _check_names(recovery, options.ComparedRecovery, "--recovery")
     absolute_damping = options.parse_damping(damping)
 
     from ghosted_fast.calibration import GhostOptions
     from ghosted_fast.cli.loading import calibration_batches, open_model
     from ghosted_fast.criteria import CRITERIA
     from ghosted_fast.errors import SourceError
-    from ghosted_fast.grid import compare_grid
+    from ghosted_fast.grid import DEFAULT_RECOVERIES, compare_grid
     from ghosted_fast.grid.outputs import full_table
-    from ghosted_fast.recovery import RECOVERIES
     from ghosted_fast.sources import load_texts, token_batches
 
     ghosts = GhostOptions(input, token_weight, first_state, bias, absolute_damping)
@@ -128,7 +128,7 @@ def compare(
         counts,
         output,
         criteria=criterion or tuple(CRITERIA),
-        recoveries=recovery or tuple(RECOVERIES),
+        recoveries=recovery or DEFAULT_RECOVERIES,
         name=Path(model).name,
         options=ghosts,
         speed=speeds,

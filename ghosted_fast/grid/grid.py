@@ -19,11 +19,10 @@ from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.grid.cells import Cell, Fitting, Removed, run_cells, stand_in
 from ghosted_fast.grid.judging import Judge
 from ghosted_fast.grid.outputs import check_outputs, write_outputs
-from ghosted_fast.grid.plan import Variant, check_plan, variants_of
+from ghosted_fast.grid.plan import DEFAULT_RECOVERIES, Variant, check_plan, variants_of
 from ghosted_fast.grid.state import GridState, model_digest, text_digest
 from ghosted_fast.grid.table import Grid, grid_of, speed_key
 from ghosted_fast.machine import machine_facts
-from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.scoring import DEFAULT_SCORE_TOKENS
 from ghosted_fast.selection import select_layers
 from ghosted_fast.speed import compare_throughput
@@ -37,7 +36,7 @@ def compare_grid(
     output: str | Path,
     *,
     criteria: Sequence[str] = tuple(CRITERIA),
-    recoveries: Sequence[str | Variant] = tuple(RECOVERIES),
+    recoveries: Sequence[str | Variant] = DEFAULT_RECOVERIES,
     name: str | None = None,
     options: GhostOptions | None = None,
     sequential: bool = True,
@@ -64,7 +63,7 @@ def compare_grid(
         num_layers: Numbers of layers to remove.
         output: Folder for the state, `results.json`, `results.md` and `index.html`.
         criteria: Names out of `CRITERIA`.
-        recoveries: Names out of `RECOVERIES`, or variants of them.
+        recoveries: Names out of `RECOVERIES` and `VARIANTS`, or variants of them.
         name: What the model is called; by default what its configuration says.
         options: How ghosts are fitted.
         sequential: As in `ghost_model`.
@@ -173,16 +172,24 @@ def _select(
                     state.put("selection", criterion, other, record=record)
 
 
-def _chosen_sets(
-    state: GridState, num_layers: Sequence[int], criteria: Sequence[str]
-) -> list[Removed]:
-    """Return the sets of layers that were chosen, each once, the smallest first."""
-    sets = [
-        tuple(state.get("selection", criterion, count)["removed"])
-        for count in sorted(num_layers)
-        for criterion in criteria
+def _cells(
+    state: GridState,
+    num_layers: Sequence[int],
+    criteria: Sequence[str],
+    variants: Sequence[Variant],
+) -> list[Cell]:
+    """Return the cells, each once, those of one set of layers together, the smallest first."""
+    wanted: dict[Removed, list[str]] = {}
+    for count in sorted(num_layers):
+        for criterion in criteria:
+            removed = tuple(state.get("selection", criterion, count)["removed"])
+            wanted.setdefault(removed, []).append(criterion)
+    return [
+        Cell(removed, variant)
+        for removed, chosen_by in wanted.items()
+        for variant in variants
+        if any(variant.serves(criterion) for criterion in chosen_by)
     ]
-    return list(dict.fromkeys(sets))
 
 
 def _run(
@@ -196,10 +203,9 @@ def _run(
 ) -> None:
     """Fit and judge what is not known yet."""
     cells = [
-        Cell(removed, variant)
-        for removed in _chosen_sets(state, num_layers, criteria)
-        for variant in variants
-        if state.get("cell", removed, variant.name) is None
+        cell
+        for cell in _cells(state, num_layers, criteria, variants)
+        if state.get("cell", cell.removed, cell.variant.name) is None
     ]
     with tqdm(total=len(cells), desc="cells", disable=not (fitting.progress and cells)) as bar:
 
@@ -220,14 +226,13 @@ def _measure(
 ) -> None:
     """Measure the speed of each shape of model that is not known yet, beside the dense one."""
     stand_ins: dict[str, tuple[tuple[Any, ...], Any]] = {}
-    for removed in _chosen_sets(state, num_layers, criteria):
-        for variant in variants:
-            record = state.get("cell", removed, variant.name)
-            if "refused" in record:
-                continue
-            key = speed_key(record, speed)
-            if state.get(*key) is None and str(key) not in stand_ins:
-                stand_ins[str(key)] = key, stand_in(model, removed, record["operators"])
+    for cell in _cells(state, num_layers, criteria, variants):
+        record = state.get("cell", cell.removed, cell.variant.name)
+        if "refused" in record:
+            continue
+        key = speed_key(record, speed)
+        if state.get(*key) is None and str(key) not in stand_ins:
+            stand_ins[str(key)] = key, stand_in(model, cell.removed, record["operators"])
     if not stand_ins:
         return
     models = {"dense": model, **{label: built for label, (_, built) in stand_ins.items()}}

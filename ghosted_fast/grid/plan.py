@@ -11,6 +11,7 @@ from ghosted_fast.calibration import check_enough_tokens
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import hidden_size
 from ghosted_fast.families import num_layers as layer_count
+from ghosted_fast.grid.afterwards import corrected, corrected_and_refined, refined
 from ghosted_fast.recovery import RECOVERIES, check_recovery
 from ghosted_fast.selection import CRITERIA, check_layer_count
 
@@ -27,16 +28,40 @@ class Variant:
         after: Called with the smaller model, the dense model and the calibration batches. Changes
             the smaller model in place, from the layer before the lowest gap on, and returns the
             number of corrections it has now.
+        criteria: The criteria that it is paired with; None for all.
     """
 
     name: str
     recovery: str
     after: Callable[[Any, Any, Sequence[Batch]], int] | None = None
+    criteria: tuple[str, ...] | None = None
+
+    def serves(self, criterion: str) -> bool:
+        """Return whether it is paired with a criterion."""
+        return self.criteria is None or criterion in self.criteria
 
     @property
     def published(self) -> bool:
         """Whether it is a published method, as it was published."""
         return RECOVERIES[self.recovery].published and self.after is None
+
+
+# What is done after the fit takes minutes, so it is paired with our own choice of layers alone.
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("ghost-corrected", "ghost", corrected, OUR_CRITERIA),
+        Variant("ghost-refined", "ghost", corrected_and_refined, OUR_CRITERIA),
+        *(
+            Variant(f"{name}-refined", name, refined, OUR_CRITERIA)
+            for name in ("linearpatch-d", "linearpatch-r", "ghost-paper")
+        ),
+    )
+}
+
+CORRECTED = "ghost-corrected"
+# All of them, and what `ghost_model` gives.
+DEFAULT_RECOVERIES = (*RECOVERIES, CORRECTED)
 
 
 def is_published(criterion: str, variant: Variant) -> bool:
@@ -47,10 +72,16 @@ def is_published(criterion: str, variant: Variant) -> bool:
 def variants_of(recoveries: Sequence[str | Variant]) -> list[Variant]:
     """Return the variants that names and variants mean.
 
+    Args:
+        recoveries: Names out of `RECOVERIES` and `VARIANTS`, and variants.
+
     Raises:
         ArgumentError: There is none, one twice, or no recovery of a name.
     """
-    variants = [item if isinstance(item, Variant) else Variant(item, item) for item in recoveries]
+    variants = [
+        item if isinstance(item, Variant) else VARIANTS.get(item, Variant(item, item))
+        for item in recoveries
+    ]
     for variant in variants:
         check_recovery(variant.recovery)
     _check_distinct("recovery", [variant.name for variant in variants])

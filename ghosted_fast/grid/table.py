@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ghosted_fast.grid.plan import Variant, is_published
+from ghosted_fast.grid.plan import CORRECTED, Variant, is_published
 from ghosted_fast.grid.state import GridState
 
-DEFAULT_PAIR = ("ghost", "ghost")
+DEFAULT_PAIR = ("ghost", CORRECTED)
 BEST_PUBLISHED, DEFAULT = "best published", "default"
 
 
@@ -61,6 +61,8 @@ def grid_of(
             selection = state.get("selection", criterion, count)
             selections.append({"criterion": criterion, "num_layers": count, **selection})
             for variant in variants:
+                if not variant.serves(criterion):
+                    continue
                 cell = state.get("cell", selection["removed"], variant.name)
                 row = _row(criterion, count, variant, selection, cell, dense)
                 if speed is not None and row["refused"] is None:
