@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from ghosted_fast.modules import swap_ghosts as swap_ghosts
     from ghosted_fast.ops import ghost_apply as ghost_apply
     from ghosted_fast.ops import ghost_apply_rms_norm as ghost_apply_rms_norm
-    from ghosted_fast.pipeline import GhostReport as GhostReport
     from ghosted_fast.pipeline import ghost_model as ghost_model
     from ghosted_fast.refinement import refine_ghosts as refine_ghosts
+    from ghosted_fast.report import GhostReport as GhostReport
     from ghosted_fast.selection import Selection as Selection
     from ghosted_fast.selection import select_layers as select_layers
     from ghosted_fast.solve import GhostSolution as GhostSolution
@@ -47,7 +47,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "GhostLinear": "modules",
-    "GhostReport": "pipeline",
+    "GhostReport": "report",
     "GhostSolution": "solve",
     "GramAccumulator": "gram",
     "Grid": "grid",

@@ -21,8 +21,8 @@ from ghosted_fast.checkpoint import save_model
 from ghosted_fast.comparison import ModelRow, compare_models
 from ghosted_fast.errors import ArgumentError, CheckpointError
 from ghosted_fast.machine import machine_facts
-from ghosted_fast.pipeline import GhostReport, ghost_model
-from ghosted_fast.report import write_report
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.report import GhostReport, write_report
 from ghosted_fast.sources import (
     cast_parameters,
     load_model,

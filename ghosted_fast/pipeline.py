@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,27 +18,22 @@ from ghosted_fast.calibration import (
     FirstState,
     GhostOptions,
     Input,
-    IntervalStatistics,
     TokenWeight,
     collect_statistics,
     interval_bytes,
 )
-from ghosted_fast.correction import (
-    CorrectionFacts,
-    Corrections,
-    check_corrections,
-    correct_ghosts,
-)
+from ghosted_fast.correction import Corrections, check_corrections, correct_ghosts
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import find_family, hidden_size
 from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.fitting import FittedGhost, fit_ghost, fit_in_sequence
 from ghosted_fast.recovery import check_recovery, fit_patches, put_patches
-from ghosted_fast.refinement import RefinementFacts, refine_ghosts
+from ghosted_fast.refinement import refine_ghosts
+from ghosted_fast.report import GhostFacts, GhostReport
 from ghosted_fast.selection import (
     DEFAULT_BEAM,
     DEFAULT_SCORE_TOKENS,
-    IntervalScore,
+    Selection,
     candidate_intervals,
     check_layer_count,
     default_memory_budget,
@@ -49,90 +44,6 @@ from ghosted_fast.solve import GhostSolution
 from ghosted_fast.surgery import remove_layers, removed_intervals, share_copy
 
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GhostFacts:
-    """What is known of one fitted ghost: the fields of `GhostSolution` and its form.
-
-    Attributes:
-        start: First removed layer.
-        stop: The layer of the dense model that the ghost's output enters.
-        input: "normed" or "hidden".
-        bias: Whether it has a bias.
-        first_state: Whether the first token gets a constant state.
-        fit_error: Share of the energy of y - x that is left on the tokens of the fit.
-        held_out_error: The same on held-out folds, or None.
-        condition: Estimated condition number of the factored matrix.
-        damping: Absolute damping used.
-        num_tokens: Tokens of the fit.
-    """
-
-    start: int
-    stop: int
-    input: str
-    bias: bool
-    first_state: bool
-    fit_error: float
-    held_out_error: float | None
-    condition: float
-    damping: float
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class GhostReport:
-    """What `ghost_model` did.
-
-    Attributes:
-        model: Name of the model, from its configuration.
-        family: Its family.
-        num_layers: Layers of the dense model.
-        removed: The removed layers.
-        criterion: The criterion that chose them, or None where they were given.
-        recovery: What was put in their place.
-        scores: The criterion's candidates.
-        ghosts: One record per interval of the recovery "ghost"; none for the others.
-        num_tokens: Calibration tokens.
-        seconds: Wall-clock time of selection, calibration and solve, corrections and refinement;
-            for ghosts that are fitted in sequence the solve is part of the calibration.
-        budget: The bound that the number of layers follows from, if one was given.
-        corrections: What each correction of the ghosts did.
-        refinement: What their refinement did, or None.
-    """
-
-    model: str
-    family: str
-    num_layers: int
-    removed: list[int]
-    criterion: str | None
-    recovery: str
-    scores: list[IntervalScore]
-    ghosts: list[GhostFacts]
-    num_tokens: int
-    seconds: dict[str, float]
-    budget: Budget | None = None
-    corrections: list[CorrectionFacts] = field(default_factory=list)
-    refinement: RefinementFacts | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain lists, numbers and strings."""
-        return asdict(self)
-
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write the report: JSON for a name that ends in .json, else one HTML page.
-
-        Args:
-            path: The file to write; it appears whole or not at all.
-            overwrite: Whether an existing file may be replaced.
-
-        Raises:
-            ArgumentError: The file exists and `overwrite` is not set.
-            MissingExtraError: The page needs a package of the extra `report`.
-        """
-        from ghosted_fast.report import write_report
-
-        write_report(path, self.to_dict(), overwrite=overwrite)
 
 
 def ghost_model(
@@ -217,126 +128,151 @@ def ghost_model(
             f"expected no corrections and no refinement with recovery {recovery!r}: use "
             "refine_ghosts(smaller, model, batches) on what it gives"
         )
-    given = {
+    asked = {
         "num_layers": num_layers,
         "removed": removed,
         "max_perplexity_increase": max_perplexity_increase,
         "min_decode_speedup": min_decode_speedup,
     }
-    names = [name for name, value in given.items() if value is not None]
+    names = [name for name, value in asked.items() if value is not None]
     if len(names) != 1:
         raise ArgumentError(
-            f"expected exactly one of {', '.join(given)}, got {' and '.join(names) or 'none'}"
+            f"expected exactly one of {', '.join(asked)}, got {' and '.join(names) or 'none'}"
         )
-    if corrections or refine:
+    improved = recovery == "ghost" and bool(corrections or refine)
+    if removed is None or improved or recovery != "ghost":
         batches = list(iterate_batches(batches))
-    layers = layer_count(model)
-    seconds = {"select": 0.0, "calibrate": 0.0, "solve": 0.0, "correct": 0.0, "refine": 0.0}
-    scores: list[IntervalScore] = []
-    winner: IntervalStatistics | None = None
-    chosen: list[int]
-    budget: Budget | None = None
     dense = share_copy(model) if inplace and min_decode_speedup is not None else model
-    if removed is not None:
-        chosen = sorted(removed)
-    else:
-        batches = list(iterate_batches(batches))
-        began = time.perf_counter()
-        settings: dict[str, Any] = {
-            "options": options,
-            "score_tokens": score_tokens,
-            "memory_budget": memory_budget,
-            "beam": beam,
-            "progress": progress,
-        }
-        if max_perplexity_increase is not None:
-            selection, budget = most_layers_within(
-                model, batches, max_perplexity_increase, criterion, **settings
+    seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "refine"), 0.0)
+    selection, budget = Selection(sorted(removed or ()), [], criterion), None
+    if removed is None:
+        with _timed(seconds, "select"):
+            selection, budget = _choose(
+                model,
+                batches,
+                asked,
+                criterion,
+                options=options,
+                score_tokens=score_tokens,
+                memory_budget=memory_budget,
+                beam=beam,
+                progress=progress,
             )
-        else:
-            if min_decode_speedup is not None:
-                budget = fewest_layers_for(model, min_decode_speedup)
-                num_layers = budget.num_layers
-            assert num_layers is not None
-            selection = select_layers(model, batches, num_layers, criterion, **settings)
-        seconds["select"] = time.perf_counter() - began
-        chosen, scores = selection.removed, selection.scores
-        winner = selection.statistics
-    intervals = removed_intervals(chosen, layers)
-    report = partial(
-        GhostReport,
+    intervals = removed_intervals(selection.removed, layer_count(model))
+    report = GhostReport(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
         family=find_family(model).name,
-        num_layers=layers,
-        removed=chosen,
+        num_layers=layer_count(model),
+        removed=selection.removed,
         criterion=criterion if removed is None else None,
         recovery=recovery,
-        scores=scores,
+        scores=selection.scores,
         seconds=seconds,
     )
-    if recovery != "ghost":
-        batches = list(iterate_batches(batches))
-        began = time.perf_counter()
+    if recovery == "ghost":
+        fits = _fit(
+            model, batches, intervals, options, selection, sequential, memory_budget, seconds,
+            progress,
+        )  # fmt: skip
+        parameter = next(model.parameters())
+        ghosts = [fitted.to_module(parameter.dtype, parameter.device) for fitted, _ in fits]
+        facts = [
+            _facts(interval, options, fitted.has_first_state, solution)
+            for interval, (fitted, solution) in zip(intervals, fits, strict=True)
+        ]
+        report = replace(report, ghosts=facts, num_tokens=max(item.num_tokens for item in facts))
+        if improved:
+            trial = remove_layers(model, selection.removed, ghosts)
+            with _timed(seconds, "correct"):
+                corrected = correct_ghosts(trial, model, batches, corrections, progress=progress)
+            report = replace(report, corrections=corrected)
+            if refine:
+                refined = refine_ghosts(
+                    trial, model, batches, refine, state=refine_state, progress=progress
+                )
+                seconds["refine"] = refined.seconds
+                report = replace(report, refinement=refined)
+        smaller = remove_layers(model, selection.removed, ghosts, inplace=inplace)
+    else:
         jobs = [(recovery, interval) for interval in intervals]
-        patches = fit_patches(model, batches, jobs, options, memory_budget, progress)
-        seconds["calibrate"] = time.perf_counter() - began
-        smaller = put_patches(model, chosen, [patches[job] for job in jobs], inplace)
-        return smaller, report(ghosts=[], num_tokens=sum(batch.num_tokens for batch in batches))
-    parameter = next(model.parameters())
-    available = memory_budget or default_memory_budget(parameter.device)
+        with _timed(seconds, "calibrate"):
+            patches = fit_patches(model, batches, jobs, options, memory_budget, progress)
+        report = replace(report, num_tokens=sum(batch.num_tokens for batch in batches))
+        smaller = put_patches(model, selection.removed, [patches[job] for job in jobs], inplace)
+    if budget is not None and min_decode_speedup is not None:
+        budget = _measured(budget, dense, smaller)
+    return smaller, replace(report, budget=budget)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall-clock time of what is done to an entry."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] += time.perf_counter() - began
+
+
+def _choose(
+    model: Any, batches: Iterable[Any], asked: dict[str, Any], criterion: str, **settings: Any
+) -> tuple[Selection, Budget | None]:
+    """Choose the layers, and their number where a bound was asked for."""
+    if asked["max_perplexity_increase"] is not None:
+        return most_layers_within(
+            model, batches, asked["max_perplexity_increase"], criterion, **settings
+        )
+    count, budget = asked["num_layers"], None
+    if asked["min_decode_speedup"] is not None:
+        budget = fewest_layers_for(model, asked["min_decode_speedup"])
+        count = budget.num_layers
+    return select_layers(model, batches, count, criterion, **settings), budget
+
+
+def _fit(
+    model: Any,
+    batches: Iterable[Any],
+    intervals: Sequence[tuple[int, int]],
+    options: GhostOptions,
+    selection: Selection,
+    sequential: bool,
+    memory_budget: int | None,
+    seconds: dict[str, float],
+    progress: bool,
+) -> list[tuple[FittedGhost, GhostSolution]]:
+    """Fit the ghost of each gap, from the statistics of the selection where it has them."""
+    available = memory_budget or default_memory_budget(next(model.parameters()).device)
     groups = passes_within(intervals, hidden_size(model), options, available)
+    if sequential and len(intervals) > 1:
+        with _timed(seconds, "calibrate"):
+            return fit_in_sequence(
+                model, list(iterate_batches(batches)), intervals, options, progress
+            )
     if len(groups) > 1:
         batches = list(iterate_batches(batches))
     fits: list[tuple[FittedGhost, GhostSolution]] = []
-    if sequential and len(intervals) > 1:
-        began = time.perf_counter()
-        fits = fit_in_sequence(model, list(iterate_batches(batches)), intervals, options, progress)
-        seconds["calibrate"] += time.perf_counter() - began
-    else:
-        for group in groups:
-            began = time.perf_counter()
-            if winner is not None:
-                statistics = [winner]
+    for group in groups:
+        with _timed(seconds, "calibrate"):
+            if selection.statistics is not None:
+                statistics = [selection.statistics]
             else:
                 statistics = collect_statistics(model, batches, group, options, progress)
-            seconds["calibrate"] += time.perf_counter() - began
-            began = time.perf_counter()
+        with _timed(seconds, "solve"):
             fits += [fit_ghost(item, options) for item in statistics]
-            seconds["solve"] += time.perf_counter() - began
-    ghosts = [fitted.to_module(parameter.dtype, parameter.device) for fitted, _ in fits]
-    facts = [
-        _facts(interval, options, fitted.has_first_state, solution)
-        for interval, (fitted, solution) in zip(intervals, fits, strict=True)
-    ]
-    corrected: list[CorrectionFacts] = []
-    refined: RefinementFacts | None = None
-    if corrections or refine:
-        trial = remove_layers(model, chosen, ghosts)
-        began = time.perf_counter()
-        corrected = correct_ghosts(trial, model, batches, corrections, progress=progress)
-        seconds["correct"] = time.perf_counter() - began
-        if refine:
-            refined = refine_ghosts(
-                trial, model, batches, refine, state=refine_state, progress=progress
-            )
-            seconds["refine"] = refined.seconds
-    smaller = remove_layers(model, chosen, ghosts, inplace=inplace)
-    if budget is not None and min_decode_speedup is not None:
-        budget = replace(budget, reached=decode_speedup(dense, smaller))
-        if budget.reached < min_decode_speedup:
-            _LOGGER.warning(
-                "decoding is %.2f times as fast as the dense model's, less than the %g asked for: "
-                "measured again with the chosen layers and their ghosts",
-                budget.reached,
-                min_decode_speedup,
-            )
-    return smaller, report(
-        ghosts=facts,
-        num_tokens=max(item.num_tokens for item in facts),
-        budget=budget,
-        corrections=corrected,
-        refinement=refined,
-    )
+    return fits
+
+
+def _measured(budget: Budget, dense: Any, smaller: Any) -> Budget:
+    """Return a bound on speed with what the finished model gives, and warn if that is less."""
+    reached = decode_speedup(dense, smaller)
+    if reached < budget.asked:
+        _LOGGER.warning(
+            "decoding is %.2f times as fast as the dense model's, less than the %g asked for: "
+            "measured again with the chosen layers and their ghosts",
+            reached,
+            budget.asked,
+        )
+    return replace(budget, reached=reached)
 
 
 def _facts(

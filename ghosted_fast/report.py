@@ -1,4 +1,4 @@
-"""A report: one HTML page that needs no other file and no network, or the same facts as JSON."""
+"""What `ghost_model` did: as data, as JSON, or as one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -6,13 +6,100 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ghosted_fast.budgets import Budget
 from ghosted_fast.comparison import ratio
+from ghosted_fast.correction import CorrectionFacts
+from ghosted_fast.criteria.request import IntervalScore
 from ghosted_fast.errors import ArgumentError, MissingExtraError
+from ghosted_fast.refinement import RefinementFacts
 
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class GhostFacts:
+    """What is known of one fitted ghost: the fields of `GhostSolution` and its form.
+
+    Attributes:
+        start: First removed layer.
+        stop: The layer of the dense model that the ghost's output enters.
+        input: "normed" or "hidden".
+        bias: Whether it has a bias.
+        first_state: Whether the first token gets a constant state.
+        fit_error: Share of the energy of y - x that is left on the tokens of the fit.
+        held_out_error: The same on held-out folds, or None.
+        condition: Estimated condition number of the factored matrix.
+        damping: Absolute damping used.
+        num_tokens: Tokens of the fit.
+    """
+
+    start: int
+    stop: int
+    input: str
+    bias: bool
+    first_state: bool
+    fit_error: float
+    held_out_error: float | None
+    condition: float
+    damping: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class GhostReport:
+    """What `ghost_model` did.
+
+    Attributes:
+        model: Name of the model, from its configuration.
+        family: Its family.
+        num_layers: Layers of the dense model.
+        removed: The removed layers.
+        criterion: The criterion that chose them, or None where they were given.
+        recovery: What was put in their place.
+        scores: The criterion's candidates.
+        ghosts: One record per interval of the recovery "ghost"; none for the others.
+        num_tokens: Calibration tokens.
+        seconds: Wall-clock time of selection, calibration and solve, corrections and refinement;
+            for ghosts that are fitted in sequence the solve is part of the calibration.
+        budget: The bound that the number of layers follows from, if one was given.
+        corrections: What each correction of the ghosts did.
+        refinement: What their refinement did, or None.
+    """
+
+    model: str
+    family: str
+    num_layers: int
+    removed: list[int]
+    criterion: str | None
+    recovery: str
+    scores: list[IntervalScore]
+    seconds: dict[str, float]
+    ghosts: list[GhostFacts] = field(default_factory=list)
+    num_tokens: int = 0
+    budget: Budget | None = None
+    corrections: list[CorrectionFacts] = field(default_factory=list)
+    refinement: RefinementFacts | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain lists, numbers and strings."""
+        return asdict(self)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the report: JSON for a name that ends in .json, else one HTML page.
+
+        Args:
+            path: The file to write; it appears whole or not at all.
+            overwrite: Whether an existing file may be replaced.
+
+        Raises:
+            ArgumentError: The file exists and `overwrite` is not set.
+            MissingExtraError: The page needs a package of the extra `report`.
+        """
+        write_report(path, self.to_dict(), overwrite=overwrite)
 
 
 def write_report(

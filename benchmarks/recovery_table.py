@@ -1,0 +1,293 @@
+"""What is lost with layers removed, and what each way to make up for it brings back.
+
+Two models, SmolLM2-135M-Instruct and Gemma 3 270M in bf16, calibrated on web text and judged on
+passages of Wikipedia and of stories. For each: the grid of every criterion with every published
+recovery and with ours; gaps that hold the layer in which massive activations arise; few
+calibration tokens, and text that the model wrote itself. All is fetched; results are kept in
+the output folder, and a run that was stopped goes on. About an hour on two cores.
+
+The README's tables are `summary.md` in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ghosted_fast.assets import fetch_demo_assets, fetch_gemma3, fetch_stories
+from ghosted_fast.batches import Batch, iterate_batches
+from ghosted_fast.evaluation import perplexity
+from ghosted_fast.grid import DEFAULT_RECOVERIES, Grid, compare_grid
+from ghosted_fast.grid.plan import CORRECTED
+from ghosted_fast.grid.state import GridState, model_digest, text_digest
+from ghosted_fast.grid.summary import summaries
+from ghosted_fast.grid.table import BEST_PUBLISHED, layers_as_text, marked
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.sources import generate_texts, load_model, load_texts, token_batches
+from ghosted_fast.surgery import prune_model
+
+REFINED = ("ghost-refined", "ghost-paper-refined", "linearpatch-d-refined", "linearpatch-r-refined")
+CRITERIA = ("ghost", "streamline", "shortgpt", "sleb", "taylor", "angular")
+CALIBRATION_TOKENS, FEW_TOKENS, MANY_TOKENS = 49152, 8192, 131072
+EVALUATION_TOKENS = 5120
+LENGTH, BATCH = 512, 8
+Texts = dict[str, list[Batch]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is done with one model.
+
+    Attributes:
+        name: What tables call it.
+        folder: Name of its folder of results.
+        fetch: Returns the file of its weights.
+        counts: Numbers of layers to remove.
+        refined: The numbers for which operators are refined too.
+        massive_gaps: Gaps that hold the layer where massive activations arise.
+        robust: The number of layers for the comparison of calibration texts.
+    """
+
+    name: str
+    folder: str
+    fetch: Callable[[], Path]
+    counts: tuple[int, ...]
+    refined: tuple[int, ...]
+    massive_gaps: tuple[tuple[int, int], ...]
+    robust: int
+
+
+STUDIES = (
+    Study(
+        "SmolLM2-135M-Instruct",
+        "smollm2",
+        lambda: fetch_demo_assets().model,
+        counts=(3, 5, 7, 9),
+        refined=(5, 7),
+        massive_gaps=((11, 16), (11, 18), (9, 16)),
+        robust=5,
+    ),
+    Study("Gemma 3 270M", "gemma3", fetch_gemma3, (2, 4, 6), (), (), 4),
+)
+
+
+def _batches(tokenizer: Any, path: Path, tokens: int) -> list[Batch]:
+    texts = load_texts(str(path))
+    return list(iterate_batches(token_batches(tokenizer, texts, tokens, LENGTH, BATCH)))
+
+
+def _grid(study: Study, model: Any, calibration: list[Batch], texts: Texts, output: Path) -> Grid:
+    def run(counts: Sequence[int], recoveries: Sequence[str], criteria: Sequence[str]) -> Grid:
+        return compare_grid(
+            model,
+            calibration,
+            texts,
+            counts,
+            output / study.folder,
+            criteria=criteria,
+            recoveries=recoveries,
+            name=study.name,
+            progress=True,
+        )
+
+    if study.refined:
+        run(study.refined, [*DEFAULT_RECOVERIES, *REFINED], ("ghost",))
+    return run(study.counts, DEFAULT_RECOVERIES, CRITERIA)
+
+
+def _more(
+    study: Study, model: Any, tokenizer: Any, calibration: list[Batch], texts: Texts, grid: Grid,
+    state: GridState,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the perplexities of what is no cell of the grid, by what it is."""
+    web = fetch_demo_assets().calibration
+
+    def judged(*key: Any, fit: Callable[[], Any]) -> dict[str, float]:
+        known = state.get(*key)
+        if known is None:
+            began = time.perf_counter()
+            smaller = fit()
+            seconds = time.perf_counter() - began
+            found = {name: perplexity(smaller, batches).value for name, batches in texts.items()}
+            known = state.put(*key, record={**found, "seconds": seconds})
+        return dict(known)
+
+    def ghosted(batches: list[Batch], removed: Sequence[int], recovery: str = "ghost") -> Any:
+        return ghost_model(model, batches, removed=removed, recovery=recovery, corrections=0)[0]
+
+    found: dict[str, Any] = {"massive": {}, "calibration": {}}
+    for start, stop in study.massive_gaps:
+        removed = range(start, stop)
+        rows = {"none": judged("none", start, stop, fit=partial(prune_model, model, removed))}
+        for recovery in ("ghost-paper", "ghost"):
+            fit = partial(ghosted, calibration, removed, recovery)
+            rows[recovery] = judged(recovery, start, stop, fit=fit)
+        found["massive"][f"[{start}, {stop})"] = rows
+    (chosen,) = [
+        item["removed"]
+        for item in grid.selections
+        if (item["criterion"], item["num_layers"]) == ("ghost", study.robust)
+    ]
+    for tokens in (FEW_TOKENS, CALIBRATION_TOKENS, MANY_TOKENS):
+        fit = partial(ghosted, _batches(tokenizer, web, tokens), chosen)
+        found["calibration"][f"web text, {tokens} tokens"] = judged("web", tokens, fit=fit)
+
+    def on_own_text() -> Any:
+        own = generate_texts(model, tokenizer, CALIBRATION_TOKENS, LENGTH, progress=True)
+        batches = token_batches(tokenizer, own, CALIBRATION_TOKENS, LENGTH, BATCH)
+        return ghosted(list(iterate_batches(batches)), chosen)
+
+    name = f"the model's own text, {CALIBRATION_TOKENS} tokens"
+    found["calibration"][name] = judged("self", fit=on_own_text)
+    return found
+
+
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _cell(row: dict[str, Any] | None, text: str) -> str:
+    if row is None or row["refused"]:
+        return "-"
+    return f"{row['perplexity'][text]['value']:.2f}"
+
+
+def _grid_summary(grid: Grid) -> str:
+    """Return, for each number of layers, the best published row, the paper's and ours."""
+    dense = {text: grid.dense["perplexity"][text]["value"] for text in grid.texts}
+    best = marked(grid.rows, BEST_PUBLISHED)
+    lines = []
+    for count in sorted({row["num_layers"] for row in grid.rows}):
+        rows = {
+            (row["criterion"], row["recovery"]): row
+            for row in grid.rows
+            if row["num_layers"] == count
+        }
+        shown = {
+            "streamline, pruned": rows["streamline", "none"],
+            "streamline + ghost-paper": rows["streamline", "ghost-paper"],
+            f"best published: {best[count]['criterion']} + {best[count]['recovery']}": best[count],
+            "ours, no correction": rows["ghost", "ghost"],
+            "**ours**": rows["ghost", CORRECTED],
+        }
+        for name, row in shown.items():
+            values = [
+                f"{_cell(row, text)} ({row['perplexity'][text]['value'] / dense[text]:.2f}x)"
+                for text in grid.texts
+            ]
+            lines.append(
+                [str(count), name, layers_as_text(row["removed"]), str(row["corrections"]), *values]
+            )
+    columns = ["removed", "choice + recovery", "layers", "corrections", *grid.texts]
+    head = ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
+    return f"Dense: {head}.\n\n{_table(columns, lines)}"
+
+
+def _lead(grids: Sequence[Grid]) -> str:
+    """Return the geometric-mean excess of ours over all cells, relative to the rivals'."""
+    lines = []
+    for recovery in ("ghost", CORRECTED):
+        best: list[float] = []
+        paper: list[float] = []
+        for grid in grids:
+            (own,) = [
+                item
+                for item in summaries(grid)
+                if (item.criterion, item.recovery) == ("ghost", recovery)
+            ]
+            cells = len(grid.texts) * len({row["num_layers"] for row in grid.rows})
+            for value, logs in ((own.to_best_published, best), (own.to_paper, paper)):
+                logs += [math.log(value) if value else math.nan] * cells
+        means = [f"{math.exp(sum(logs) / len(logs)):.2f}" for logs in (best, paper)]
+        lines.append([recovery, *means])
+    columns = ["ours", "to the best published, cell by cell", "to streamline + ghost-paper"]
+    return _table(columns, lines)
+
+
+def _refined_summary(study: Study, output: Path, grid: Grid) -> str:
+    lines = []
+    with GridState(output / study.folder, _facts_of(output / study.folder)) as state:
+        for count in study.refined:
+            removed = state.get("selection", "ghost", count)["removed"]
+            for name in ("ghost", CORRECTED, *REFINED):
+                record = state.get("cell", removed, name)
+                values = [
+                    f"{value['value'] / grid.dense['perplexity'][text]['value']:.3f}x"
+                    for text, value in record["perplexity"].items()
+                ]
+                seconds = f"{record['seconds']['recover']:.0f}"
+                lines.append([str(count), name, str(record["corrections"]), *values, seconds])
+    return _table(["removed", "recovery", "corrections", *grid.texts, "seconds"], lines)
+
+
+def _facts_of(folder: Path) -> dict[str, Any]:
+    import json
+
+    from ghosted_fast.grid.state import STATE_FILE
+
+    with (folder / STATE_FILE).open() as lines:
+        return dict(json.loads(next(lines))["facts"])
+
+
+def _more_summary(found: dict[str, Any], grid: Grid) -> str:
+    dense = {text: grid.dense["perplexity"][text]["value"] for text in grid.texts}
+    parts = []
+    if found["massive"]:
+        lines = []
+        for gap, rows in found["massive"].items():
+            for name, row in rows.items():
+                values = [f"{row[text]:.2f} ({row[text] / dense[text]:.2f}x)" for text in dense]
+                lines.append([gap, name, *values])
+        parts.append(_table(["gap", "recovery", *dense], lines))
+    lines = [
+        [name, *(f"{row[text]:.2f}" for text in dense)]
+        for name, row in found["calibration"].items()
+    ]
+    parts.append(_table(["calibration", *dense], lines))
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Run the studies and write the summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("recovery"), help="folder of results")
+    parser.add_argument(
+        "--model", choices=[study.folder for study in STUDIES], nargs="*", help="only these models"
+    )
+    arguments = parser.parse_args()
+    output, assets = arguments.output, fetch_demo_assets()
+    files = {"Wikipedia": assets.evaluation, "stories": fetch_stories()}
+    sections, grids = [], []
+    for study in STUDIES:
+        if arguments.model and study.folder not in arguments.model:
+            continue
+        model, tokenizer = load_model(str(study.fetch()), dtype="bfloat16")
+        texts = {name: _batches(tokenizer, path, EVALUATION_TOKENS) for name, path in files.items()}
+        calibration = _batches(tokenizer, assets.calibration, CALIBRATION_TOKENS)
+        grid = _grid(study, model, calibration, texts, output)
+        grids.append(grid)
+        facts = {
+            "model": model_digest(model),
+            "texts": {name: text_digest(batches) for name, batches in texts.items()},
+        }
+        with GridState(output / study.folder / "more", facts) as state:
+            found = _more(study, model, tokenizer, calibration, texts, grid, state)
+        parts = [f"## {study.name}\n", _grid_summary(grid), _more_summary(found, grid)]
+        if study.refined:
+            parts.insert(2, _refined_summary(study, output, grid))
+        sections.append("\n".join(parts))
+    summary = "\n".join([*sections, "## Excess perplexity of ours, geometric mean\n", _lead(grids)])
+    (output / "summary.md").write_text(summary)
+    print(summary)  # noqa: T201
+    print(f"Pages: {', '.join(str(output / s.folder / 'index.html') for s in STUDIES)}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
