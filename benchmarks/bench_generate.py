@@ -192,7 +192,7 @@ def main() -> None:
     roof = measure_roof()
     for dtype in options.dtype:
         dense = cast_parameters(copy.deepcopy(source), resolve_dtype(dtype) or torch.float32)
-        ghosted, _ = ghost_model(dense, batches, removed=REMOVED)
+        ghosted, _ = ghost_model(dense, batches, removed=REMOVED, corrections=0)
         errors = gate(dense, ghosted, batches[0][:2, :GATE_TOKENS], dtype)
         models = {"dense": dense, "pruned": prune_model(dense, REMOVED), "ghosted": ghosted}
         rows = compare_models(models, speed=speed)

@@ -221,7 +221,7 @@ class Divergence:
             states = self.states(batch)
             with _watched(self._ghosted, self.ghosts) as seen:
                 logits = _run(self._ghosted, batch, self._entry, states.entry)
-            away = torch.zeros_like(logits)
+            away = torch.zeros_like(logits, memory_format=torch.contiguous_format)
             dense = self.dense_logits(states)
             compare(dense, logits.detach(), batch.attention_mask, away)
             outputs = [seen[ghost][1] for ghost in self.ghosts]

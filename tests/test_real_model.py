@@ -13,6 +13,7 @@ from ghosted_fast.assets import fetch_demo_assets
 from ghosted_fast.batches import iterate_batches
 from ghosted_fast.boundaries import visit_intervals
 from ghosted_fast.calibration import GhostOptions, collect_statistics
+from ghosted_fast.correction import correct_ghosts
 from ghosted_fast.evaluation import perplexity
 from ghosted_fast.fitting import fit_ghost
 from ghosted_fast.pipeline import ghost_model
@@ -71,7 +72,7 @@ def test_ghosts_recover_and_generate(
     evaluation = token_batches(tokenizer, load_texts(fetch_demo_assets().evaluation), 1024)
     # The gap from layer 11 holds the one that makes the first token's activation.
     removed = range(11, 16)
-    ghosted, report = ghost_model(model, calibration, removed=removed)
+    ghosted, report = ghost_model(model, calibration, removed=removed, corrections=0)
     dense, pruned = (
         perplexity(model, evaluation),
         perplexity(prune_model(model, removed), evaluation),
@@ -79,6 +80,9 @@ def test_ghosts_recover_and_generate(
     recovered = perplexity(ghosted, evaluation)
     assert report.ghosts[0].first_state
     assert recovered.value < 1.8 * dense.value < 4.0 * dense.value < pruned.value
+    facts = correct_ghosts(ghosted, model, calibration, 1, tokens=2048, held_out_tokens=1024)
+    assert facts[0].accepted and facts[0].after < 0.95 * facts[0].before
+    assert perplexity(ghosted, evaluation).value < recovered.value
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     with torch.inference_mode():
         tokens = ghosted.generate(**prompt, max_new_tokens=8, do_sample=False)

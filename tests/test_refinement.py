@@ -127,6 +127,26 @@ def test_killed_run_goes_on_to_the_same_result(
     assert len(taken) == 16 and same(weights(whole), weights(again))
 
 
+def test_text_comes_in_random_order_epoch_after_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = [next(iterate_batches([torch.tensor([[number]])])) for number in range(10)]
+
+    def numbers(start: int, count: int, seed: int = 0) -> list[int]:
+        chosen = refinement._sequences(train, start, count, seed)
+        return [int(batch.input_ids) for batch in chosen]
+
+    first, second = numbers(0, 10), numbers(10, 10)
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert numbers(7, 6) == [*first[7:], *second[:3]]
+    assert numbers(0, 10, seed=1) != first
+    real, starts = refinement._sequences, []
+    monkeypatch.setattr(
+        refinement, "_sequences", lambda text, *rest: (starts.append(rest), real(text, *rest))[1]
+    )
+    dense = tiny_model("llama")
+    refine(fitted(dense), dense, steps=3, seed=5)
+    assert starts == [(0, 20, 5), (20, 20, 5), (40, 20, 5)]
+
+
 def test_worse_steps_are_not_kept_and_end_the_run() -> None:
     dense = tiny_model("llama")
     ghosted = fitted(dense)
