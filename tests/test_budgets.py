@@ -85,6 +85,12 @@ def test_a_quality_that_cannot_be_had() -> None:
             most_layers_within(model, texts, bound)
 
 
+def test_bounds_are_kept_with_ghosts_only() -> None:
+    for bound in ({"max_perplexity_increase": 0.1}, {"min_decode_speedup": 1.3}):
+        with pytest.raises(ArgumentError, match="num_layers or removed with recovery 'replaceme'"):
+            ghost_model(tiny_model("llama"), [], recovery="replaceme", **bound)
+
+
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let decoding take 2 units of time plus 1 for each layer, and list what is measured."""
@@ -113,12 +119,12 @@ def test_the_finished_model_is_measured_again(
     model = tiny_model("llama")
     texts = [random_tokens(8, 24, seed) for seed in range(4)]
     ghosted, report = ghost_model(
-        model, texts, min_decode_speedup=1.3, criterion="shortgpt", inplace=True
+        model, texts, min_decode_speedup=1.3, criterion="shortgpt", corrections=0, inplace=True
     )
     assert ghosted is model and num_layers(model) == 4
     assert report.budget is not None and report.budget.reached == 8 / 6 and not caplog.records
     monkeypatch.setattr(pipeline, "decode_speedup", lambda dense, smaller: 1.25)
-    _, report = ghost_model(tiny_model("llama"), texts, min_decode_speedup=1.3)
+    _, report = ghost_model(tiny_model("llama"), texts, min_decode_speedup=1.3, corrections=0)
     assert report.budget is not None and report.budget.reached == 1.25
     assert "1.25 times as fast" in caplog.text
 
