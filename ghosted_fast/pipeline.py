@@ -82,7 +82,8 @@ def ghost_model(
             one of the two bounds.
         removed: The layers to remove.
         max_perplexity_increase: Remove as many layers as can go while the perplexity on held-out
-            calibration tokens stays within this share above the dense model's (0.1 for 10%).
+            calibration tokens stays within this share above the dense model's (0.1 for 10%),
+            before any corrections, which lower it further. For the recovery "ghost", as the next.
         min_decode_speedup: Remove as few layers as make decoding this many times as fast as the
             dense model's, measured here.
         criterion: "ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor" or "angular";
@@ -138,6 +139,11 @@ def ghost_model(
     if len(names) != 1:
         raise ArgumentError(
             f"expected exactly one of {', '.join(asked)}, got {' and '.join(names) or 'none'}"
+        )
+    if recovery != "ghost" and names[0] in ("max_perplexity_increase", "min_decode_speedup"):
+        raise ArgumentError(
+            f"expected num_layers or removed with recovery {recovery!r}: {names[0]} is found with "
+            "ghosts in place"
         )
     improved = recovery == "ghost" and bool(corrections or refine)
     if removed is None or improved or recovery != "ghost":

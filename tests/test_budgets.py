@@ -85,6 +85,12 @@ def test_a_quality_that_cannot_be_had() -> None:
             most_layers_within(model, texts, bound)
 
 
+def test_bounds_are_kept_with_ghosts_only() -> None:
+    for bound in ({"max_perplexity_increase": 0.1}, {"min_decode_speedup": 1.3}):
+        with pytest.raises(ArgumentError, match="num_layers or removed with recovery 'replaceme'"):
+            ghost_model(tiny_model("llama"), [], recovery="replaceme", **bound)
+
+
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let decoding take 2 units of time plus 1 for each layer, and list what is measured."""

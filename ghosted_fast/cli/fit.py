@@ -52,9 +52,9 @@ def fit(
     increase = options.parse_increase(max_perplexity_increase)
     speedup = options.parse_speedup(min_speedup)
     layers = options.check_layer_choice(num_layers, removed, increase, speedup)
-    if num_layers is None and layers is None and (recovery == "none" or dry_run):
+    if num_layers is None and layers is None and (recovery != "ghost" or dry_run):
         raise usage_error(
-            "expected --num-layers or --removed with --recovery none and with --dry-run",
+            "expected --num-layers or --removed with --dry-run, or with a recovery but ghost",
             "--max-perplexity-increase / --min-speedup",
         )
     absolute_damping = options.parse_damping(damping)

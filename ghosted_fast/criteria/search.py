@@ -3,8 +3,9 @@
 1. Every interval of up to n layers is scored alone, with its ghost in place; within a length the
    clearly worse are dropped early.
 2. Where gaps lie apart, what they cost nearly adds up. So the sets of n layers with the lowest sums
-   are found exactly, by dynamic programming over the layers.
-3. The `beam` best of them race with all their ghosts in place, each fitted by itself.
+   are found exactly, by dynamic programming over the layers: as many in one piece as in two and in
+   three, since sums promise the more too much the more pieces there are.
+3. These, `beam` in all, race with all their ghosts in place, each fitted by itself.
 4. The finalists' ghosts are fitted in sequence, and the last race decides.
 
 Source: ours.
@@ -35,8 +36,7 @@ from ghosted_fast.scoring import dense_loss, held_out_batches, score_gaps, train
 
 Interval = tuple[int, int]
 
-# Ghosts that one model may get: each costs time at every token, and the sums of many small costs
-# promise too much.
+# Ghosts that one model may get: each costs time at every token.
 MOST_GAPS = 3
 FINALISTS = 4
 # Ghosts of candidates are fitted on this many tokens for each of their inputs.
@@ -83,7 +83,12 @@ def search_sets(request: Request, counts: Iterable[int]) -> dict[int, Selection]
     scores = [IntervalScore(*pair, item.loss) for pair, item in scored.items()]
     selections = {}
     for count in counts:
-        sets = lowest_sums(costs, count, request.layers, request.beam, MOST_GAPS)
+        each = -(-request.beam // MOST_GAPS)
+        sets = [
+            pairs
+            for pieces in range(1, MOST_GAPS + 1)
+            for pairs in lowest_sums(costs, count, request.layers, each, pieces)
+        ]
         ranked = _race(request, held_out, [[scored[pair].gap for pair in pairs] for pairs in sets])
         finalists = [_refit(request, training, gaps) for _, gaps in ranked[:FINALISTS]]
         final = _race(request, held_out, finalists, keep=1)
@@ -96,7 +101,7 @@ def search_sets(request: Request, counts: Iterable[int]) -> dict[int, Selection]
 
 
 def lowest_sums(
-    costs: Mapping[Interval, float], count: int, layers: int, number: int, most_gaps: int
+    costs: Mapping[Interval, float], count: int, layers: int, number: int, pieces: int
 ) -> list[tuple[Interval, ...]]:
     """Return the sets of intervals that lie apart with the lowest sums of costs, the lowest first.
 
@@ -105,15 +110,15 @@ def lowest_sums(
         count: Layers of each set.
         layers: Layers of the model.
         number: How many sets to return, at most.
-        most_gaps: Intervals in a set, at most.
+        pieces: Intervals in a set.
     """
 
     @cache
     def best(start: int, left: int, gaps: int) -> list[tuple[float, tuple[Interval, ...]]]:
         """Return the lowest sums over layers from `start` on."""
-        if not left:
+        if not left and not gaps:
             return [(0.0, ())]
-        if left > layers - start or not gaps:
+        if gaps > left or left > layers - start or not gaps:
             return []
         found = list(best(start + 1, left, gaps))
         for length in range(1, left + 1):
@@ -124,7 +129,7 @@ def lowest_sums(
                 found += [(costs[pair] + total, (pair, *others)) for total, others in rest]
         return sorted(found)[:number]
 
-    return [pairs for _, pairs in best(0, count, most_gaps)]
+    return [pairs for _, pairs in best(0, count, pieces)]
 
 
 def _score_intervals(

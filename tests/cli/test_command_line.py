@@ -73,7 +73,7 @@ def test_entry_point_and_version() -> None:
         ),
         (
             ("fit", "--model=m", "--calibration=c", "--min-speedup=2", "--recovery=none"),
-            "expected --num-layers or --removed with --recovery none",
+            "expected --num-layers or --removed with --dry-run, or with a recovery but ghost",
         ),
         (("select", "--model=m", "--calibration=c", "--num-layers=1", "--beam=0"), "--beam"),
         (("fit", "--model=m", "--calibration=c", "--removed=1"), "--output"),
