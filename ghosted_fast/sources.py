@@ -228,7 +228,7 @@ def token_batches(
         ArgumentError: A number is too small, or `num_tokens` is less than one row.
         SourceError: The texts hold fewer tokens than asked for.
     """
-    prefix = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+    prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     if sequence_length < len(prefix) + 2 or batch_size < 1:
         raise ArgumentError(
             f"expected sequence_length >= {len(prefix) + 2} and batch_size >= 1, "
@@ -257,7 +257,8 @@ def token_batches(
     return list(rows.split(batch_size))
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer begins a text with the BOS token by itself."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return False
@@ -277,74 +278,3 @@ def _blocks(texts: Iterable[str]) -> Iterator[str]:
             block, size = [], 0
     if any(block):
         yield _SEPARATOR.join(block)
-
-
-@torch.inference_mode()
-def generate_texts(
-    model: Any,
-    tokenizer: Any,
-    num_tokens: int,
-    sequence_length: int = 512,
-    batch_size: int = 8,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> Iterator[str]:
-    """Sample texts from the model itself, where there is no text to calibrate on.
-
-    Every text starts with the BOS token, or with a random one where the model has none, and goes
-    on past any end-of-text token. The global random state is neither read nor changed.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        num_tokens: Tokens wanted, counted after the texts have been tokenised anew.
-        sequence_length: Tokens sampled for each text.
-        batch_size: Texts sampled at a time.
-        temperature: Divides the logits; above 0.
-        seed: Of the sampling.
-
-    Returns:
-        An iterator of texts which hold `num_tokens` tokens or a few more.
-
-    Raises:
-        ArgumentError: The temperature is not above 0.
-        SourceError: What the model writes is empty.
-    """
-    if not temperature > 0:
-        raise ArgumentError(f"expected a temperature above 0, got {temperature}")
-    generator = torch.Generator(model.device).manual_seed(seed)
-    found = 0
-    while found < num_tokens:
-        before = found
-        rows = _sample(model, tokenizer, sequence_length, batch_size, temperature, generator)
-        for text in tokenizer.batch_decode(rows, skip_special_tokens=True):
-            found += len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-            yield text
-        if found == before:
-            raise SourceError(
-                f"the model's own text is empty after {found} of {num_tokens} tokens: "
-                "name a text file instead of 'self'"
-            )
-
-
-def _sample(
-    model: Any,
-    tokenizer: Any,
-    length: int,
-    batch_size: int,
-    temperature: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Return sampled token ids [batch_size, length], int64."""
-    shape, device = (batch_size, 1), model.device
-    start = tokenizer.bos_token_id
-    if start is None:
-        start = torch.randint(len(tokenizer), shape, generator=generator, device=device)
-    tokens = [torch.as_tensor(start, device=device).expand(shape)]
-    cache = None
-    while len(tokens) < length:
-        output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits = output.logits[:, -1, : len(tokenizer)].float() / temperature
-        tokens.append(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-    return torch.cat(tokens, dim=1)

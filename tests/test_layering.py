@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"gaps"},
     {"calibration", "ghosted_layers"},
     {"fitting", "registry", "evaluation", "speed", "sources", "assets", "checkpoint", "held_out"},
-    {"surgery", "comparison", "memory", "scoring", "harness", "divergence"},
+    {"surgery", "comparison", "memory", "scoring", "harness", "generation", "divergence"},
     {"criteria", "recovery", "correction", "refinement"},
     {"selection"},
     {"budgets"},

@@ -14,12 +14,11 @@ from ghosted_fast import sources
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
 from ghosted_fast.sources import (
     cast_parameters,
-    generate_texts,
     load_model,
     load_texts,
     token_batches,
 )
-from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.testing import random_tokens
 
 
 @pytest.fixture(scope="module")
@@ -214,18 +213,3 @@ def test_too_little_text(texts: list[str], message: str) -> None:
 def test_token_batches_refuse_numbers(numbers: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         token_batches(tiny_tokenizer(), [TEXT], *numbers)
-
-
-def test_generated_texts_suffice_and_repeat() -> None:
-    model, tokenizer = tiny_model("llama", 2), tiny_tokenizer()
-    before = torch.random.get_rng_state()
-    texts = list(generate_texts(model, tokenizer, 200, sequence_length=24, batch_size=3, seed=5))
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert texts == list(generate_texts(model, tokenizer, 200, 24, 3, seed=5))
-    assert texts != list(generate_texts(model, tokenizer, 200, 24, 3, seed=6))
-    assert len(token_batches(tokenizer, texts, 200, sequence_length=20)[0]) >= 8
-
-
-def test_generate_texts_refuses_a_temperature() -> None:
-    with pytest.raises(ArgumentError, match="expected a temperature above 0, got 0"):
-        list(generate_texts(tiny_model("llama", 2), tiny_tokenizer(), 10, temperature=0.0))

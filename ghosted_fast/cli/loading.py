@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ghosted_fast.cli.verb import usage_error
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.sources import SELF, generate_texts, load_model, load_texts, token_batches
+from ghosted_fast.generation import generate_texts
+from ghosted_fast.sources import SELF, load_model, load_texts, token_batches
 
 
 def open_model(spec: str, dtype: str, device: str) -> tuple[Any, Any]:
@@ -63,7 +64,7 @@ def calibration_batches(
 ) -> list[Tensor]:
     """Return the batches of a text, or of text that the model generates."""
     if spec == SELF:
-        texts = generate_texts(model, tokenizer, num_tokens, sequence_length, batch_size, seed=seed)
+        texts = generate_texts(model, tokenizer, num_tokens, seed=seed, progress=True)
     else:
         texts = load_texts(spec, field, split)
     return token_batches(tokenizer, texts, num_tokens, sequence_length, batch_size)
