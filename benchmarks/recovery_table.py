@@ -23,13 +23,14 @@ from typing import Any
 from ghosted_fast.assets import fetch_demo_assets, fetch_gemma3, fetch_stories
 from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.evaluation import perplexity
+from ghosted_fast.generation import generate_texts
 from ghosted_fast.grid import DEFAULT_RECOVERIES, Grid, compare_grid
 from ghosted_fast.grid.plan import CORRECTED
 from ghosted_fast.grid.state import GridState, model_digest, text_digest
 from ghosted_fast.grid.summary import summaries
 from ghosted_fast.grid.table import BEST_PUBLISHED, layers_as_text, marked
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.sources import generate_texts, load_model, load_texts, token_batches
+from ghosted_fast.sources import load_model, load_texts, token_batches
 from ghosted_fast.surgery import prune_model
 
 REFINED = ("ghost-refined", "ghost-paper-refined", "linearpatch-d-refined", "linearpatch-r-refined")
@@ -139,7 +140,7 @@ def _more(
         found["calibration"][f"web text, {tokens} tokens"] = judged("web", tokens, fit=fit)
 
     def on_own_text() -> Any:
-        own = generate_texts(model, tokenizer, CALIBRATION_TOKENS, LENGTH, progress=True)
+        own = generate_texts(model, tokenizer, CALIBRATION_TOKENS, progress=True)
         batches = token_batches(tokenizer, own, CALIBRATION_TOKENS, LENGTH, BATCH)
         return ghosted(list(iterate_batches(batches)), chosen)
 

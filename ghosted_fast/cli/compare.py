@@ -73,12 +73,17 @@ def compare(
     batch_size: options.BatchSizeOption = 8,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
+    corrections: options.CorrectionsOption = "auto",
+    refine: options.RefineOption = 0,
+    tasks: options.TasksOption = None,
+    limit: options.LimitOption = None,
     speed: SpeedOption = False,
     overwrite: options.OverwriteOption = False,
     seed: options.SeedOption = 0,
 ) -> Result:
     """Compare ways to choose layers and to make up for them, each with each.
 
+    The ghost comes with and without corrections; --refine adds every operator after training.
     Writes results.json, results.md and the page index.html into the output folder.
     """
     counts = _counts(num_layers)
@@ -86,15 +91,33 @@ def compare(
     _check_names(criterion, options.Criterion, "--criterion")
     _check_names(recovery, options.ComparedRecovery, "--recovery")
     absolute_damping = options.parse_damping(damping)
+    steps = options.parse_corrections(corrections)
+    task_names = None if tasks is None else [name.strip() for name in tasks.split(",")]
 
     from ghosted_fast.calibration import GhostOptions
     from ghosted_fast.cli.loading import calibration_batches, open_model
     from ghosted_fast.criteria import CRITERIA
     from ghosted_fast.errors import SourceError
+<<<<<<< HEAD
     from ghosted_fast.grid import DEFAULT_RECOVERIES, compare_grid
     from ghosted_fast.grid.outputs import full_table
+=======
+    from ghosted_fast.grid import Variant, compare_grid, corrected, refined
+    from ghosted_fast.grid.outputs import full_table
+    from ghosted_fast.grid.variants import WITH_OPERATOR
+    from ghosted_fast.harness import accuracy, check_tasks
+    from ghosted_fast.recovery import RECOVERIES
+>>>>>>> heads/recovery
     from ghosted_fast.sources import load_texts, token_batches
 
+    if task_names is not None:
+        task_names = check_tasks(task_names)
+    recoveries: list[str | Variant] = [*(recovery or RECOVERIES)]
+    if steps != 0 and "ghost" in recoveries:
+        recoveries.append(corrected(steps))
+    if refine:
+        operators = [name for name in WITH_OPERATOR if name in recoveries]
+        recoveries += [refined(refine, name, seed) for name in operators]
     ghosts = GhostOptions(input, token_weight, first_state, bias, absolute_damping)
     dense, tokenizer = open_model(model, dtype, device)
     evaluations = {}
@@ -120,7 +143,6 @@ def compare(
         batch_size=batch_size,
         seed=seed,
     )
-    speeds: dict[str, int] | None = {} if speed else None
     grid = compare_grid(
         dense,
         batches,
@@ -128,10 +150,18 @@ def compare(
         counts,
         output,
         criteria=criterion or tuple(CRITERIA),
+<<<<<<< HEAD
         recoveries=recovery or DEFAULT_RECOVERIES,
+=======
+        recoveries=recoveries,
+>>>>>>> heads/recovery
         name=Path(model).name,
         options=ghosts,
-        speed=speeds,
+        speed={} if speed else None,
+        accuracy=None
+        if task_names is None
+        else lambda item: accuracy(item, tokenizer, task_names, limit),
+        accuracy_name=f"{task_names}, limit {limit}",
         seed=seed,
         overwrite=overwrite,
         progress=True,

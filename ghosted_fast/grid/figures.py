@@ -14,7 +14,7 @@ from matplotlib.ticker import StrMethodFormatter as Format
 
 from ghosted_fast.figures import ACCENT, FAINT, INK, SECOND, STYLE, svg_of
 from ghosted_fast.grid.summary import PAPER_PAIR
-from ghosted_fast.grid.table import BEST_PUBLISHED, DEFAULT, DEFAULT_PAIR, Grid, marked
+from ghosted_fast.grid.table import BEST_PUBLISHED, DEFAULT, Grid, marked
 from ghosted_fast.recovery import RECOVERIES
 
 # Perplexities above this many times the dense one leave the plots at the top.
@@ -39,7 +39,7 @@ def lead_figure(grid: Grid) -> str:
     if best:
         lines.append(("best published", list(best.values()), INK))
     if ours:
-        lines.append((f"{' + '.join(DEFAULT_PAIR)} (ours)", list(ours.values()), ACCENT))
+        lines.append(("our default", list(ours.values()), ACCENT))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.1 * len(grid.texts) + 0.4, 3.4), layout="constrained")
         panels = figure.subplots(1, len(grid.texts), squeeze=False)[0]
@@ -137,7 +137,7 @@ def quality_figure(grid: Grid) -> str | None:
         best, ours = marked(rows, BEST_PUBLISHED), marked(rows, DEFAULT)
         for line, other, colour, name in (
             (best, ours, INK, "best published"),
-            (ours, best, ACCENT, "ours"),
+            (ours, best, ACCENT, "our default"),
         ):
             if not line:
                 continue

@@ -22,6 +22,7 @@ from ghosted_fast.grid.outputs import check_outputs, write_outputs
 from ghosted_fast.grid.plan import DEFAULT_RECOVERIES, Variant, check_plan, variants_of
 from ghosted_fast.grid.state import GridState, model_digest, text_digest
 from ghosted_fast.grid.table import Grid, grid_of, speed_key
+from ghosted_fast.grid.variants import corrected
 from ghosted_fast.machine import machine_facts
 from ghosted_fast.scoring import DEFAULT_SCORE_TOKENS
 from ghosted_fast.selection import select_layers
@@ -36,13 +37,18 @@ def compare_grid(
     output: str | Path,
     *,
     criteria: Sequence[str] = tuple(CRITERIA),
+<<<<<<< HEAD
     recoveries: Sequence[str | Variant] = DEFAULT_RECOVERIES,
+=======
+    recoveries: Sequence[str | Variant] = (*RECOVERIES, corrected()),
+>>>>>>> heads/recovery
     name: str | None = None,
     options: GhostOptions | None = None,
     sequential: bool = True,
     score_tokens: int = DEFAULT_SCORE_TOKENS,
     speed: Mapping[str, int] | None = None,
     accuracy: Callable[[Any], dict[str, float]] | None = None,
+    accuracy_name: str = "",
     memory_budget: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -63,7 +69,12 @@ def compare_grid(
         num_layers: Numbers of layers to remove.
         output: Folder for the state, `results.json`, `results.md` and `index.html`.
         criteria: Names out of `CRITERIA`.
+<<<<<<< HEAD
         recoveries: Names out of `RECOVERIES` and `VARIANTS`, or variants of them.
+=======
+        recoveries: Names out of `RECOVERIES`, or variants of them (`corrected`, `refined`). By
+            default all, and the ghost with corrections, which is the library's default.
+>>>>>>> heads/recovery
         name: What the model is called; by default what its configuration says.
         options: How ghosts are fitted.
         sequential: As in `ghost_model`.
@@ -71,7 +82,8 @@ def compare_grid(
         speed: Arguments of `compare_throughput`, for example `{"repeats": 3}`, to measure speed,
             once for each shape of model; None leaves it out.
         accuracy: A function of a model that returns its accuracy by task, in 0..1; None leaves
-            the column out.
+            the columns out.
+        accuracy_name: What it measures; results of another are not taken for these.
         memory_budget: Bytes for statistics; default: half of the free memory.
         seed: Of the bootstrap.
         overwrite: Whether results of other settings in the folder may be replaced.
@@ -103,7 +115,7 @@ def compare_grid(
         "evaluations": {text: text_digest(batches) for text, batches in texts.items()},
         "ghosts": {**asdict(options), "sequential": sequential},
         "score_tokens": score_tokens,
-        "accuracy": accuracy is not None,
+        "accuracy": accuracy_name if accuracy is not None else None,
         "seed": seed,
     }
     judge = Judge(model, texts, accuracy, seed)

@@ -16,6 +16,9 @@ from ghosted_fast.recovery import RECOVERIES, check_recovery
 from ghosted_fast.selection import CRITERIA, check_layer_count
 
 OUR_CRITERIA = ("ghost", "ghost-search")
+CORRECTED = "corrections"
+# The library's default is the first of these recoveries that a grid has, with this criterion.
+DEFAULT_CRITERION, DEFAULT_RECOVERIES = "ghost", (f"ghost + {CORRECTED}", "ghost")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Variant:
         return RECOVERIES[self.recovery].published and self.after is None
 
 
+<<<<<<< HEAD
 # What is done after the fit takes minutes, so it is paired with our own choice of layers alone.
 VARIANTS = {
     variant.name: variant
@@ -62,6 +66,13 @@ VARIANTS = {
 CORRECTED = "ghost-corrected"
 # All of them, and what `ghost_model` gives.
 DEFAULT_RECOVERIES = (*RECOVERIES, CORRECTED)
+=======
+def default_of(variants: Sequence[Variant]) -> tuple[str, str] | None:
+    """Return the criterion and recovery of the library's default, or None if it is not there."""
+    names = {variant.name for variant in variants}
+    recovery = next((name for name in DEFAULT_RECOVERIES if name in names), None)
+    return None if recovery is None else (DEFAULT_CRITERION, recovery)
+>>>>>>> heads/recovery
 
 
 def is_published(criterion: str, variant: Variant) -> bool:

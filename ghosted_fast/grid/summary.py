@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ghosted_fast.grid.table import DEFAULT_PAIR, Grid
+from ghosted_fast.grid.table import Grid
 
 PAPER_PAIR = ("streamline", "ghost-paper")
 
@@ -52,7 +52,7 @@ def summaries(grid: Grid) -> list[Summary]:
     found = [
         Summary(
             *pair,
-            pair == DEFAULT_PAIR,
+            pair == grid.default_pair,
             _geometric_mean(places, own.get, published.get),
             _geometric_mean(places, own.get, paper.get),
         )

@@ -6,10 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+<<<<<<< HEAD
 from ghosted_fast.grid.plan import CORRECTED, Variant, is_published
 from ghosted_fast.grid.state import GridState
 
 DEFAULT_PAIR = ("ghost", CORRECTED)
+=======
+from ghosted_fast.grid.plan import Variant, default_of, is_published
+from ghosted_fast.grid.state import GridState
+
+>>>>>>> heads/recovery
 BEST_PUBLISHED, DEFAULT = "best published", "default"
 
 
@@ -32,6 +38,12 @@ class Grid:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
         return asdict(self)
+
+    @property
+    def default_pair(self) -> tuple[str, str] | None:
+        """Criterion and recovery of the library's default, None if the grid is without it."""
+        pairs = ((r["criterion"], r["recovery"]) for r in self.rows if DEFAULT in r["marks"])
+        return next(pairs, None)
 
     @property
     def texts(self) -> list[str]:
@@ -68,7 +80,7 @@ def grid_of(
                 if speed is not None and row["refused"] is None:
                     row |= _speeds(state.get(*speed_key(cell, speed)))
                 rows.append(row)
-    _mark(rows, next(iter(dense["perplexity"])))
+    _mark(rows, next(iter(dense["perplexity"])), default_of(variants))
     return Grid(dict(about), dense, rows, selections)
 
 
@@ -111,10 +123,10 @@ def _speeds(record: Mapping[str, Any]) -> dict[str, float]:
     return {"decode_tokens_per_s": decode, "decode_ratio": decode / dense}
 
 
-def _mark(rows: Sequence[dict[str, Any]], text: str) -> None:
+def _mark(rows: Sequence[dict[str, Any]], text: str, default: tuple[str, str] | None) -> None:
     """Mark our default and, for each number of layers, the best published row."""
     for row in rows:
-        if (row["criterion"], row["recovery"]) == DEFAULT_PAIR:
+        if (row["criterion"], row["recovery"]) == default:
             row["marks"].append(DEFAULT)
     for count in {row["num_layers"] for row in rows}:
         rivals = [

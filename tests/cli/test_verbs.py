@@ -167,16 +167,17 @@ def test_compare_goes_on_where_it_was(model_folder: Path, texts: Path, tmp_path:
     command += ["--output", tmp_path / "grid", "--criterion", "streamline"]
     run(*command, "--recovery", "none", "--num-layers", 2)
     state = (tmp_path / "grid" / "state.jsonl").read_text()
+    command += ["--corrections", 1]
     found = run_json(*command, "--recovery", "none", "--recovery", "ghost")
     assert [(row["num_layers"], row["recovery"]) for row in found["rows"]] == [
-        (1, "none"), (1, "ghost"), (3, "none"), (3, "ghost"),
-    ]  # fmt: skip
+        (count, name) for count in (1, 3) for name in ("none", "ghost", "ghost + 1 corrections")
+    ]
     assert list(found["rows"][0]["perplexity"]) == ["texts", "other"]
     assert (tmp_path / "grid" / "state.jsonl").read_text().startswith(state)
     shown = run(*command, "--recovery", "ghost")
     assert "streamline" in shown and str(tmp_path / "grid" / "index.html") in shown
     written = json.loads((tmp_path / "grid" / "results.json").read_text())
-    assert [row["recovery"] for row in written["rows"]] == ["ghost", "ghost"]
+    assert {row["recovery"] for row in written["rows"]} == {"ghost", "ghost + 1 corrections"}
 
 
 def test_bench(model_folder: Path) -> None:

@@ -18,7 +18,7 @@ from ghosted_fast.batches import Batch
 from ghosted_fast.calibration import GhostOptions
 from ghosted_fast.errors import ArgumentError, CalibrationError
 from ghosted_fast.evaluation import perplexity, perplexity_from
-from ghosted_fast.grid import Variant, cells, compare_grid, grid, judging
+from ghosted_fast.grid import Variant, cells, compare_grid, corrected, grid, judging, refined
 from ghosted_fast.grid.state import STATE_FILE
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.recovery import RECOVERIES
@@ -35,7 +35,12 @@ def calibration() -> list[torch.Tensor]:
 
 
 def run(output: Path, model: Any = None, **options: Any) -> Any:
-    asked = {"num_layers": [1, 2], "criteria": ["ghost", "shortgpt"], **options}
+    asked = {
+        "num_layers": [1, 2],
+        "criteria": ["ghost", "shortgpt"],
+        "recoveries": list(RECOVERIES),
+        **options,
+    }
     return compare_grid(model or tiny_model("llama"), calibration(), TEXTS, output=output, **asked)
 
 
@@ -58,9 +63,12 @@ def test_rows_hold_what_the_single_calls_give(tmp_path: Path) -> None:
     assert len(found.rows) == 2 * (2 * len(RECOVERIES) + 1)
     for row in found.rows:
         kwargs = {"removed": row["removed"], "recovery": row["recovery"], "corrections": 0}
+<<<<<<< HEAD
         if row["recovery"] == "ghost-corrected":
             assert row["criterion"] == "ghost"
             kwargs |= {"recovery": "ghost", "corrections": "auto"}
+=======
+>>>>>>> heads/recovery
         if row["recovery"] == "replaceme" and 0 in row["removed"]:
             assert "keep layer 0" in row["refused"]
             continue
@@ -164,6 +172,32 @@ def test_variants_change_models_of_their_own(tmp_path: Path) -> None:
         assert same["perplexity"] == rows["ghost"]["perplexity"]
 
 
+def test_corrections_and_refinement_are_those_of_ghost_model(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    variants = ["ghost", corrected(), corrected(1), refined(2), refined(2, "ghost-paper")]
+    found = run(tmp_path, model, criteria=["ghost"], recoveries=variants, num_layers=[2])
+    rows = {row["recovery"]: row for row in found.rows}
+    for name, kwargs in (
+        ("ghost + corrections", {}),
+        ("ghost + 1 corrections", {"corrections": 1}),
+        ("ghost refined, 2 steps", {"refine": 2}),
+    ):
+        removed = rows[name]["removed"]
+        smaller, report = ghost_model(model, calibration(), removed=removed, **kwargs)
+        assert rows[name]["corrections"] == sum(item.accepted for item in report.corrections)
+        exact = perplexity(smaller, TEXTS["first"]).value
+        assert rows[name]["perplexity"]["first"]["value"] == pytest.approx(exact, rel=1e-5)
+    assert rows["ghost"]["marks"] == [] and "default" in rows["ghost + corrections"]["marks"]
+    assert found.default_pair == ("ghost", "ghost + corrections")
+    assert not any(row["published"] for row in found.rows)
+    with pytest.raises(ArgumentError, match=r"an operator of its own.* got 'replaceme'"):
+        corrected(1, "replaceme")
+    with pytest.raises(ArgumentError, match="corrections"):
+        corrected(-1)
+    with pytest.raises(ArgumentError, match="steps >= 1"):
+        refined(0)
+
+
 def test_accuracy_and_speed(tmp_path: Path) -> None:
     speed = {"prompt_length": 4, "new_tokens": 2, "repeats": 1}
     found = run(
@@ -180,6 +214,8 @@ def test_accuracy_and_speed(tmp_path: Path) -> None:
     shapes = [line for line in lines if json.loads(line).get("key", [""])[0] == "speed"]
     assert len(shapes) == 2 * 3  # without an operator, with a ghost, with a normed ghost
     assert "quiz" in (tmp_path / "results.md").read_text()
+    with pytest.raises(ArgumentError, match=r"other settings.*accuracy"):
+        run(tmp_path, criteria=["streamline"])
 
 
 def test_a_stopped_run_goes_on(
