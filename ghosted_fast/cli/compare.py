@@ -11,7 +11,7 @@ from ghosted_fast.cli import options
 from ghosted_fast.cli.verb import Result, TextTable, usage_error
 
 _CRITERIA = ", ".join(get_args(options.Criterion))
-_RECOVERIES = ", ".join(get_args(options.ComparedRecovery))
+_RECOVERIES = ", ".join(get_args(options.Recovery))
 
 OutputOption = Annotated[
     Path,
@@ -40,8 +40,7 @@ CriteriaOption = Annotated[
 RecoveriesOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--recovery",
-        help=f"What takes their place; repeat it: {_RECOVERIES}. All but -refined if not given.",
+        "--recovery", help=f"What takes their place; repeat it: {_RECOVERIES}. All if not given."
     ),
 ]
 SpeedOption = Annotated[
@@ -89,7 +88,7 @@ def compare(
     counts = _counts(num_layers)
     names = _text_names(evaluation)
     _check_names(criterion, options.Criterion, "--criterion")
-    _check_names(recovery, options.ComparedRecovery, "--recovery")
+    _check_names(recovery, options.Recovery, "--recovery")
     absolute_damping = options.parse_damping(damping)
     steps = options.parse_corrections(corrections)
     task_names = None if tasks is None else [name.strip() for name in tasks.split(",")]
@@ -98,16 +97,11 @@ def compare(
     from ghosted_fast.cli.loading import calibration_batches, open_model
     from ghosted_fast.criteria import CRITERIA
     from ghosted_fast.errors import SourceError
-<<<<<<< HEAD
-    from ghosted_fast.grid import DEFAULT_RECOVERIES, compare_grid
-    from ghosted_fast.grid.outputs import full_table
-=======
     from ghosted_fast.grid import Variant, compare_grid, corrected, refined
     from ghosted_fast.grid.outputs import full_table
     from ghosted_fast.grid.variants import WITH_OPERATOR
     from ghosted_fast.harness import accuracy, check_tasks
     from ghosted_fast.recovery import RECOVERIES
->>>>>>> heads/recovery
     from ghosted_fast.sources import load_texts, token_batches
 
     if task_names is not None:
@@ -150,11 +144,7 @@ def compare(
         counts,
         output,
         criteria=criterion or tuple(CRITERIA),
-<<<<<<< HEAD
-        recoveries=recovery or DEFAULT_RECOVERIES,
-=======
         recoveries=recoveries,
->>>>>>> heads/recovery
         name=Path(model).name,
         options=ghosts,
         speed={} if speed else None,

@@ -11,14 +11,6 @@ from ghosted_fast.cli.verb import usage_error
 
 Criterion = Literal["ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor", "angular"]
 Recovery = Literal["ghost", "none", "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"]
-ComparedRecovery = Literal[
-    Recovery,
-    "ghost-corrected",
-    "ghost-refined",
-    "linearpatch-d-refined",
-    "linearpatch-r-refined",
-    "ghost-paper-refined",
-]
 GhostInput = Literal["normed", "hidden"]
 FirstState = Literal["auto", "on", "off"]
 TokenWeight = Literal["inverse_energy", "uniform"]

@@ -1,12 +1,8 @@
 """Criteria x recoveries x numbers of layers on one model: see `compare_grid`."""
 
 from ghosted_fast.grid.grid import compare_grid
-from ghosted_fast.grid.plan import DEFAULT_RECOVERIES, VARIANTS, Variant
+from ghosted_fast.grid.plan import Variant
 from ghosted_fast.grid.table import Grid
 from ghosted_fast.grid.variants import corrected, refined
 
-<<<<<<< HEAD
-__all__ = ["DEFAULT_RECOVERIES", "VARIANTS", "Grid", "Variant", "compare_grid"]
-=======
 __all__ = ["Grid", "Variant", "compare_grid", "corrected", "refined"]
->>>>>>> heads/recovery

@@ -19,11 +19,12 @@ from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.grid.cells import Cell, Fitting, Removed, run_cells, stand_in
 from ghosted_fast.grid.judging import Judge
 from ghosted_fast.grid.outputs import check_outputs, write_outputs
-from ghosted_fast.grid.plan import DEFAULT_RECOVERIES, Variant, check_plan, variants_of
+from ghosted_fast.grid.plan import Variant, check_plan, variants_of
 from ghosted_fast.grid.state import GridState, model_digest, text_digest
 from ghosted_fast.grid.table import Grid, grid_of, speed_key
 from ghosted_fast.grid.variants import corrected
 from ghosted_fast.machine import machine_facts
+from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.scoring import DEFAULT_SCORE_TOKENS
 from ghosted_fast.selection import select_layers
 from ghosted_fast.speed import compare_throughput
@@ -37,11 +38,7 @@ def compare_grid(
     output: str | Path,
     *,
     criteria: Sequence[str] = tuple(CRITERIA),
-<<<<<<< HEAD
-    recoveries: Sequence[str | Variant] = DEFAULT_RECOVERIES,
-=======
     recoveries: Sequence[str | Variant] = (*RECOVERIES, corrected()),
->>>>>>> heads/recovery
     name: str | None = None,
     options: GhostOptions | None = None,
     sequential: bool = True,
@@ -69,12 +66,8 @@ def compare_grid(
         num_layers: Numbers of layers to remove.
         output: Folder for the state, `results.json`, `results.md` and `index.html`.
         criteria: Names out of `CRITERIA`.
-<<<<<<< HEAD
-        recoveries: Names out of `RECOVERIES` and `VARIANTS`, or variants of them.
-=======
         recoveries: Names out of `RECOVERIES`, or variants of them (`corrected`, `refined`). By
             default all, and the ghost with corrections, which is the library's default.
->>>>>>> heads/recovery
         name: What the model is called; by default what its configuration says.
         options: How ghosts are fitted.
         sequential: As in `ghost_model`.
@@ -191,16 +184,16 @@ def _cells(
     variants: Sequence[Variant],
 ) -> list[Cell]:
     """Return the cells, each once, those of one set of layers together, the smallest first."""
-    wanted: dict[Removed, list[str]] = {}
+    chosen_by: dict[Removed, list[str]] = {}
     for count in sorted(num_layers):
         for criterion in criteria:
             removed = tuple(state.get("selection", criterion, count)["removed"])
-            wanted.setdefault(removed, []).append(criterion)
+            chosen_by.setdefault(removed, []).append(criterion)
     return [
         Cell(removed, variant)
-        for removed, chosen_by in wanted.items()
+        for removed, choosers in chosen_by.items()
         for variant in variants
-        if any(variant.serves(criterion) for criterion in chosen_by)
+        if any(variant.serves(criterion) for criterion in choosers)
     ]
 
 

@@ -11,7 +11,6 @@ from ghosted_fast.calibration import check_enough_tokens
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import hidden_size
 from ghosted_fast.families import num_layers as layer_count
-from ghosted_fast.grid.afterwards import corrected, corrected_and_refined, refined
 from ghosted_fast.recovery import RECOVERIES, check_recovery
 from ghosted_fast.selection import CRITERIA, check_layer_count
 
@@ -49,30 +48,11 @@ class Variant:
         return RECOVERIES[self.recovery].published and self.after is None
 
 
-<<<<<<< HEAD
-# What is done after the fit takes minutes, so it is paired with our own choice of layers alone.
-VARIANTS = {
-    variant.name: variant
-    for variant in (
-        Variant("ghost-corrected", "ghost", corrected, OUR_CRITERIA),
-        Variant("ghost-refined", "ghost", corrected_and_refined, OUR_CRITERIA),
-        *(
-            Variant(f"{name}-refined", name, refined, OUR_CRITERIA)
-            for name in ("linearpatch-d", "linearpatch-r", "ghost-paper")
-        ),
-    )
-}
-
-CORRECTED = "ghost-corrected"
-# All of them, and what `ghost_model` gives.
-DEFAULT_RECOVERIES = (*RECOVERIES, CORRECTED)
-=======
 def default_of(variants: Sequence[Variant]) -> tuple[str, str] | None:
     """Return the criterion and recovery of the library's default, or None if it is not there."""
     names = {variant.name for variant in variants}
     recovery = next((name for name in DEFAULT_RECOVERIES if name in names), None)
     return None if recovery is None else (DEFAULT_CRITERION, recovery)
->>>>>>> heads/recovery
 
 
 def is_published(criterion: str, variant: Variant) -> bool:
@@ -83,16 +63,10 @@ def is_published(criterion: str, variant: Variant) -> bool:
 def variants_of(recoveries: Sequence[str | Variant]) -> list[Variant]:
     """Return the variants that names and variants mean.
 
-    Args:
-        recoveries: Names out of `RECOVERIES` and `VARIANTS`, and variants.
-
     Raises:
         ArgumentError: There is none, one twice, or no recovery of a name.
     """
-    variants = [
-        item if isinstance(item, Variant) else VARIANTS.get(item, Variant(item, item))
-        for item in recoveries
-    ]
+    variants = [item if isinstance(item, Variant) else Variant(item, item) for item in recoveries]
     for variant in variants:
         check_recovery(variant.recovery)
     _check_distinct("recovery", [variant.name for variant in variants])

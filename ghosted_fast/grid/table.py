@@ -6,16 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-<<<<<<< HEAD
-from ghosted_fast.grid.plan import CORRECTED, Variant, is_published
-from ghosted_fast.grid.state import GridState
-
-DEFAULT_PAIR = ("ghost", CORRECTED)
-=======
 from ghosted_fast.grid.plan import Variant, default_of, is_published
 from ghosted_fast.grid.state import GridState
 
->>>>>>> heads/recovery
 BEST_PUBLISHED, DEFAULT = "best published", "default"
 
 

@@ -17,7 +17,7 @@ from ghosted_fast.grid.table import Grid, layers_as_text
 
 OF_CRITERION = {"ghost": 0.9, "streamline": 1.2, "shortgpt": 1.1}
 PUBLISHED = {"none": 3.0, "replaceme": 1.6, "ghost-paper": 1.5}
-OF_RECOVERY = {**PUBLISHED, "ghost-corrected": 1.0, "ghost-refined": 0.8}
+OF_RECOVERY = {**PUBLISHED, "ghost": 1.0, "ghost refined": 0.8}
 
 
 def loss(value: float) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def made_up(with_speed: bool = True) -> Grid:
             for recovery, other in OF_RECOVERY.items():
                 excess = 0.1 * count * one * other
                 published = criterion != "ghost" and recovery in PUBLISHED
-                marks = ["default"] if (criterion, recovery) == ("ghost", "ghost-corrected") else []
+                marks = ["default"] if (criterion, recovery) == ("ghost", "ghost") else []
                 if (criterion, recovery) == ("shortgpt", "ghost-paper"):
                     marks = ["best published"]
                 rows.append(
@@ -92,8 +92,8 @@ def test_summaries_are_geometric_means_of_excess() -> None:
     grid = made_up()
     grid.rows.pop()
     found = {(item.criterion, item.recovery): item for item in summaries(grid)}
-    ours = found["ghost", "ghost-corrected"]
-    assert ours.is_default and not found["ghost", "ghost-refined"].is_default
+    ours = found["ghost", "ghost"]
+    assert ours.is_default and not found["ghost", "ghost refined"].is_default
     assert ours.to_best_published == pytest.approx(0.9 / (1.1 * 1.5))
     assert ours.to_paper == pytest.approx(0.9 / (1.2 * 1.5))
     assert found["shortgpt", "ghost-paper"].to_best_published == pytest.approx(1.0)
@@ -112,10 +112,7 @@ def test_no_summary_where_an_excess_is_not_above_zero() -> None:
 def test_markdown() -> None:
     text = markdown(made_up())
     assert "## 5 of 30 layers removed" in text
-    assert (
-        "| **4, 9-12** | **ghost** | **ghost-corrected** | **0** | **29.00 [26.10, 31.90]** |"
-        in text
-    )
+    assert "| **4, 9-12** | **ghost** | **ghost** | **0** | **29.00 [26.10, 31.90]** |" in text
     assert "| 4, 9-12 | shortgpt | ghost-paper \u2020 | 0 |" in text
     assert "refused: no <layer> before" in text
     assert "perplexity, wiki\\|pedia" in text
