@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,13 +20,15 @@ from ghosted_fast.gaps import Gap
 from ghosted_fast.gram import GramAccumulator, NormalEquations, mean_square, statistics_bytes
 
 Input = Literal["normed", "hidden"]
-TokenWeight = Literal["inverse_energy", "uniform"]
+TokenWeight = Literal["inverse_energy", "capped", "uniform"]
 FirstState = Literal["auto", "on", "off"]
 
 # First tokens kept apart to decide whether a ghost needs a state for them: enough for the decision
 # and for a fit that includes them, and small beside the statistics.
 _MAX_FIRST_TOKENS = 1024
 _DEFAULT_NORM_EPS = 1e-6
+# Of "capped" weights: the multiple of the median energy from which on a token counts less.
+_USUAL_ENERGIES = 4.0
 _MIN_EXPONENT, _MAX_EXPONENT = -60, 60
 
 
@@ -35,7 +38,8 @@ class GhostOptions:
 
     Attributes:
         input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
-        token_weight: "inverse_energy" for about 1 / mean(y^2) per token, "uniform" for 1.
+        token_weight: "inverse_energy" for about 1 / mean(y^2) per token, "uniform" for 1, "capped"
+            for about 1 / max(mean(y^2), 4 times the energy of a usual token).
         first_state: Whether the first attended token of a sequence gets a constant state: "on",
             "off", or "auto": where it predicts that token better than the linear map does.
         bias: Whether to fit an additive bias.
@@ -108,12 +112,15 @@ class IntervalStatistics:
         stop: The layer that the ghost's output enters.
         gram: Sums over the tokens; without the first of each sequence if `first` is given.
         first: The first tokens, where they are kept apart.
+        energy_floor: For "capped" weights, the energy up to which tokens count alike; known from
+            the first sequence on.
     """
 
     start: int
     stop: int
     gram: GramAccumulator
     first: FirstTokens | None
+    energy_floor: float | None = None
 
     def split(self) -> tuple[NormalEquations, NormalEquations]:
         """Return the equations of all folds but the last, and those of the last."""
@@ -145,17 +152,25 @@ def interval_bytes(size: int, options: GhostOptions) -> int:
     return statistics_bytes(size, options.folds) + first
 
 
-def token_weights(x: Tensor, y: Tensor, options: GhostOptions, norm_eps: float | None) -> Tensor:
+def token_weights(
+    x: Tensor,
+    y: Tensor,
+    options: GhostOptions,
+    norm_eps: float | None,
+    energy_floor: float | None = None,
+) -> Tensor:
     """Return the weight of each token in the fit.
 
     "inverse_energy" is 1 / mean(y^2), moved by at most a factor of 2 so that the scale of a row in
-    the Gram, sqrt(w) or sqrt(w) / rms(x), is a power of two: exact in bf16.
+    the Gram, sqrt(w) or sqrt(w) / rms(x), is a power of two: exact in bf16. "capped" is the same
+    with an energy of `energy_floor` at least.
 
     Args:
         x: States that enter the ghost [..., d].
         y: States that it should give [..., d].
         options: How the ghosts are fitted.
         norm_eps: Epsilon of the rms for normed ghosts, None for the others.
+        energy_floor: As in `IntervalStatistics`; None for none.
 
     Returns:
         Weights [...], fp32, above zero.
@@ -163,6 +178,8 @@ def token_weights(x: Tensor, y: Tensor, options: GhostOptions, norm_eps: float |
     if options.token_weight == "uniform":
         return torch.ones(x.shape[:-1], device=x.device)
     energy = mean_square(y)
+    if energy_floor is not None:
+        energy = energy.clamp_min(energy_floor)  # NaN stays
     unit = torch.ones_like(energy)
     if norm_eps is not None:
         unit = mean_square(x) + norm_eps
@@ -268,7 +285,11 @@ def update_statistics(
         NonFiniteError: An activation is NaN or infinite.
     """
     y = y.to(x.device)
-    weight = token_weights(x, y, options, item.gram.norm_eps) * batch.attention_mask
+    if options.token_weight == "capped" and item.energy_floor is None:
+        usual = float(mean_square(y[0])[batch.attention_mask[0].bool()].nanmedian())
+        item.energy_floor = _USUAL_ENERGIES * usual if math.isfinite(usual) else None
+    weight = token_weights(x, y, options, item.gram.norm_eps, item.energy_floor)
+    weight = weight * batch.attention_mask
     row_folds = (torch.arange(len(x), device=x.device) + sequences) % options.folds
     if item.first is not None:
         is_first = batch.is_first

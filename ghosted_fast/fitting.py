@@ -88,7 +88,7 @@ def fit_ghost(
         ):
             first_state = first.mean()
         else:
-            _include_first_tokens(statistics.gram, first, options)
+            _include_first_tokens(statistics, first, options)
             statistics.first = None
     solution = solve_ghost(statistics.gram, options.damping, options.bias)
     ghost = FittedGhost(solution.weight, solution.bias, first_state, statistics.gram.norm_eps)
@@ -179,17 +179,20 @@ def _first_sums(
     statistics: IntervalStatistics, first: FirstTokens, options: GhostOptions
 ) -> NormalEquations:
     """Return the sums over the first tokens of the training folds."""
-    gram = statistics.gram
+    gram, floor = statistics.gram, statistics.energy_floor
     x, y, folds = first.rows()
     known = folds != gram.folds - 1
     x, y = x[known], y[known]
     sums = GramAccumulator(gram.hidden_size, 1, gram.norm_eps, gram.device)
-    return sums.update(x, y, token_weights(x, y, options, gram.norm_eps)).total()
+    return sums.update(x, y, token_weights(x, y, options, gram.norm_eps, floor)).total()
 
 
-def _include_first_tokens(gram: GramAccumulator, first: FirstTokens, options: GhostOptions) -> None:
+def _include_first_tokens(
+    statistics: IntervalStatistics, first: FirstTokens, options: GhostOptions
+) -> None:
+    gram, floor = statistics.gram, statistics.energy_floor
     x, y, folds = first.rows()
-    weight = token_weights(x, y, options, gram.norm_eps)
+    weight = token_weights(x, y, options, gram.norm_eps, floor)
     for fold in range(gram.folds):
         rows = folds == fold
         gram.update(x[rows], y[rows], weight[rows], fold)

@@ -92,7 +92,7 @@ def ghost_model(
             "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"; see
             `ghosted_fast.recovery`. The options of ghosts below do not concern the rivals.
         input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
-        token_weight: "inverse_energy" or "uniform"; see `token_weights`.
+        token_weight: "inverse_energy", "capped" or "uniform"; see `token_weights`.
         first_state: "auto", "on" or "off": a constant state for the first attended token.
         bias: Whether ghosts have an additive bias.
         damping: Absolute damping, or "auto".

@@ -179,3 +179,20 @@ def test_memory_is_what_was_announced() -> None:
         return gram.nbytes + sum(t.nbytes for t in (*first.x, *first.y, first.y_sum))
 
     assert held(few) <= held(many) <= interval_bytes(32, options)
+
+
+def test_capped_weights_count_usual_tokens_alike() -> None:
+    """All tokens of a tiny model are usual: as uniform weights, but for the rounding."""
+    model, batch = tiny_model("llama", 4), random_tokens(8, 64)
+    options = GhostOptions(input="hidden", token_weight="capped")
+    (capped,) = collect_statistics(model, [batch], [(1, 3)], options)
+    usual = 0.25 * capped.energy_floor
+    y = torch.full((3, 8), usual**0.5)
+    y[2] *= 100.0
+    weight = token_weights(y, y, options, None, capped.energy_floor)
+    assert weight[0] == weight[1]
+    assert 0.5 <= weight[0] * capped.energy_floor <= 2.0
+    assert 0.5 <= weight[2] * usual * 1e4 <= 2.0
+    rows = [batch[:3], batch[3:]]
+    (split,) = collect_statistics(model, rows, [(1, 3)], options)
+    assert split.energy_floor == pytest.approx(capped.energy_floor, rel=1e-6)

@@ -13,7 +13,7 @@ Criterion = Literal["ghost", "ghost-search", "streamline", "shortgpt", "sleb", "
 Recovery = Literal["ghost", "none", "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"]
 GhostInput = Literal["normed", "hidden"]
 FirstState = Literal["auto", "on", "off"]
-TokenWeight = Literal["inverse_energy", "uniform"]
+TokenWeight = Literal["inverse_energy", "capped", "uniform"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 
 _TEXT = "a .jsonl or .parquet file, any other text file, or a hub data set"
