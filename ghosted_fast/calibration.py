@@ -48,7 +48,7 @@ class GhostOptions:
     """
 
     input: Input = "normed"
-    token_weight: TokenWeight = "inverse_energy"
+    token_weight: TokenWeight = "capped"
     first_state: FirstState = "auto"
     bias: bool = False
     damping: float | Literal["auto"] = "auto"

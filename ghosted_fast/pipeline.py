@@ -57,7 +57,7 @@ def ghost_model(
     criterion: str = "ghost",
     recovery: str = "ghost",
     input: Input = "normed",
-    token_weight: TokenWeight = "inverse_energy",
+    token_weight: TokenWeight = "capped",
     first_state: FirstState = "auto",
     bias: bool = False,
     damping: float | Literal["auto"] = "auto",

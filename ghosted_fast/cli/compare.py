@@ -64,7 +64,7 @@ def compare(
     input: options.InputOption = "normed",
     bias: options.BiasOption = False,
     first_state: options.FirstStateOption = "auto",
-    token_weight: options.TokenWeightOption = "inverse_energy",
+    token_weight: options.TokenWeightOption = "capped",
     damping: options.DampingOption = "auto",
     tokens: options.TokensOption = 49152,
     evaluation_tokens: TextTokensOption = 5120,

@@ -32,7 +32,7 @@ def fit(
     input: options.InputOption = "normed",
     bias: options.BiasOption = False,
     first_state: options.FirstStateOption = "auto",
-    token_weight: options.TokenWeightOption = "inverse_energy",
+    token_weight: options.TokenWeightOption = "capped",
     damping: options.DampingOption = "auto",
     corrections: options.CorrectionsOption = "auto",
     refine: options.RefineOption = 0,

@@ -19,7 +19,7 @@ def select(
     input: options.InputOption = "normed",
     bias: options.BiasOption = False,
     first_state: options.FirstStateOption = "auto",
-    token_weight: options.TokenWeightOption = "inverse_energy",
+    token_weight: options.TokenWeightOption = "capped",
     damping: options.DampingOption = "auto",
     tokens: options.TokensOption = 49152,
     sequence_length: options.SequenceLengthOption = 512,
