@@ -43,7 +43,7 @@ class QuestionSet:
         prompt: What the model reads, with {} for the question.
         end: Where the answers end, or "" where they end with the text.
         metric: Of lm-eval: "acc" chooses the answer of the highest log-likelihood, "acc_norm" that
-            of the highest per character. The one that tells the dense models from chance better.
+            of the highest per character. The latter where answers differ in length.
         tidy: What is done to a question, and to an answer.
     """
 
