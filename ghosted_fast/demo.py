@@ -58,7 +58,7 @@ class DemoResult:
     """What the demo found out.
 
     Attributes:
-        rows: Dense, pruned and ghosted model, for each dtype.
+        rows: Dense, pruned, ghosted without corrections and ghosted model, for each dtype.
         report: Of the model that is saved, with the scores of the choice of layers.
         checkpoint: The saved model's folder.
         page: The report page.
@@ -98,7 +98,7 @@ def run_demo(
     assets: DemoAssets,
     output: Path,
     num_layers: int = 5,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    dtypes: Sequence[str] = ("bfloat16",),
     tokens: int = 49152,
     evaluation_rows: int = 10,
     quick: bool = False,
@@ -155,9 +155,11 @@ def run_demo(
             chosen = report
         else:
             ghosted, report = ghost_model(dense, batches, removed=chosen.removed, progress=progress)
+        least_squares, _ = ghost_model(dense, batches, removed=chosen.removed, corrections=0)
         models = {
             "dense": dense,
             "pruned": prune_model(dense, chosen.removed),
+            "ghosted, not corrected": least_squares,
             "ghosted": ghosted,
         }
         rows += compare_models(models, evaluation, speed, progress)

@@ -33,7 +33,12 @@ def test_demo(assets: DemoAssets, tmp_path: Path) -> None:
     assert [(row.name, row.dtype, row.layers) for row in result.rows] == [
         (name, dtype, layers)
         for dtype in dtypes
-        for name, layers in (("dense", 6), ("pruned", 4), ("ghosted", 4))
+        for name, layers in (
+            ("dense", 6),
+            ("pruned", 4),
+            ("ghosted, not corrected", 4),
+            ("ghosted", 4),
+        )
     ]
     assert all(row.perplexity and row.throughput for row in result.rows)
     assert result.identical

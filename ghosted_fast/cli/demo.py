@@ -26,7 +26,7 @@ def demo(
     num_layers: Annotated[
         int, typer.Option("--num-layers", min=1, max=29, help="Layers to remove, of 30.")
     ] = 5,
-    dtype: DtypesOption = ["float32", "bfloat16"],  # noqa: B006 - typer copies it
+    dtype: DtypesOption = ["bfloat16"],  # noqa: B006 - typer copies it
     tokens: options.TokensOption = 49152,
     quick: Annotated[
         bool, typer.Option("--quick", help="An eighth of the text, speed measured once.")
