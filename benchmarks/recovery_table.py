@@ -24,7 +24,7 @@ from ghosted_fast.assets import fetch_demo_assets, fetch_gemma3, fetch_stories
 from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.evaluation import perplexity
 from ghosted_fast.generation import generate_texts
-from ghosted_fast.grid import Grid, Variant, compare_grid, corrected, refined
+from ghosted_fast.grid import Grid, compare_grid, corrected, refined
 from ghosted_fast.grid.state import GridState, model_digest, text_digest
 from ghosted_fast.grid.summary import summaries
 from ghosted_fast.grid.table import BEST_PUBLISHED, layers_as_text, marked
@@ -89,25 +89,19 @@ def _batches(tokenizer: Any, path: Path, tokens: int) -> list[Batch]:
     return list(iterate_batches(token_batches(tokenizer, texts, tokens, LENGTH, BATCH)))
 
 
-def _grid(study: Study, model: Any, calibration: list[Batch], texts: Texts, output: Path) -> Grid:
-    def run(
-        counts: Sequence[int], recoveries: Sequence[str | Variant], criteria: Sequence[str]
-    ) -> Grid:
-        return compare_grid(
-            model,
-            calibration,
-            texts,
-            counts,
-            output / study.folder,
-            criteria=criteria,
-            recoveries=recoveries,
-            name=study.name,
-            progress=True,
-        )
-
-    if study.refined:
-        run(study.refined, [*RECOVERIES, OURS, *REFINED], ("ghost",))
-    return run(study.counts, [*RECOVERIES, OURS], CRITERIA)
+def _grids(
+    study: Study, model: Any, calibration: list[Batch], texts: Texts, output: Path
+) -> Callable[..., Grid]:
+    """Return what runs a part of the model's grid, or finds it done: all parts in one folder."""
+    return partial(
+        compare_grid,
+        model,
+        calibration,
+        texts,
+        output=output / study.folder,
+        name=study.name,
+        progress=True,
+    )
 
 
 def _more(
@@ -220,29 +214,16 @@ def _lead(grids: Sequence[Grid]) -> str:
     return _table(columns, lines)
 
 
-def _refined_summary(study: Study, output: Path, grid: Grid) -> str:
+def _refined_summary(grid: Grid) -> str:
     lines = []
-    with GridState(output / study.folder, _facts_of(output / study.folder)) as state:
-        for count in study.refined:
-            removed = state.get("selection", "ghost", count)["removed"]
-            for name in ("ghost", OURS.name, *(variant.name for variant in REFINED)):
-                record = state.get("cell", removed, name)
-                values = [
-                    f"{value['value'] / grid.dense['perplexity'][text]['value']:.3f}x"
-                    for text, value in record["perplexity"].items()
-                ]
-                seconds = f"{record['seconds']['recover']:.0f}"
-                lines.append([str(count), name, str(record["corrections"]), *values, seconds])
+    for row in grid.rows:
+        if row["recovery"] in ("ghost", OURS.name, *(variant.name for variant in REFINED)):
+            values = [f"{1 + row['excess'][text]:.3f}x" for text in grid.texts]
+            seconds = f"{row['seconds']['recover']:.0f}"
+            lines.append(
+                [str(row["num_layers"]), row["recovery"], str(row["corrections"]), *values, seconds]
+            )
     return _table(["removed", "recovery", "corrections", *grid.texts, "seconds"], lines)
-
-
-def _facts_of(folder: Path) -> dict[str, Any]:
-    import json
-
-    from ghosted_fast.grid.state import STATE_FILE
-
-    with (folder / STATE_FILE).open() as lines:
-        return dict(json.loads(next(lines))["facts"])
 
 
 def _more_summary(found: dict[str, Any], grid: Grid) -> str:
@@ -270,6 +251,9 @@ def main() -> None:
     parser.add_argument(
         "--model", choices=[study.folder for study in STUDIES], nargs="*", help="only these models"
     )
+    parser.add_argument(
+        "--no-refinement", action="store_true", help="leave out the refined rows, half of the time"
+    )
     arguments = parser.parse_args()
     output, assets = arguments.output, fetch_demo_assets()
     files = {"Wikipedia": assets.evaluation, "stories": fetch_stories()}
@@ -280,7 +264,8 @@ def main() -> None:
         model, tokenizer = load_model(str(study.fetch()), dtype="bfloat16")
         texts = {name: _batches(tokenizer, path, EVALUATION_TOKENS) for name, path in files.items()}
         calibration = _batches(tokenizer, assets.calibration, CALIBRATION_TOKENS)
-        grid = _grid(study, model, calibration, texts, output)
+        run = _grids(study, model, calibration, texts, output)
+        grid = run(study.counts, criteria=CRITERIA, recoveries=[*RECOVERIES, OURS])
         grids.append(grid)
         facts = {
             "model": model_digest(model),
@@ -289,8 +274,11 @@ def main() -> None:
         with GridState(output / study.folder / "more", facts) as state:
             found = _more(study, model, tokenizer, calibration, texts, grid, state)
         parts = [f"## {study.name}\n", _grid_summary(grid), _more_summary(found, grid)]
-        if study.refined:
-            parts.insert(2, _refined_summary(study, output, grid))
+        if study.refined and not arguments.no_refinement:
+            recoveries = [*RECOVERIES, OURS, *REFINED]
+            refined_grid = run(study.refined, criteria=("ghost",), recoveries=recoveries)
+            parts.append(_refined_summary(refined_grid))
+            run(study.counts, criteria=CRITERIA, recoveries=[*RECOVERIES, OURS])  # the page
         sections.append("\n".join(parts))
     summary = "\n".join([*sections, "## Excess perplexity of ours, geometric mean\n", _lead(grids)])
     (output / "summary.md").write_text(summary)
