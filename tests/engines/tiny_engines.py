@@ -103,6 +103,12 @@ def ghosted(model: Any, removed: tuple[int, ...], **options: Any) -> Any:
     return remove_layers(model, removed, ghosts)
 
 
+def random_text(count: int, seed: int = 0) -> list[int]:
+    """Return tokens that are no special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY_SIZE, (count,), generator=generator).tolist()
+
+
 def greedy_tokens(model: Any, prompt: list[int], count: int = 64) -> list[int]:
     """Return the tokens that transformers generates, without a stop."""
     ids = torch.tensor([prompt])
@@ -116,3 +122,11 @@ def greedy_tokens(model: Any, prompt: list[int], count: int = 64) -> list[int]:
         eos_token_id=None,
     )
     return [int(token) for token in tokens[0, len(prompt) :]]
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, tokens: list[int]) -> float:
+    """Return the mean loss of a model on tokens, each given those before it, in nats."""
+    ids = torch.tensor([tokens])
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
