@@ -8,9 +8,11 @@ from typing import Any
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # more than one rank has processes
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 
 class Vllm:
@@ -36,8 +38,9 @@ class Vllm:
         )
 
     def close(self) -> None:
-        """End the engine's processes."""
+        """End the engine's processes, and leave nothing in this one."""
         self.llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
     def greedy_tokens(self, prompts: list[list[int]], count: int) -> list[list[int]]:
         params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
