@@ -115,8 +115,7 @@ def _run(command: list[Any], threads: int) -> str:
         [str(part) for part in command],
         env=settings,
         cwd=RESULTS.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )

@@ -130,7 +130,7 @@ def check_exportable(model: Any) -> None:
     _check_ghosts(model)
     rope = config.rope_parameters
     head = _head_size(config)
-    rotated = 2 * decoder_of(model).rotary_emb.inv_freq.numel()  # type: ignore[union-attr,operator]
+    rotated = 2 * _frequencies(model).numel()
     unlike = {
         "config.hidden_act": (config.hidden_act, "silu"),
         "the number of rotated channels in a head": (rotated, head),
@@ -219,10 +219,10 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     if head is not embedding:
         yield "output.weight", head
     if config.rope_parameters["rope_type"] != "default":
-        frequencies = decoder_of(model).rotary_emb.inv_freq.double()  # type: ignore[union-attr,operator]
+        frequencies = _frequencies(model)
         exponents = torch.arange(len(frequencies), dtype=torch.float64) * 2 / _head_size(config)
         plain = config.rope_parameters["rope_theta"] ** -exponents
-        yield "rope_freqs.weight", (plain / frequencies.cpu()).float()
+        yield "rope_freqs.weight", (plain / frequencies).float()
     for index, block in enumerate(_blocks(model)):
         prefix = f"blk.{index}"
         parts = _ghost_tensors(block) if isinstance(block, GhostLinear) else _layer_tensors(block)
@@ -230,13 +230,19 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}.{name}", tensor
 
 
-def _layer_tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    head = layer.self_attn.head_dim  # type: ignore[union-attr]
+def _frequencies(model: Any) -> Tensor:
+    """Return the angular frequencies [head / 2] of a model's rotations, fp64."""
+    decoder: Any = decoder_of(model)
+    frequencies: Tensor = decoder.rotary_emb.inv_freq
+    return frequencies.cpu().double()
+
+
+def _layer_tensors(layer: Any) -> Iterator[tuple[str, Tensor]]:
+    head = int(layer.self_attn.head_dim)
     for path, name in _PROJECTIONS.items():
         for kind, tensor in layer.get_submodule(path).named_parameters():
-            if name in ("attn_q", "attn_k"):
-                tensor = _pairs_from_halves(tensor, int(head))  # type: ignore[arg-type]
-            yield f"{name}.{kind}", tensor
+            rotated = name in ("attn_q", "attn_k")
+            yield f"{name}.{kind}", _pairs_from_halves(tensor, head) if rotated else tensor
 
 
 def _pairs_from_halves(rows: Tensor, head_size: int) -> Tensor:

@@ -38,7 +38,9 @@ def smollm2() -> Callable[..., tuple[Any, Path, Any]]:
 
     def text(num_tokens: int) -> list[int]:
         texts = load_texts(fetch_demo_assets().evaluation)
-        return [int(token) for token in token_batches(tokenizer, texts, num_tokens, num_tokens)[0][0]]
+        return [
+            int(token) for token in token_batches(tokenizer, texts, num_tokens, num_tokens)[0][0]
+        ]
 
     ghosted.text = text  # type: ignore[attr-defined]
     return ghosted

@@ -68,7 +68,7 @@ def test_the_tokenizer_of_a_gguf_file_is_copied(tmp_path: Path) -> None:
     assert ours[0]["tokenizer.ggml.pre"] == "gpt-2"
     assert len(ours[0]["tokenizer.ggml.tokens"]) == VOCABULARY_SIZE
     small = engine_model(vocab_size=270)
-    with pytest.raises(SourceError, match="270 tokens, the model's.*got 288"):
+    with pytest.raises(SourceError, match=r"270 tokens, the model's.*got 288"):
         export_gguf(small, tmp_path / "third.gguf", first)
     with pytest.raises(SourceError, match="no file"):
         export_gguf(model, tmp_path / "third.gguf", tmp_path / "absent.gguf")

@@ -20,7 +20,7 @@ from ghosted_fast._env import cache_folder
 from ghosted_fast.export.gguf import export_gguf
 
 pytest.importorskip("xllamacpp")
-from llamacpp_engine import LlamaCpp  # noqa: E402
+from llamacpp_engine import LlamaCpp
 
 EPS = 1e-6
 PROMPT = [1, 50, 90, 177, 30, 44]

@@ -20,7 +20,7 @@ from ghosted_fast._env import cache_folder
 from ghosted_fast.export.ort_genai import export_ort_genai
 
 pytest.importorskip("onnxruntime_genai")
-from ort_engine import OrtGenAI  # noqa: E402
+from ort_engine import OrtGenAI
 
 PROMPT = [1, 50, 90, 177, 30, 44]
 

@@ -20,9 +20,10 @@ from ghosted_fast._env import cache_folder
 from ghosted_fast.checkpoint import save_model
 
 pytest.importorskip("vllm")
-from vllm_engine import Vllm  # noqa: E402
+from vllm_engine import Vllm
 
 PROMPT = [1, 50, 90, 177, 30, 44]
+GEMMA = {"sliding_window": 16, "tie_word_embeddings": True}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
@@ -42,7 +43,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Vllm]]:
         engine.close()
 
 
-def check(model: Any, engine: Vllm, min_kinds: int = 4) -> None:
+def check(model: Any, engine: Vllm, min_kinds: int = 2) -> None:
     text = PROMPT + random_text(24)
     assert engine.loss(text) == pytest.approx(mean_loss(model, text), rel=1e-4)
     tokens = greedy_tokens(model, PROMPT)
@@ -53,15 +54,15 @@ def check(model: Any, engine: Vllm, min_kinds: int = 4) -> None:
 @pytest.mark.parametrize(
     ("family", "removed", "options", "sizes"),
     [
-        ("llama", (0, 3, 5), {"first_state": True, "bias": True}, {"tie_word_embeddings": True}),
+        ("llama", (0, 3, 5), {"first_state": True}, {"tie_word_embeddings": True}),
         ("llama", (3,), {"norm_eps": 1e-6, "quantized": True, "first_state": True}, {}),
-        ("qwen2", (3,), {}, {"head_dim": 16}),
+        ("qwen2", (3,), {}, {"num_attention_heads": 2}),
         ("qwen3", (3,), {"first_state": True}, {}),
         ("mistral", (1,), {"norm_eps": 1e-6}, {"sliding_window": None}),
-        ("gemma2", (1,), {"first_state": True}, {"sliding_window": 16}),
-        ("gemma3_text", (1,), {"norm_eps": 1e-6}, {"sliding_window": 16}),
-        ("phi3", (3,), {}, {"head_dim": 16}),
-        ("olmo2", (3,), {"first_state": True}, {"head_dim": 16}),
+        ("gemma2", (1,), {"first_state": True}, GEMMA),
+        ("gemma3_text", (1,), {"norm_eps": 1e-6}, GEMMA),
+        ("phi3", (3,), {}, {"num_attention_heads": 2}),
+        ("olmo2", (3,), {"first_state": True}, {"num_attention_heads": 2}),
         ("mixtral", (3,), {"first_state": True}, {"num_local_experts": 4, "head_dim": 32}),
         ("qwen3_moe", (3,), {}, {"num_experts": 4, "mlp_only_layers": [1], **MOE}),
     ],
@@ -129,5 +130,5 @@ def test_an_old_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     models.check_version()
     monkeypatch.setattr(models, "version", lambda _: "0.9.1")
-    with pytest.raises(UnsupportedModelError, match="0.32 or later.*got 0.9.1: pip install"):
+    with pytest.raises(UnsupportedModelError, match=r"0\.32 or later.*got 0\.9\.1: pip install"):
         models.check_version()

@@ -78,8 +78,8 @@ class Int8Ghost(nn.Module):
 
         self.weight = empty(size, size, dtype=torch.int8)
         self.scale = empty(size, dtype=torch.float32)
-        self.register_parameter("bias", empty(size) if record["bias"] else None)
-        self.register_parameter("first_state", empty(size) if record["first_state"] else None)
+        self.bias = empty(size) if record["bias"] else None
+        self.first_state = empty(size) if record["first_state"] else None
 
     def split(self, x: Tensor, positions: Tensor) -> Stream:
         """Return zeros and the ghost's output, each [tokens, d]; see `FloatGhost.split`."""
