@@ -31,12 +31,6 @@ def register() -> None:
     from vllm import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()
-    for name in (*NATIVE, *REFUSED):
+    for name in (*NATIVE, *THROUGH_TRANSFORMERS, *REFUSED):
         if f"Ghosted{name}" not in known:
             ModelRegistry.register_model(f"Ghosted{name}", f"{_HERE}:Ghosted{name}")
-    for name in THROUGH_TRANSFORMERS:
-        if f"Ghosted{name}" not in known:
-            ModelRegistry.register_model(
-                f"Ghosted{name}",
-                "vllm.model_executor.models.transformers:TransformersForCausalLM",
-            )

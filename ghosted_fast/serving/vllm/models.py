@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,11 +18,11 @@ _MADE: dict[str, type] = {}
 
 def __getattr__(name: str) -> type:
     architecture = name.removeprefix("Ghosted")
-    if name == architecture or architecture not in (*NATIVE, *REFUSED):
+    make = next((make for names, make in _MAKERS if architecture in names), None)
+    if name == architecture or make is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _MADE:
-        known = architecture in NATIVE
-        _MADE[name] = _native_class(name) if known else _refusing_class(name)
+        _MADE[name] = make(name)
     return _MADE[name]
 
 
@@ -74,6 +75,22 @@ def _native_class(name: str) -> type:
     )
 
 
+def _transformers_class(name: str) -> type:
+    """Return the class that runs transformers' modules, ghosts and all."""
+    from vllm.model_executor.models.transformers import TransformersForCausalLM
+
+    base: Any = TransformersForCausalLM
+
+    def __init__(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
+        check_version()
+        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        # vLLM marks a decoder when it is constructed. That of a model with first-token states gets
+        # its class later, and is run as it is.
+        vars(self.model).setdefault("do_not_compile", True)
+
+    return type(name, (base,), {"__init__": __init__, "__module__": __name__})
+
+
 def _refusing_class(name: str) -> type:
     """Return a class that vLLM takes for a model, and that refuses to be one."""
     from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -86,3 +103,10 @@ def _refusing_class(name: str) -> type:
         )
 
     return type(name, (LlamaForCausalLM,), {"__init__": __init__, "__module__": __name__})
+
+
+_MAKERS: tuple[tuple[Any, Callable[[str], type]], ...] = (
+    (NATIVE, _native_class),
+    (THROUGH_TRANSFORMERS, _transformers_class),
+    (REFUSED, _refusing_class),
+)
