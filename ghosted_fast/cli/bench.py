@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,10 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each model.")] = 5,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option("--engine", help="What runs the models; vllm takes saved folders."),
+    ] = "transformers",
 ) -> Result:
     """Measure tokens per second of prefill and of decoding, one model after the other in turn."""
     from ghosted_fast.cli.loading import open_models
@@ -25,13 +29,18 @@ def bench(
     from ghosted_fast.comparison import compare_models
     from ghosted_fast.machine import machine_facts
 
-    models, _ = open_models(model, dtype, device)
     speed = {
         "prompt_length": prompt_length,
         "new_tokens": new_tokens,
         "batch_size": batch_size,
         "repeats": repeats,
     }
-    rows = compare_models(models, speed=speed)
-    data = {"models": [row.to_dict() for row in rows], "machine": machine_facts()}
+    if engine == "vllm":
+        from ghosted_fast.serving.vllm.speed import compare_in_vllm
+
+        rows = compare_in_vllm(model, dtype, **speed)
+    else:
+        models, _ = open_models(model, dtype, device)
+        rows = compare_models(models, speed=speed)
+    data = {"models": [row.to_dict() for row in rows], "machine": machine_facts(), "engine": engine}
     return Result(data, [model_table(rows)])

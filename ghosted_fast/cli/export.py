@@ -1,0 +1,74 @@
+"""`ghosted-fast export`: a ghosted model as another engine's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ghosted_fast.cli import options
+from ghosted_fast.cli.verb import Result, usage_error
+
+Engine = Literal["gguf", "ort-genai"]
+PRECISIONS = {"gguf": ("f32", "f16", "q8_0"), "ort-genai": ("fp32", "int8", "int4")}
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="The model: a folder, a hub id or a .gguf file.")],
+    to: Annotated[
+        Engine, typer.Option("--to", help="gguf for llama.cpp, ort-genai for ONNX Runtime GenAI.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="What to write; beside the current folder's files if not."),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            help="gguf: f32 (if not given), f16, q8_0; ort-genai: fp32 (if not given), int8, int4.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer", help="gguf: a GGUF file of the dense model, whose tokenizer is taken."
+        ),
+    ] = None,
+    overwrite: options.OverwriteOption = False,
+) -> Result:
+    """Write a ghosted model for llama.cpp or ONNX Runtime GenAI.
+
+    Models without ghosts are written the same way, so that dense, pruned and ghosted compare.
+    """
+    allowed = PRECISIONS[to]
+    chosen = precision or allowed[0]
+    if chosen not in allowed:
+        raise usage_error(f"expected {', '.join(allowed)} with --to {to}, got {chosen!r}",
+                          "--precision")  # fmt: skip
+    if tokenizer is not None and to != "gguf":
+        raise usage_error("expected it with --to gguf alone", "--tokenizer")
+    stem = Path(model).name.removesuffix(".gguf")
+    if output is None:
+        output = Path(f"{stem}-ghosted.gguf" if to == "gguf" else f"{stem}-ort-genai-{chosen}")
+
+    from ghosted_fast.cli.loading import check_new
+    from ghosted_fast.sources import load_model
+
+    check_new(output, overwrite)
+    loaded, own = load_model(model, "float32")
+    if to == "gguf":
+        from ghosted_fast.export.gguf import export_gguf
+
+        if tokenizer is None and model.endswith(".gguf"):
+            tokenizer = Path(model)
+        export_gguf(loaded, output, tokenizer or own, chosen, overwrite)  # type: ignore[arg-type]
+    else:
+        from ghosted_fast.export.ort_genai import export_ort_genai
+
+        export_ort_genai(loaded, output, own, chosen, overwrite)  # type: ignore[arg-type]
+    return Result(
+        {"model": model, "to": to, "precision": chosen, "output": str(output)},
+        [f"wrote {output}"],
+    )

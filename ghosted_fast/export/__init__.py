@@ -1,0 +1,1 @@
+"""Ghosted models in the formats of other engines."""

@@ -1,0 +1,1 @@
+"""Ghosted models in engines that serve: plug-ins which those engines load by themselves."""

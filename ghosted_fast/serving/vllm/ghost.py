@@ -1,0 +1,142 @@
+"""A ghost as a vLLM module, and decoder layers that carry it.
+
+Between vLLM's layers the hidden state is a sum of two, h + r, which the next fused add-and-norm
+takes. A ghost leaves x and what it adds to x in their place, so its own addition costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+from ghosted_fast.derived import derive, maker
+from ghosted_fast.ops.ghost import ghost_apply
+
+Stream = tuple[Tensor, Tensor]
+
+
+class FloatGhost(ColumnParallelLinear):
+    """A floating-point ghost; its rows are shared among the ranks of tensor parallelism.
+
+    Args:
+        size: Width d of the hidden state.
+        record: The ghost's entry in the saved configuration.
+        prefix: Name of the module in the checkpoint.
+    """
+
+    def __init__(self, size: int, record: dict[str, Any], prefix: str) -> None:
+        super().__init__(
+            size,
+            size,
+            bias=record["bias"],
+            gather_output=True,
+            prefix=prefix,
+            return_bias=False,
+        )
+        self.norm_eps: float | None = record["norm_eps"]
+        state = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.register_parameter("first_state", state if record["first_state"] else None)
+
+    def split(self, x: Tensor, positions: Tensor) -> Stream:
+        """Return what the ghost adds, and what it is added to, each [tokens, d].
+
+        Args:
+            x: Hidden state [tokens, d].
+            positions: Position of each token in its sequence, [tokens].
+        """
+        features = x
+        if self.norm_eps is not None:
+            wide = x.float()
+            unit = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm_eps)
+            features = (wide * unit).to(x.dtype)
+        added = self(features)
+        if self.first_state is not None:
+            # By position: right for prompts that are read in parts, or partly found in the cache.
+            first = (positions == 0)[:, None]
+            added = torch.where(first, 0.0, added)
+            x = torch.where(first, self.first_state, x)
+        return added, x
+
+
+class Int8Ghost(nn.Module):
+    """A ghost whose weight is int8 with a scale per row; every rank holds all of it.
+
+    Args:
+        size: Width d of the hidden state.
+        record: The ghost's entry in the saved configuration.
+    """
+
+    def __init__(self, size: int, record: dict[str, Any]) -> None:
+        super().__init__()
+        self.norm_eps: float | None = record["norm_eps"]
+
+        def empty(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+        self.weight = empty(size, size, dtype=torch.int8)
+        self.scale = empty(size, dtype=torch.float32)
+        self.bias = empty(size) if record["bias"] else None
+        self.first_state = empty(size) if record["first_state"] else None
+
+    def split(self, x: Tensor, positions: Tensor) -> Stream:
+        """Return zeros and the ghost's output, each [tokens, d]; see `FloatGhost.split`."""
+        y = ghost_apply(
+            x,
+            self.weight,
+            self.bias,
+            self.scale,
+            norm_eps=self.norm_eps,
+            first_state=self.first_state,
+            is_first=None if self.first_state is None else positions == 0,
+        )
+        return torch.zeros_like(y), y
+
+
+def make_ghost(size: int, record: dict[str, Any], prefix: str) -> FloatGhost | Int8Ghost:
+    """Return the empty ghost that an entry of a saved configuration describes."""
+    if record["quantization"] == "int8":
+        return Int8Ghost(size, record)
+    return FloatGhost(size, record, prefix)
+
+
+def attach_ghost(layer: nn.Module, side: str, ghost: nn.Module) -> None:
+    """Give a vLLM decoder layer a ghost before its input or behind its output, in place.
+
+    Args:
+        layer: A layer called with positions, hidden states and residual.
+        side: "input" or "output".
+        ghost: A ghost of `make_ghost`.
+    """
+    layer.__class__ = derive("vllm_layer", type(layer))
+    for attribute in ("ghost", "input_ghost"):
+        if attribute not in layer._modules:
+            layer.register_module(attribute, None)
+    setattr(layer, "ghost" if side == "output" else "input_ghost", ghost)
+
+
+@maker("vllm_layer")
+def _ghosted_layer_class(base: Any) -> type:
+    """Make the class of a family's layers with ghosts."""
+
+    def forward(
+        self: Any,
+        positions: Tensor,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if self.input_ghost is not None:
+            x = hidden_states if residual is None else hidden_states + residual
+            added, kept = self.input_ghost.split(x, positions)
+            hidden_states, residual = added + kept, None
+        output = base.forward(self, positions, hidden_states, residual, *args, **kwargs)
+        if self.ghost is None:
+            return output
+        hidden, rest, *others = output
+        return (*self.ghost.split(hidden + rest, positions), *others)
+
+    return type(base.__name__, (base,), {"__module__": base.__module__, "forward": forward})

@@ -1,0 +1,130 @@
+"""Prefill and decoding speed of saved models in vLLM, measured in turn."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghosted_fast import _env
+from ghosted_fast.comparison import ModelRow
+from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
+from ghosted_fast.sources import resolve_dtype
+from ghosted_fast.speed import throughput_of
+
+_CACHE_BYTES = 1 << 28
+
+
+def compare_in_vllm(
+    folders: Sequence[str],
+    dtype: str = "auto",
+    prompt_length: int = 512,
+    new_tokens: int = 64,
+    batch_size: int = 1,
+    repeats: int = 5,
+) -> list[ModelRow]:
+    """Measure saved models in vLLM, each in a process of its own, all loaded at once.
+
+    Args:
+        folders: Saved models, ghosted or not, under different names.
+        dtype: Dtype to serve in; "auto" is the checkpoint's own.
+        prompt_length: Tokens of each prompt.
+        new_tokens: Tokens decoded after the first one.
+        batch_size: Prompts at a time.
+        repeats: Measurements of each model, after one that does not count.
+
+    Returns:
+        A row for each model, in the order given.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+        SourceError: A model is no saved folder.
+        ArgumentError: Two folders have the same name.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError(
+            "--engine vllm needs vLLM, in an environment of its own: pip install vllm "
+            "ghosted_fast (on a processor without a GPU see docs/vllm.md)"
+        )
+    for folder in folders:
+        if not (Path(folder) / "config.json").is_file():
+            raise SourceError(
+                f"expected a saved folder for vLLM, got {folder!r}: save the model first, as "
+                "`ghosted-fast fit --output` does"
+            )
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ArgumentError(f"expected folders of different names, got {names}")
+    _env.prepare_vllm()
+    from vllm import LLM
+
+    wanted = resolve_dtype(dtype)
+    engines = [
+        LLM(
+            folder,
+            dtype="auto" if wanted is None else str(wanted).removeprefix("torch."),
+            kv_cache_memory_bytes=_CACHE_BYTES,
+            max_model_len=prompt_length + new_tokens + 1,
+            max_num_seqs=batch_size,
+            max_num_batched_tokens=max(2048, batch_size * prompt_length),
+            enable_prefix_caching=False,
+            seed=0,
+        )
+        for folder in folders
+    ]
+    seconds: list[list[tuple[float, float]]] = [[] for _ in engines]
+    for repeat in range(repeats + 1):
+        for index in range(len(engines)):
+            index = (index + repeat) % len(engines)
+            timing = _measure(engines[index], prompt_length, new_tokens, batch_size)
+            if repeat > 0:
+                seconds[index].append(timing)
+    sizes = [_size_of(folder) for folder in folders]
+    return [
+        ModelRow(
+            name=name,
+            dtype=str(engine.llm_engine.model_config.dtype).removeprefix("torch."),
+            layers=layers,
+            parameters=parameters,
+            throughput=throughput_of(timings, prompt_length, new_tokens, batch_size),
+        )
+        for name, engine, timings, (layers, parameters) in zip(
+            names, engines, seconds, sizes, strict=True
+        )
+    ]
+
+
+def _measure(
+    engine: Any, prompt_length: int, new_tokens: int, batch_size: int
+) -> tuple[float, float]:
+    """Return the seconds of a prefill, and of `new_tokens` decoding steps after it."""
+    from vllm import SamplingParams
+
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = engine.llm_engine.model_config.get_vocab_size()
+    shape = (batch_size, prompt_length)
+    rows = torch.randint(vocabulary, shape, generator=generator).tolist()
+    prompts = [{"prompt_token_ids": row} for row in rows]
+
+    def run(count: int) -> float:
+        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+        start = time.perf_counter()
+        engine.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    prefill = run(1)
+    return prefill, run(1 + new_tokens) - prefill
+
+
+def _size_of(folder: str) -> tuple[int, int]:
+    """Return the numbers of layers and of parameters of a saved model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return config.num_hidden_layers, sum(parameter.numel() for parameter in model.parameters())

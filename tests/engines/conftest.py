@@ -1,0 +1,46 @@
+"""The real model, ghosted, for the engines that are installed.
+
+In an engine's environment pytest runs with `--confcutdir=tests/engines`: the folder above, which
+its conftest would put on the path, holds a folder `triton` that libraries take for the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ghosted_fast.assets import fetch_demo_assets
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.sources import load_model, load_texts, token_batches
+
+torch.set_num_threads(1)
+REMOVED = range(14, 19)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Callable[..., tuple[Any, Path, Any]]:
+    """Return a function that gives the ghosted model, its dense GGUF file and its tokenizer."""
+    path = fetch_demo_assets().model
+    dense, tokenizer = load_model(path, torch.float32)
+    made: dict[str, Any] = {}
+
+    def ghosted(**options: Any) -> tuple[Any, Path, Any]:
+        key = repr(options)
+        if key not in made:
+            texts = load_texts(fetch_demo_assets().calibration)
+            batches = token_batches(tokenizer, texts, 8192)
+            made[key], _ = ghost_model(dense, batches, removed=REMOVED, **options)
+        return made[key], path, tokenizer
+
+    def text(num_tokens: int) -> list[int]:
+        texts = load_texts(fetch_demo_assets().evaluation)
+        return [
+            int(token) for token in token_batches(tokenizer, texts, num_tokens, num_tokens)[0][0]
+        ]
+
+    ghosted.text = text  # type: ignore[attr-defined]
+    return ghosted
