@@ -8,7 +8,7 @@ before each gap (or before the first kept layer) gives the state that the remove
 
 At the first attended token of a sequence, y is `first_state` where the ghost has one. The classes
 `Ghosted<X>`, for any class X of transformers, are made when they are first asked for. Where the
-package is installed and imported (`import ghosted_fast`), its faster classes are used instead.
+package is installed, they are its faster ones.
 
 Source: Yun et al., arXiv 2605.15491 (the ghost).
 """
@@ -16,6 +16,7 @@ Source: Yun et al., arXiv 2605.15491 (the ghost).
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import sys
 from typing import Any
@@ -197,7 +198,15 @@ def __getattr__(name: str) -> Any:
     if not name.startswith(_PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     base: Any = getattr(transformers, name.removeprefix(_PREFIX))
-    if issubclass(base, transformers.PreTrainedConfig):
+    is_config = issubclass(base, transformers.PreTrainedConfig)
+    try:
+        importlib.import_module("ghosted_fast.registry")
+    except ImportError:
+        pass
+    else:
+        derived = importlib.import_module("ghosted_fast.derived")
+        return derived.derive("config" if is_config else "model", base)
+    if is_config:
         members = {
             "__annotations__": {"ghost": dict | None},
             "model_type": _TYPE_PREFIX + base.model_type,

@@ -175,6 +175,10 @@ class GhostedModel(Derived):
             _write_companions(self, Path(save_directory))
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: the class is in a package, and no file of it is saved beside the weights."""
+
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """Push as transformers does, with our model card in the place of its empty one."""
         _write_companions(self, Path(working_dir))  # anew: what is older is not pushed
@@ -253,6 +257,7 @@ def _ghosted_config_class(base: Any) -> type:
             "__doc__": f"The configuration of a ghosted {base.__name__.removesuffix('Config')}.",
             "__annotations__": {"ghost": dict | None},
             "__post_init__": __post_init__,
+            "register_for_auto_class": classmethod(lambda cls, auto_class="AutoConfig": None),
             "model_type": GHOSTED_PREFIX + base.model_type,
             "ghost": None,
         },

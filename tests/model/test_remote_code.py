@@ -86,7 +86,7 @@ def save_with_answers(root: Path, name: str, model: Any) -> None:
     torch.save(answers, root / f"{name}.pt")
 
 
-def run_without_package(script: str, *arguments: str, modules: Path) -> str:
+def run(script: str, *arguments: str, modules: Path) -> str:
     result = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         stdin=subprocess.DEVNULL,
@@ -112,7 +112,7 @@ def test_every_family_loads_without_the_package(
     quantized = remove_layers(tiny_model("llama", NUM_LAYERS), REMOVED, ghosts)
     save_with_answers(tmp_path, "int8", quantized)
     modules = tmp_path_factory.mktemp("modules")
-    assert run_without_package(LOAD, str(tmp_path), modules=modules).endswith("loaded\n")
+    assert run(LOAD, str(tmp_path), modules=modules).endswith("loaded\n")
 
 
 DAMAGED = """
@@ -143,7 +143,7 @@ def test_damaged_folder_is_refused(tmp_path: Path, edit: Any, message: str) -> N
     config = json.loads((folder / "config.json").read_text())
     edit(config)
     (folder / "config.json").write_text(json.dumps(config))
-    assert message in run_without_package(DAMAGED, str(folder), modules=tmp_path / "modules")
+    assert message in run(DAMAGED, str(folder), modules=tmp_path / "modules")
 
 
 def test_package_wins_where_it_is_installed(tmp_path: Path) -> None:
@@ -152,6 +152,31 @@ def test_package_wins_where_it_is_installed(tmp_path: Path) -> None:
     for options in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
         loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
         assert type(loaded) is type(model)
+
+
+NOT_IMPORTED = """
+import sys
+from transformers import AutoModelForCausalLM
+assert "ghosted_fast" not in sys.modules
+options = {"trust_remote_code": True}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
+model.save_pretrained(sys.argv[2])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[2], **options)
+ghost = model.model.layers[0].ghost
+print(type(model).__module__, type(again) is type(model), type(ghost).__name__)
+"""
+
+
+def test_package_wins_where_it_is_installed_and_not_imported(tmp_path: Path) -> None:
+    model = remove_layers(tiny_model("qwen3", NUM_LAYERS), REMOVED, random_ghosts())
+    folder, again = save_model(model, tmp_path / "model"), tmp_path / "again"
+    arguments = (NOT_IMPORTED, str(folder), str(again))
+    printed = run(*arguments, modules=tmp_path / "modules")
+    assert printed == "ghosted_fast.registry True GhostLinear\n"
+    files = [
+        {path.name: path.read_text() for path in place.glob("*.[jp]*")} for place in (folder, again)
+    ]
+    assert files[0] == files[1]
 
 
 def test_file_is_self_contained_and_small(tmp_path: Path) -> None:
