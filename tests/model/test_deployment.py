@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -229,54 +224,3 @@ def test_compiled_generation() -> None:
     expected = generated(model)
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     assert torch.equal(generated(model, cache_implementation="static"), expected)
-
-
-def test_transformers_serve(tmp_path: Path) -> None:
-    """The server imports no package of ours: the saved file finds it, or does without."""
-    pytest.importorskip("fastapi")
-    openai = pytest.importorskip("openai")
-    from tiny_text import tiny_tokenizer
-
-    tokenizer, folder = tiny_tokenizer(), tmp_path / "model"
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    model = ghosted()
-    save_model(model, folder, tokenizer)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
-    command += ["serve", str(folder), "--trust-remote-code", "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        try:
-            client = openai.OpenAI(
-                base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0
-            )
-            answer = ask_when_ready(client, server, str(folder))
-        finally:
-            server.terminate()
-            server.wait(30)
-    prompt = tokenizer("the cat", return_tensors="pt").input_ids
-    tokens = model.generate(prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :]
-    assert answer == tokenizer.decode(tokens, skip_special_tokens=True), (
-        tmp_path / "log"
-    ).read_text()
-
-
-def ask_when_ready(client: Any, server: subprocess.Popen[bytes], model: str) -> str:
-    """Ask for a continuation of "the cat", again and again until the server answers."""
-    for _ in range(120):
-        try:
-            answer = client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": "the cat"}],
-                max_tokens=6,
-                temperature=0,
-            )
-            return str(answer.choices[0].message.content)
-        except Exception:
-            if server.poll() is not None:
-                raise
-            time.sleep(0.5)
-    raise TimeoutError("the server did not answer")
