@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.model_card import CARD, is_ours
 
 
 def save_model(
@@ -23,7 +24,8 @@ def save_model(
         model: A transformers model, ghosted or not.
         folder: The folder to make. Its parents are made as needed.
         tokenizer: A tokenizer to save beside the model, or None.
-        overwrite: Whether an existing folder is replaced, once the new one is complete.
+        overwrite: Whether an existing folder is replaced, once the new one is complete. A README.md
+            that this library did not write is kept.
 
     Returns:
         The folder.
@@ -46,6 +48,9 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         if target.exists():
+            card = target / CARD
+            if card.is_file() and not is_ours(card):
+                shutil.copy2(card, fresh / CARD)
             target.rename(workspace / "old")
         fresh.rename(target)
     except BaseException:

@@ -27,6 +27,7 @@ from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import find_family, hidden_size
 from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.fitting import FittedGhost, fit_ghost, fit_in_sequence
+from ghosted_fast.model_card import attach_report
 from ghosted_fast.recovery import check_recovery, fit_patches, put_patches
 from ghosted_fast.refinement import refine_ghosts
 from ghosted_fast.report import GhostFacts, GhostReport
@@ -207,7 +208,9 @@ def ghost_model(
         smaller = put_patches(model, selection.removed, [patches[job] for job in jobs], inplace)
     if budget is not None and min_decode_speedup is not None:
         budget = _measured(budget, dense, smaller)
-    return smaller, replace(report, budget=budget)
+    report = replace(report, budget=budget)
+    attach_report(smaller.config, report.to_dict())
+    return smaller, report
 
 
 @contextmanager

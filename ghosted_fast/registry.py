@@ -7,6 +7,7 @@ table; the models of a family are registered when a ghosted configuration of it 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ghosted_fast.derived import Derived, bases_of, derive, maker, underived
@@ -16,6 +17,8 @@ from ghosted_fast.families import (
     decoder_layers,
     decoder_of,
 )
+from ghosted_fast.model_card import write_card
+from ghosted_fast.remote_code import MODULE, auto_map_of, remote_code
 
 FORMAT = 1
 _REGISTERED: set[type] = set()
@@ -162,9 +165,36 @@ class GhostedModel(Derived):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save the model as transformers does, with the ghosts it has now."""
+        """Save the model as transformers does, with the ghosts it has now.
+
+        A model card is written beside it, unless there is one of somebody else's, and the file that
+        loads the folder where this package is not installed.
+        """
         refresh_record(self)
+        if kwargs.get("is_main_process", True) and not Path(save_directory).is_file():
+            _write_companions(self, Path(save_directory))
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: the class is in a package, and no file of it is saved beside the weights."""
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """Push as transformers does, with our model card in the place of its empty one."""
+        _write_companions(self, Path(working_dir))  # anew: what is older is not pushed
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+
+def _write_companions(model: Any, folder: Path) -> None:
+    """Write the model card and, where it can serve, the file for machines without this package."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return  # only an adapter is saved
+    folder.mkdir(parents=True, exist_ok=True)
+    write_card(model.config, folder)
+    auto_map = auto_map_of(model)
+    if auto_map is not None:
+        model.config.auto_map = auto_map
+        (folder / f"{MODULE}.py").write_text(remote_code(), encoding="utf-8")
 
 
 def _build_ghosts(model: Any) -> None:
@@ -227,6 +257,7 @@ def _ghosted_config_class(base: Any) -> type:
             "__doc__": f"The configuration of a ghosted {base.__name__.removesuffix('Config')}.",
             "__annotations__": {"ghost": dict | None},
             "__post_init__": __post_init__,
+            "register_for_auto_class": classmethod(lambda cls, auto_class="AutoConfig": None),
             "model_type": GHOSTED_PREFIX + base.model_type,
             "ghost": None,
         },

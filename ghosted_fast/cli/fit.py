@@ -76,6 +76,7 @@ def fit(
     )
     from ghosted_fast.comparison import compare_models
     from ghosted_fast.machine import machine_facts
+    from ghosted_fast.model_card import attach_report, write_card
     from ghosted_fast.pipeline import ghost_model, statistics_bytes_needed
     from ghosted_fast.report import write_report
     from ghosted_fast.sources import load_texts, token_batches
@@ -128,7 +129,8 @@ def fit(
         refine_state=refine_state,
         progress=True,
     )
-    facts: dict[str, Any] = found.to_dict()
+    facts: dict[str, Any] = found.to_dict() | {"calibration": Path(calibration).name}
+    attach_report(smaller.config, facts)
     save_model(smaller, output, tokenizer, overwrite)
     if refine_state is not None:
         refine_state.unlink(missing_ok=True)
@@ -146,6 +148,9 @@ def fit(
             models["ghosted" if recovery == "ghost" else recovery] = smaller
         rows = compare_models(models, held_out, progress=True, seed=seed)
         facts["models"] = [row.to_dict() for row in rows]
+        if attach_report(smaller.config, facts):
+            smaller.config.save_pretrained(output)
+            write_card(smaller.config, output)
         shown += ["", model_table(rows)]
     if report is not None:
         facts["machine"] = machine_facts()

@@ -1,0 +1,143 @@
+"""The model card: what it says, and that nobody's own is overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dense_reference import NUM_LAYERS, REMOVED, random_ghosts
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+from transformers.utils import hub
+
+from ghosted_fast.checkpoint import save_model
+from ghosted_fast.model_card import CARD, attach_report, model_card, write_card
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.surgery import remove_layers
+from ghosted_fast.testing import random_tokens, tiny_model
+
+OWN = "# My model\n"
+
+
+def ghosted() -> Any:
+    return remove_layers(tiny_model("llama", NUM_LAYERS), REMOVED, random_ghosts())
+
+
+def fitted() -> tuple[Any, Any]:
+    dense = tiny_model("llama")
+    dense.config._name_or_path = "someone/tiny-llama"
+    batches = [random_tokens(8, 32, seed) for seed in range(2)]
+    return ghost_model(dense, batches, removed=[2, 3], bias=True)
+
+
+def test_card_says_what_was_done(tmp_path: Path) -> None:
+    model, report = fitted()
+    folder = save_model(model, tmp_path / "model")
+    card = ModelCard.load(folder / CARD)
+    assert card.data.base_model == "someone/tiny-llama"
+    assert card.data.library_name == "transformers"
+    assert {"ghosted_fast", "ghosted_llama"} <= set(card.data.tags)
+    assert "2 of the 6 decoder layers of someone/tiny-llama were removed: 2, 3." in card.text
+    (fact,) = report.ghosts
+    first_state = "yes" if fact.first_state else "no"
+    row = f"| [2, 4) | behind layer 1 | normed | yes | {first_state} | as the model |"
+    assert f"{row} {fact.damping:.1e} | {fact.held_out_error:.4f} |" in card.text
+    assert f"over {fact.num_tokens:,} tokens" in card.text
+    assert "trust_remote_code=True" in card.text and "import ghosted_fast" in card.text
+    assert "## Measured" not in card.text
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    again = save_model(loaded, tmp_path / "again")
+    assert (again / CARD).read_text() == (folder / CARD).read_text()
+
+
+def test_card_shows_the_measured_table() -> None:
+    model, report = fitted()
+    row = {"name": "dense", "dtype": "bfloat16", "layers": 30, "parameters": 134_500_000}
+    measured = {"perplexity": {"value": 28.481, "low": 1}, "throughput": None}
+    speeds = {"prefill_tokens_per_s": 2125.1, "decode_tokens_per_s": 42.61}
+    rows = [row | measured, row | {"name": "ghosted", "perplexity": None, "throughput": speeds}]
+    attach_report(model.config, {**report.to_dict(), "models": rows, "calibration": "web.jsonl"})
+    text = model_card(model.config)
+    assert "| dense | bfloat16 | 30 | 134.5 M | 28.48 | - | - |" in text
+    assert "| ghosted | bfloat16 | 30 | 134.5 M | - | 2,125.1 | 42.6 |" in text
+    assert "tokens of web.jsonl" in text
+
+
+def test_gaps_are_found_without_a_report(tmp_path: Path) -> None:
+    text = model_card(ghosted().config)
+    for gap in ("| [0, 1) | before layer 0", "| [2, 4) | behind layer 0", "| [7, 8) | behind"):
+        assert gap in text
+    assert "## Calibration" not in text and "base_model" not in text
+
+
+def test_local_paths_stay_private() -> None:
+    model, report = fitted()
+    attach_report(model.config, report.to_dict() | {"model": "/home/someone/secret/tiny"})
+    text = model_card(model.config)
+    assert "secret" not in text and "A ghosted tiny" in text
+
+
+def test_report_goes_when_the_model_is_cut_again() -> None:
+    model, _ = fitted()
+    assert "report" in model.config.ghost
+    assert "report" not in remove_layers(model, [0], [random_ghosts()[0]]).config.ghost
+
+
+def test_own_card_is_kept(tmp_path: Path) -> None:
+    model = ghosted()
+    (tmp_path / CARD).write_text(OWN)
+    model.save_pretrained(tmp_path)
+    assert not write_card(model.config, tmp_path)
+    assert (tmp_path / CARD).read_text() == OWN
+    folder = save_model(model, tmp_path / "model")
+    assert "ghosted_fast" in (folder / CARD).read_text()
+    (folder / CARD).write_text(OWN)
+    save_model(model, folder, overwrite=True)
+    assert (folder / CARD).read_text() == OWN
+
+
+class Hub:
+    """Stands for the hub: keeps what is pushed."""
+
+    def __init__(self) -> None:
+        self.pushed: dict[str, str] = {}
+
+    def create_repo(self, repo_id: str, **_: Any) -> Any:
+        return type("Repository", (), {"repo_id": repo_id})
+
+    def create_commit(self, operations: Any, **_: Any) -> str:
+        for item in operations:
+            path = Path(item.path_or_fileobj)
+            self.pushed[item.path_in_repo] = (
+                "" if path.suffix == ".safetensors" else path.read_text()
+            )
+        return "done"
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+@pytest.mark.parametrize("card", [None, OWN])
+def test_push_writes_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, card: str | None
+) -> None:
+    model, online = ghosted(), Hub()
+
+    def placeholder(*_: Any, **__: Any) -> ModelCard:
+        if card is not None:
+            return ModelCard(card)
+        text = "This model card has been automatically generated."
+        return ModelCard.from_template(hub.ModelCardData(), model_description=text)
+
+    monkeypatch.setattr(hub, "hf_api", lambda: online)
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: online)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", placeholder)
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", placeholder)
+    if way == "push_to_hub":
+        model.push_to_hub("someone/ghosted")
+    else:
+        model.save_pretrained(tmp_path / "ghosted", push_to_hub=True)
+    assert {"modeling_ghosted.py", "config.json", "model.safetensors"} <= set(online.pushed)
+    if card is None:
+        assert "4 of the 8 decoder layers" in online.pushed[CARD]
+    else:
+        assert OWN in online.pushed[CARD] and "removed" not in online.pushed[CARD]
