@@ -30,6 +30,7 @@ FLOORS: list[set[str]] = [
     {"pipeline", "grid", "export", "serving"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 ]
 WITHOUT_TRANSFORMERS = {"ops", "gram", "solve", "batches", "_native", "derived", "first_token"}
 
