@@ -41,11 +41,14 @@ def test_statistics_are_those_of_the_dense_states(first_state: str, input_form: 
     eps = norm_eps_of(model, options)
     for item, (start, stop) in zip(collected, intervals, strict=True):
         expected = GramAccumulator(32, 4, eps)
-        sequence, first_sum, firsts = 0, torch.zeros(32, dtype=torch.float64), 0
+        sequence, first_sum, firsts, floor = 0, torch.zeros(32, dtype=torch.float64), 0, None
         for batch in batches():
             states: dict[int, torch.Tensor] = {}
             visit_boundaries(model, batch, [start, stop], states.__setitem__)
-            weight = token_weights(states[start], states[stop], options, eps)
+            if floor is None:
+                energies = states[stop][0].square().mean(-1)[batch.attention_mask[0].bool()]
+                floor = 4 * float(energies.median())
+            weight = token_weights(states[start], states[stop], options, eps, floor)
             weight = weight * batch.attention_mask
             if first_state == "on":
                 first_sum += states[stop][batch.is_first].double().sum(0)
@@ -60,6 +63,7 @@ def test_statistics_are_those_of_the_dense_states(first_state: str, input_form: 
             assert relative_rms(item.gram.fold(fold).gram, expected.fold(fold).gram) < 1e-6
             assert relative_rms(item.gram.fold(fold).cross, expected.fold(fold).cross) < 1e-6
         assert item.gram.num_tokens == expected.num_tokens
+        assert item.energy_floor == pytest.approx(floor, rel=1e-5)
         if first_state == "on":
             assert item.first is not None and item.first.count == firsts == 15
             torch.testing.assert_close(item.first.mean(), first_sum / firsts)
