@@ -49,6 +49,7 @@ def select_layers(
     score_tokens: int = DEFAULT_SCORE_TOKENS,
     memory_budget: int | None = None,
     beam: int = DEFAULT_BEAM,
+    also: Iterable[int] = (),
     progress: bool = False,
 ) -> Selection:
     """Choose layers to remove.
@@ -72,6 +73,8 @@ def select_layers(
         memory_budget: Bytes that statistics may take (the ghost criteria). Where all candidates
             together need more, several passes are made. Default: half of the free memory.
         beam: How many sets race in the criterion `ghost-search`.
+        also: Other numbers of layers; `streamline` and `angular` settle them in the same pass, see
+            `Selection.choices`.
         progress: Whether to show progress bars on stderr.
 
     Returns:
@@ -83,7 +86,9 @@ def select_layers(
         NonFiniteError: An activation is NaN or infinite.
     """
     layers = layer_count(model)
-    check_layer_count(num_layers, layers)
+    also = tuple(also)
+    for count in (num_layers, *also):
+        check_layer_count(count, layers)
     if criterion not in CRITERIA:
         raise ArgumentError(f"expected a criterion out of {', '.join(CRITERIA)}, got {criterion!r}")
     if beam < 1:
@@ -98,6 +103,7 @@ def select_layers(
         memory_budget,
         progress,
         beam,
+        also,
     )
     return CRITERIA[criterion](request)
 

@@ -103,6 +103,22 @@ def test_taylor_sums_weight_times_gradient(family: str) -> None:
     assert chosen.removed == sorted([4, 5, 6, others])
 
 
+@pytest.mark.parametrize("criterion", ["streamline", "angular"])
+def test_several_numbers_of_layers_take_one_pass(criterion: str) -> None:
+    model = tiny_model("llama")
+    passes: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    chosen = select_layers(model, tokens(), 3, criterion, also=[1, 2])
+    assert len(passes) == len(tokens())
+    assert sorted(chosen.choices) == [1, 2, 3] and chosen.removed == chosen.choices[3]
+    for count in (1, 2, 3):
+        alone = select_layers(model, tokens(), count, criterion)
+        assert alone.removed == chosen.choices[count]
+        assert [s for s in chosen.scores if s.stop - s.start == count] == alone.scores
+    with pytest.raises(ArgumentError, match=r"num_layers in 1\.\.5"):
+        select_layers(model, tokens(), 3, criterion, also=[6])
+
+
 def test_sleb_removes_greedily_and_its_choices_are_nested() -> None:
     model = tiny_model("llama")
     texts = [random_tokens(8, 32, seed) for seed in range(6)]

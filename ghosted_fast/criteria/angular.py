@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ghosted_fast.batches import Batch
 from ghosted_fast.criteria.distances import mean_distances
-from ghosted_fast.criteria.request import Request, Selection, best_interval, candidate_intervals
+from ghosted_fast.criteria.request import Request, Selection, best_interval, wanted_intervals
 
 
 def by_angular(request: Request) -> Selection:
     """Choose the interval with the lowest mean angular distance."""
-    intervals = candidate_intervals(request.count, request.layers)
-    return best_interval(mean_distances(request, intervals, angles_of_last_tokens), "angular")
+    intervals = wanted_intervals(request)
+    return best_interval(
+        request, mean_distances(request, intervals, angles_of_last_tokens), "angular"
+    )
 
 
 def angles_of_last_tokens(batch: Batch, x: Tensor, y: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class Request:
         memory_budget: Bytes that statistics may take; None for half of the free memory.
         progress: Whether to show progress bars on stderr.
         beam: Sets that `ghost-search` races.
+        also: Other numbers of layers, to be settled too where that takes no pass of its own.
     """
 
     model: nn.Module
@@ -93,6 +94,7 @@ class Request:
     memory_budget: int | None = None
     progress: bool = False
     beam: int = DEFAULT_BEAM
+    also: tuple[int, ...] = ()
 
 
 def candidate_intervals(count: int, layers: int) -> list[tuple[int, int]]:
@@ -100,11 +102,20 @@ def candidate_intervals(count: int, layers: int) -> list[tuple[int, int]]:
     return [(start, start + count) for start in range(layers - count + 1)]
 
 
-def best_interval(scores: Sequence[IntervalScore], criterion: str) -> Selection:
-    """Return the selection of the interval with the lowest score."""
-    best = min(scores, key=lambda item: item.score)
-    removed = list(range(best.start, best.stop))
-    return Selection(removed, list(scores), criterion, {len(removed): removed})
+def wanted_intervals(request: Request) -> list[tuple[int, int]]:
+    """Return every interval of every number of layers that is asked for."""
+    counts = sorted({request.count, *request.also})
+    return [pair for count in counts for pair in candidate_intervals(count, request.layers)]
+
+
+def best_interval(request: Request, scores: Sequence[IntervalScore], criterion: str) -> Selection:
+    """Return the selection of the interval with the lowest score of those of its length."""
+    choices: dict[int, list[int]] = {}
+    for count in {request.count, *request.also}:
+        rivals = [item for item in scores if item.stop - item.start == count]
+        best = min(rivals, key=lambda item: item.score)
+        choices[count] = list(range(best.start, best.stop))
+    return Selection(choices[request.count], list(scores), criterion, choices)
 
 
 def in_order(

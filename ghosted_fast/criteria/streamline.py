@@ -7,10 +7,12 @@ Streamline), arXiv 2403.19135, equation 1: the mean over tokens of cos(x_s, x_(s
 from __future__ import annotations
 
 from ghosted_fast.criteria.distances import mean_distances, one_minus_cosine
-from ghosted_fast.criteria.request import Request, Selection, best_interval, candidate_intervals
+from ghosted_fast.criteria.request import Request, Selection, best_interval, wanted_intervals
 
 
 def by_streamline(request: Request) -> Selection:
     """Choose the interval with the lowest mean of 1 - cos(input of s, input of s + n)."""
-    intervals = candidate_intervals(request.count, request.layers)
-    return best_interval(mean_distances(request, intervals, one_minus_cosine), "streamline")
+    intervals = wanted_intervals(request)
+    return best_interval(
+        request, mean_distances(request, intervals, one_minus_cosine), "streamline"
+    )

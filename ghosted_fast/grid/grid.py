@@ -163,16 +163,20 @@ def _select(
                 options=fitting.options,
                 score_tokens=score_tokens,
                 memory_budget=fitting.memory_budget,
+                also=num_layers,
                 progress=fitting.progress,
             )
             seconds = time.perf_counter() - began
             settled = {**selection.choices, count: selection.removed}
             for other in sorted(set(num_layers) & settled.keys()):
                 if state.get("selection", criterion, other) is None:
+                    # The criteria that choose layer by layer score single layers.
+                    lengths = (1, other)
+                    scores = [s for s in selection.scores if s.stop - s.start in lengths]
                     record = {
                         "removed": settled[other],
                         "seconds": seconds,
-                        "scores": [asdict(score) for score in selection.scores],
+                        "scores": [asdict(score) for score in scores],
                     }
                     state.put("selection", criterion, other, record=record)
 
