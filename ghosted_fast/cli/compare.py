@@ -11,6 +11,8 @@ from ghosted_fast.cli import options
 from ghosted_fast.cli.verb import Result, TextTable, usage_error
 
 _CRITERIA = ", ".join(get_args(options.Criterion))
+# A grid has many shapes of model; each is measured in turn with all others.
+_SPEED = {"prompt_length": 128, "new_tokens": 32, "repeats": 3}
 _RECOVERIES = ", ".join(get_args(options.Recovery))
 
 OutputOption = Annotated[
@@ -147,7 +149,7 @@ def compare(
         recoveries=recoveries,
         name=Path(model).name,
         options=ghosts,
-        speed={} if speed else None,
+        speed=_SPEED if speed else None,
         accuracy=None
         if task_names is None
         else lambda item: accuracy(item, tokenizer, task_names, limit),
