@@ -32,6 +32,7 @@ from ghosted_fast.registry import is_ghosted, removal_record
 
 # fp32 logits held at once where two distributions are compared: 16 MiB, an outer cache.
 _SLICE_ELEMENTS = 1 << 22
+_BY_INVERSE_ENERGY = GhostOptions(token_weight="inverse_energy")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class GhostSlope:
             NonFiniteError: A state or a gradient is NaN or infinite.
         """
         eps = self._norm_eps
-        weight = (token_weights(x, y, GhostOptions(), eps) * counted).flatten()
+        weight = (token_weights(x, y, _BY_INVERSE_ENERGY, eps) * counted).flatten()
         rows, changes = x.flatten(0, -2), gradient.flatten(0, -2)
         try:
             gram_update(

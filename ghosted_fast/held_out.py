@@ -18,7 +18,10 @@ _FEWEST_HELD_OUT = 128
 
 
 def split_sequences(
-    batches: Iterable[Any], held_out_tokens: int, device: torch.device | str | None = None
+    batches: Iterable[Any],
+    held_out_tokens: int,
+    device: torch.device | str | None = None,
+    options: GhostOptions | None = None,
 ) -> tuple[list[Batch], list[Batch]]:
     """Split text into sequences to learn from and sequences to judge by.
 
@@ -28,11 +31,12 @@ def split_sequences(
         batches: See `iterate_batches`.
         held_out_tokens: Attended tokens to hold out, as far as there are that many.
         device: Where the tokens go.
+        options: How ghosts are fitted: how many folds there are.
 
     Returns:
         The two lists; each element is one sequence.
     """
-    options = GhostOptions()
+    options = options or GhostOptions()
     train: list[Batch] = []
     held_out: list[Batch] = []
     sequences = tokens = 0

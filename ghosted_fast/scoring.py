@@ -18,6 +18,7 @@ from ghosted_fast.calibration import GhostOptions, is_held_out
 from ghosted_fast.errors import CalibrationError
 from ghosted_fast.evaluation import token_losses
 from ghosted_fast.gaps import Gap
+from ghosted_fast.held_out import split_sequences
 from ghosted_fast.modules import GhostLinear
 
 DEFAULT_SCORE_TOKENS = 2048
@@ -35,16 +36,9 @@ def held_out_batches(
     Raises:
         CalibrationError: There are fewer sequences than folds, so that none is held out.
     """
-    selected: list[Batch] = []
-    sequences = tokens = 0
-    for batch in batches:
-        rows = [row for row in range(len(batch.input_ids)) if is_held_out(sequences + row, options)]
-        sequences += len(batch.input_ids)
-        for row in rows:
-            if tokens < score_tokens:
-                selected.append(batch.rows(torch.tensor([row], device=batch.input_ids.device)))
-                tokens += selected[-1].num_tokens
+    _, selected = split_sequences(batches, score_tokens, options=options)
     if not selected:
+        sequences = sum(len(batch.input_ids) for batch in batches)
         raise CalibrationError(
             f"expected at least {options.folds} calibration sequences (one per fold), got "
             f"{sequences}: cut the text into shorter sequences, or give more"
