@@ -6,13 +6,17 @@ solves, with the features' Gram as the curvature,
 
     (G + damping) dM^T = sum f(x_t) g_t^T
 
-then moves the ghosts in the span of -dM and of the correction before. How far is decided on
-held-out tokens: one forward pass per direction gives the change of the logits, and with it the
-Gauss-Newton optimum of the divergence in that span. A step that raises the held-out divergence is
-never taken. Nothing is random: the same text gives the same ghosts.
+then moves the ghosts in the span of -dM, of -S^-1 dM with S the damped Gram of the gradients, and
+of the correction before. S makes up for outputs that differ much in how sensitive the predictions
+are to them, as in models where a few dimensions hold most of the state; where it misleads, the span
+gives it no share. How far is decided on held-out tokens: one forward pass per direction gives the
+change of the logits, and with it the Gauss-Newton optimum of the divergence in that span. A step
+that raises the held-out divergence is never taken. Nothing is random: the same text gives the same
+ghosts.
 
-Source: ours. The span of a new and the last direction is that of conjugate gradients (Hestenes and
-Stiefel, 1952); the curvature of the divergence by logits z is the covariance of z under softmax(z).
+Source: ours. G and S are the two factors of Martens and Grosse, arXiv 1503.05671 (K-FAC). The span
+of new directions and the last one is that of conjugate gradients (Hestenes and Stiefel, 1952); the
+curvature of the divergence by logits z is the covariance of z under softmax(z).
 """
 
 from __future__ import annotations
@@ -50,10 +54,15 @@ DEFAULT_HELD_OUT_TOKENS = 4096
 # "auto" stops after a correction that lowers the held-out divergence by less than this share.
 _LEAST_GAIN = 0.003
 _FEWEST_FOR_AUTO = 2048
-# Size of a trial direction: rms change of the ghost's output relative to that output. Large
-# beside bf16 rounding, and about as large as the steps that are taken.
+# Size of the first trial: rms change of the ghosts' outputs relative to the outputs. Large beside
+# bf16 rounding. Where a few dimensions or tokens hold most of a state's energy, good steps are far
+# smaller, and a trial of this size says nothing about them: trials shorten until the step is no
+# less than half of them, at most tenfold each.
 _TRIAL_CHANGE = 0.02
+_MOST_TRIALS = 4
 _RIDGE = 1e-3
+# Damping of the gradients' Gram, relative to the mean of its diagonal.
+_OUTPUT_DAMPING = 1.0
 # Shares of the Gauss-Newton step that are tried, one after the other, until one is an improvement.
 _SHARES = (1.0, 0.5, 0.25)
 
@@ -149,20 +158,24 @@ def correct_ghosts(
     most = MOST_CORRECTIONS if corrections == "auto" else corrections
     facts: list[CorrectionFacts] = []
     last: list[Tensor] | None = None
+    size = _TRIAL_CHANGE
     for _ in tqdm(range(most), desc="correcting", delay=2.0, disable=not progress):
         began = time.perf_counter()
         slopes = divergence.slopes(in_passes(islice(text, per_correction)))
-        candidates = [_descent(slopes, damping)]
+        descent = _descent(slopes, damping)
+        candidates = [descent, _output_scaled(slopes, descent)]
         if last is not None:
             candidates.append(last)
-        step, before, after = _best_step(divergence, held_out, _trials(slopes, candidates))
-        last = step if step is not None else last
+        step, before, after = _best_step(divergence, held_out, slopes, candidates, size)
+        change = 0.0 if step is None else _relative_change(slopes, step)
+        if step is not None:
+            last, size = step, min(change, _TRIAL_CHANGE)
         facts.append(
             CorrectionFacts(
                 before=before,
                 after=after,
                 accepted=step is not None,
-                change=0.0 if step is None else _relative_change(slopes, step),
+                change=change,
                 seconds=time.perf_counter() - began,
             )
         )
@@ -185,6 +198,16 @@ def _descent(slopes: Sequence[GhostSlope], damping: float) -> list[Tensor]:
     return direction
 
 
+def _output_scaled(slopes: Sequence[GhostSlope], direction: Sequence[Tensor]) -> list[Tensor]:
+    """Return S^-1 times the direction, S the damped Gram of the gradients at the outputs."""
+    parts = iter(direction)
+    return [
+        slope.output_scaled(next(parts), _OUTPUT_DAMPING)
+        for slope in slopes
+        for _ in range(1 + slope.has_bias)
+    ]
+
+
 def _relative_change(slopes: Sequence[GhostSlope], direction: Sequence[Tensor]) -> float:
     """Return the rms change of the ghosts' outputs, relative to the outputs.
 
@@ -202,33 +225,43 @@ def _relative_change(slopes: Sequence[GhostSlope], direction: Sequence[Tensor]) 
 
 
 def _trials(
-    slopes: Sequence[GhostSlope], candidates: Sequence[Sequence[Tensor]]
+    slopes: Sequence[GhostSlope], candidates: Sequence[Sequence[Tensor]], size: float
 ) -> list[list[Tensor]]:
     """Return the directions at the size of a trial, without those that change nothing."""
-    sizes = [_relative_change(slopes, direction) for direction in candidates]
+    changes = [_relative_change(slopes, direction) for direction in candidates]
     return [
-        [part * (_TRIAL_CHANGE / size) for part in direction]
-        for direction, size in zip(candidates, sizes, strict=True)
-        if size > 0.0
+        [part * (size / change) for part in direction]
+        for direction, change in zip(candidates, changes, strict=True)
+        if change > 0.0
     ]
 
 
 def _best_step(
-    divergence: Divergence, held_out: Sequence[States], directions: Sequence[Sequence[Tensor]]
+    divergence: Divergence,
+    held_out: Sequence[States],
+    slopes: Sequence[GhostSlope],
+    candidates: Sequence[Sequence[Tensor]],
+    size: float,
 ) -> tuple[list[Tensor] | None, float, float]:
     """Move the ghosts by the best step in the span of some directions, if it is an improvement.
 
     Returns:
         The step, or None; and the held-out divergence before and after.
     """
-    if not directions:
+    if not _trials(slopes, candidates, size):
         value = divergence.value(held_out)
         return None, value, value
     point = divergence.point()
-    before, slope, curvature = _local_model(divergence, held_out, point, directions)
-    ridge = _RIDGE * curvature.diagonal().diag()
-    amounts = -torch.linalg.lstsq(curvature + ridge, slope[:, None]).solution[:, 0]
-    step = _combined(amounts, directions)
+    for _ in range(_MOST_TRIALS):
+        directions = _trials(slopes, candidates, size)
+        before, slope, curvature = _local_model(divergence, held_out, point, directions)
+        ridge = _RIDGE * curvature.diagonal().diag()
+        amounts = -torch.linalg.lstsq(curvature + ridge, slope[:, None]).solution[:, 0]
+        step = _combined(amounts, directions)
+        change = _relative_change(slopes, step)
+        if change >= 0.5 * size:
+            break
+        size = max(change, 0.1 * size)
     for share in _SHARES:
         shorter = [share * part for part in step]
         divergence.move([old + change for old, change in zip(point, shorter, strict=True)])

@@ -52,7 +52,7 @@ class States:
 
 
 class GhostSlope:
-    """Sums over tokens, of one ghost: the gradient of the divergence, and the features' Gram.
+    """Sums over tokens, of one ghost: gradients of the divergence, their Gram and the features'.
 
     The Gram weighs tokens by 1 / mean(y^2): behind the ghost the state is normalised, so that the
     curvature of the divergence falls with the square of the state's size.
@@ -72,6 +72,7 @@ class GhostSlope:
         self._norm_eps = ghost.norm_eps
         self._gram = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._cross = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._gradient_gram = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._moments = torch.zeros(3, size, dtype=torch.float64, device=device)
         self._gradient_sum = torch.zeros(size, dtype=torch.float64, device=device)
         self._weight_sum = 0.0
@@ -97,6 +98,7 @@ class GhostSlope:
             )
             ones = counted.flatten().float()
             gram_update(rows, changes, ones, norm_eps=eps, cross=self._cross)
+            gram_update(changes, token_weight=ones, gram=self._gradient_gram)
         except RuntimeError as error:
             raise NonFiniteError(
                 f"expected finite states and gradients at the ghost, got NaN or infinity ({error}):"
@@ -124,6 +126,18 @@ class GhostSlope:
             delta_sum=torch.zeros_like(self._gradient_sum),
         )
         return still.error_change(weight.mT, bias) / len(weight)
+
+    def output_scaled(self, changes: Tensor, damping: float) -> Tensor:
+        """Return (S + damping)^-1 times changes of the output, S the Gram of the gradients.
+
+        Args:
+            changes: Of a weight [d, d] or of a bias [d], fp64.
+            damping: Relative to the mean of S's diagonal, > 0.
+        """
+        gram = self._gradient_gram.tril() + self._gradient_gram.tril(-1).mT
+        gram.diagonal().add_(damping * float(gram.diagonal().mean()) or 1.0)
+        columns = changes.reshape(len(changes), -1)
+        return torch.cholesky_solve(columns, torch.linalg.cholesky(gram)).reshape(changes.shape)
 
     def equations(self) -> NormalEquations:
         """Return the damped step's equations: (G + damping) dM^T = sum f g^T."""
