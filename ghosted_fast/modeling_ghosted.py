@@ -25,11 +25,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import conversion_mapping
 
 from ghosted_fast.first_token import first_attended
 
 FORMAT = 1
+_SERVER = "transformers.cli.serving."
+_REQUIREMENT = "transformers>=5.19,<6"
 _PREFIX, _TYPE_PREFIX = "Ghosted", "ghosted_"
 _IS_FIRST = "ghost_is_first"
 
@@ -197,7 +198,13 @@ def __getattr__(name: str) -> Any:
     """Make `Ghosted<X>` of transformers' configuration or model class X."""
     if not name.startswith(_PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    base: Any = getattr(transformers, name.removeprefix(_PREFIX))
+    _check_version()
+    base: Any = getattr(transformers, name.removeprefix(_PREFIX), None)
+    if base is None:
+        raise AttributeError(
+            f"transformers {transformers.__version__} has no {name.removeprefix(_PREFIX)}, of "
+            f"which the ghosted model is made: pip install --upgrade '{_REQUIREMENT}'"
+        )
     is_config = issubclass(base, transformers.PreTrainedConfig)
     try:
         importlib.import_module("ghosted_fast.registry")
@@ -213,18 +220,45 @@ def __getattr__(name: str) -> Any:
             "ghost": None,
         }
         made = type(name, (base,), {"__module__": __name__, **members})
+        globals()[name] = made
         _convert_weights_alike(base.model_type, _TYPE_PREFIX + base.model_type)
+        language_models = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        if base in language_models:
+            show_to_server(getattr(sys.modules[__name__], _PREFIX + language_models[base].__name__))
     else:
         config_class = getattr(sys.modules[__name__], _PREFIX + base.config_class.__name__)
         members = {"__module__": __name__, "config_class": config_class}
         made = type(name, (GhostedModel, base), members)
+        globals()[name] = made
         _convert_weights_alike(base.__name__, name)
-    globals()[name] = made
     return made
+
+
+def _check_version() -> None:
+    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if not (5, 19) <= found < (6,):
+        raise ImportError(
+            f"expected {_REQUIREMENT} for ghosted models, got {transformers.__version__}: "
+            f"pip install '{_REQUIREMENT}'"
+        )
+
+
+def show_to_server(model_class: type) -> None:
+    """Put a class where `transformers serve` looks for it: on transformers, by its name.
+
+    Transformers replaces itself in `sys.modules` while its parts are imported, so that the server
+    may hold another module object than is found there.
+    """
+    server = [vars(sys.modules[name]) for name in list(sys.modules) if name.startswith(_SERVER)]
+    found = [sys.modules["transformers"], *(names.get("transformers") for names in server)]
+    for module in filter(None, found):
+        setattr(module, model_class.__name__, model_class)
 
 
 def _convert_weights_alike(dense: str, ghosted: str) -> None:
     """Register how the weights in a file differ from those in memory (Mixtral's experts)."""
+    from transformers import conversion_mapping  # absent from versions that are refused
+
     conversion = conversion_mapping.get_checkpoint_conversion_mapping(dense)
     if conversion is not None:
         conversion_mapping.register_checkpoint_conversion_mapping(

@@ -7,6 +7,7 @@ table; the models of a family are registered when a ghosted configuration of it 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from ghosted_fast.families import (
     decoder_layers,
     decoder_of,
 )
-from ghosted_fast.model_card import write_card
+from ghosted_fast.files import write_whole
+from ghosted_fast.model_card import own_card_kept, put_card_back, write_card
 from ghosted_fast.remote_code import MODULE, auto_map_of, remote_code
+from ghosted_fast.versions import check_transformers
 
 FORMAT = 1
 _REGISTERED: set[type] = set()
@@ -164,16 +167,22 @@ class GhostedModel(Derived):
         _check_loaded(model, info, where, any_size)
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
         """Save the model as transformers does, with the ghosts it has now.
 
         A model card is written beside it, unless there is one of somebody else's, and the file that
         loads the folder where this package is not installed.
         """
         refresh_record(self)
-        if kwargs.get("is_main_process", True) and not Path(save_directory).is_file():
-            _write_companions(self, Path(save_directory))
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        save = functools.partial(super().save_pretrained, save_directory, is_main_process)  # type: ignore[misc]
+        folder = Path(save_directory)
+        if not is_main_process or folder.is_file():
+            return save(*args, **kwargs)
+        _write_companions(self, folder)
+        with own_card_kept(folder):
+            return save(*args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -181,6 +190,7 @@ class GhostedModel(Derived):
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """Push as transformers does, with our model card in the place of its empty one."""
+        put_card_back(Path(working_dir))
         _write_companions(self, Path(working_dir))  # anew: what is older is not pushed
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
@@ -194,7 +204,7 @@ def _write_companions(model: Any, folder: Path) -> None:
     auto_map = auto_map_of(model)
     if auto_map is not None:
         model.config.auto_map = auto_map
-        (folder / f"{MODULE}.py").write_text(remote_code(), encoding="utf-8")
+        write_whole(folder / f"{MODULE}.py", remote_code())
 
 
 def _build_ghosts(model: Any) -> None:
@@ -243,6 +253,7 @@ def _shorten(names: list[str]) -> str:
 @maker("config")
 def _ghosted_config_class(base: Any) -> type:
     """Make the configuration class of a ghosted family: the family's with the field `ghost`."""
+    check_transformers()
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         base.__post_init__(self, **kwargs)
@@ -287,6 +298,8 @@ def register_models(config_class: type) -> None:
     from transformers import AutoModel, AutoModelForCausalLM, conversion_mapping
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+    from ghosted_fast.modeling_ghosted import show_to_server
+
     if config_class in _REGISTERED:
         return
     _REGISTERED.add(config_class)
@@ -300,6 +313,7 @@ def register_models(config_class: type) -> None:
         if isinstance(dense, type):
             ghosted = derive("model", dense)
             auto.register(config_class, ghosted, exist_ok=True)
+            show_to_server(ghosted)
             names[ghosted.__name__] = dense.__name__
     for ghosted_name, dense_name in names.items():
         # How the weights in a file differ from those in memory, as in Mixtral's merged experts.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from ghosted_fast.comparison import ratio
 from ghosted_fast.correction import CorrectionFacts
 from ghosted_fast.criteria.request import IntervalScore
 from ghosted_fast.errors import ArgumentError, MissingExtraError
+from ghosted_fast.files import write_whole
 from ghosted_fast.refinement import RefinementFacts
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -133,19 +132,6 @@ def write_report(
         page = render_report(report, title)
     write_whole(path, page)
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all; an existing one is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def render_report(report: Mapping[str, Any], title: str | None = None) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ghosted_fast.files import write_whole
 from ghosted_fast.grid.summary import Summary, summaries
 from ghosted_fast.grid.table import BEST_PUBLISHED, DEFAULT, Grid, layers_as_text
-from ghosted_fast.report import page_template, write_whole
+from ghosted_fast.report import page_template
 
 
 def check_outputs() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dense_reference import NUM_LAYERS, REMOVED, random_ghosts
 from torch import nn
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, pipeline
 
 from ghosted_fast.checkpoint import save_model
 from ghosted_fast.families import decoder_layers
@@ -99,6 +99,25 @@ def test_static_cache_and_assisted_generation(family: str) -> None:
     assert torch.equal(generated(model, cache_implementation="static"), expected)
     assert torch.equal(generated(model, assistant_model=dense), expected)
     assert torch.equal(generated(dense, assistant_model=model), generated(dense))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "gpt2"])
+def test_continuous_batching(family: str) -> None:
+    """Sequences packed into one row: the state for first tokens goes to each one's first."""
+    model = ghosted(family)
+    prompts = [TOKENS[0].tolist(), TOKENS[1, :5].tolist()]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    found = model.generate_batch(
+        prompts,
+        GenerationConfig(**options),
+        ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64),
+    )
+    for answer in found.values():
+        prompt = torch.tensor([answer.prompt_ids])
+        assert answer.prompt_ids in prompts
+        expected = model.generate(prompt, **options)[0, prompt.shape[1] :]
+        assert answer.generated_tokens == expected.tolist()
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -97,10 +97,33 @@ def test_own_card_is_kept(tmp_path: Path) -> None:
     assert (folder / CARD).read_text() == OWN
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_saving_keeps_an_own_card_to_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    model, card = ghosted(), tmp_path / CARD
+    card.write_text(OWN)
+    before = card.stat().st_mtime_ns
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        card.write_text("what transformers puts there")
+        raise OSError("no space left on device")
+
+    if fails:
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", interrupted)
+        with pytest.raises(OSError, match="no space left"):
+            model.save_pretrained(tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    assert card.read_text() == OWN and card.stat().st_mtime_ns == before
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 class Hub:
     """Stands for the hub: keeps what is pushed."""
 
     def __init__(self) -> None:
+        self.card: str | None = None
         self.pushed: dict[str, str] = {}
 
     def create_repo(self, repo_id: str, **_: Any) -> Any:
@@ -115,12 +138,10 @@ class Hub:
         return "done"
 
 
-@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
-@pytest.mark.parametrize("card", [None, OWN])
-def test_push_writes_the_card(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, card: str | None
-) -> None:
-    model, online = ghosted(), Hub()
+@pytest.fixture(params=[None, OWN], ids=["new_repository", "repository_with_card"])
+def online(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A hub without a model card, or with somebody's own."""
+    found, card = Hub(), request.param
 
     def placeholder(*_: Any, **__: Any) -> ModelCard:
         if card is not None:
@@ -128,16 +149,39 @@ def test_push_writes_the_card(
         text = "This model card has been automatically generated."
         return ModelCard.from_template(hub.ModelCardData(), model_description=text)
 
-    monkeypatch.setattr(hub, "hf_api", lambda: online)
-    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: online)
+    monkeypatch.setattr(hub, "hf_api", lambda: found)
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: found)
     monkeypatch.setattr(hub, "create_and_tag_model_card", placeholder)
     monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", placeholder)
+    found.card = card
+    return found
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_push_writes_the_card(tmp_path: Path, online: Hub, way: str) -> None:
+    model = ghosted()
     if way == "push_to_hub":
         model.push_to_hub("someone/ghosted")
     else:
         model.save_pretrained(tmp_path / "ghosted", push_to_hub=True)
     assert {"modeling_ghosted.py", "config.json", "model.safetensors"} <= set(online.pushed)
-    if card is None:
+    if online.card is None:
         assert "4 of the 8 decoder layers" in online.pushed[CARD]
     else:
         assert OWN in online.pushed[CARD] and "removed" not in online.pushed[CARD]
+
+
+def test_push_of_a_folder_with_an_own_card(
+    tmp_path: Path, online: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, local = ghosted(), "# Notes on this folder\n"
+    (tmp_path / CARD).write_text(local)
+    model.save_pretrained(tmp_path, push_to_hub=True)
+    assert (tmp_path / CARD).read_text() == local
+    if online.card is None:
+        assert online.pushed[CARD] == local
+    else:
+        assert CARD not in online.pushed and "model.safetensors" in online.pushed
+        assert "README.md and that in" in caplog.text and "both are kept" in caplog.text
+    assert not [name for name in online.pushed if name.startswith(".")]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
