@@ -1,0 +1,285 @@
+"""Other people's ghosts, in modules and in hooks, made ours in place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghosted_fast.affine import Affine
+from ghosted_fast.derived import bases_of, derive, maker
+from ghosted_fast.errors import ArgumentError, UnknownFamilyError, UnsupportedModelError
+from ghosted_fast.families import decoder_layers, decoder_of, final_norm, hidden_size
+from ghosted_fast.ghosted_layers import INPUT, OUTPUT, attach_ghosts, check_swappable, ghost_of
+from ghosted_fast.hooked import Hook, hooks_of, matrices_of, operator_in, prove
+from ghosted_fast.modules import GhostLinear, square_size
+
+# How far a module's output may be from a form it is taken to compute, relative to that output.
+_PROBE_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+# transformers records hidden states by hooks of its own. They see a ghost's output, as they should.
+_RECORDERS = "transformers.utils.output_capturing"
+
+Chosen = Callable[[str, nn.Module], bool]
+
+
+def swap_ghosts(model: nn.Module, match: Chosen | Iterable[str] | None = None) -> list[str]:
+    """Turn other people's ghosts into `GhostLinear`, in place.
+
+    *In modules*: an `nn.Linear` [d, d] that is the full operator y = W x + b, and a module around a
+    single such layer that computes y = W x + b or y = x + W x + b, alone or as a tuple of one.
+    Which form a module has is found by running it on random input. Each module goes on computing
+    what it computed, keeps its hooks, and stays the same object, so that code which holds it (a
+    forward hook, a wrapper) needs no change.
+
+    *In hooks*: a forward hook of a decoder layer, or a forward pre-hook of one or of the final
+    norm, that computes y = W x + b or y = x + M x + b with a matrix that it can reach, transposed
+    or not. It is run on random hidden states to prove that. It is then removed, and a ghost of the
+    model's dtype put behind the layer before the gap (as its `ghost`; before the first layer as its
+    `input_ghost`). Several such hooks in one place become one ghost. A child that the hooked layer
+    held for its hook alone is deleted. A hook that reaches no matrix [d, d] is never run.
+
+    Args:
+        model: The model that holds the ghosts.
+        match: Which modules are ghosts, and which modules' hooks: their names, or a function of
+            name and module. None takes the modules with "ghost" in their name or class name, those
+            that stand among the decoder layers, and all hooks of decoder layers; attention and MLP
+            projections are never taken unless they are named.
+
+    Returns:
+        The names of the swapped modules, and of the ghosts that were put in the place of hooks.
+        Without `match`, modules of no known form are left alone.
+
+    Raises:
+        ArgumentError: A module that `match` names does not exist or has no known form; a hook holds
+            a matrix and computes something else with it, or runs in an order with other hooks that
+            the ghost could not keep. The model is then as it was.
+        UnsupportedModelError: A hooked layer's `forward` was replaced on the layer itself.
+    """
+    modules = dict(model.named_modules())
+    if match is None or callable(match):
+        chosen = match or _looks_like_ghost(model)
+        names = [name for name, module in modules.items() if name and chosen(name, module)]
+    else:
+        names = list(match)
+        unknown = [name for name in names if name not in modules]
+        if unknown:
+            raise ArgumentError(f"expected names of modules of the model, got {unknown}")
+    hooks_chosen = (lambda *_: True) if match is None else (lambda name, _: name in names)
+    swapped, hooked, taken = _take_over_hooks(model, hooks_chosen)
+    for name in names:
+        inside = any(name.startswith(f"{outer}.") for outer in swapped)
+        if inside or isinstance(modules[name], GhostLinear) or name in hooked:
+            continue
+        if any(_holds(modules[name], matrix) for matrix in taken):
+            continue
+        if _swap(modules[name]):
+            swapped.append(name)
+        elif match is not None:
+            raise ArgumentError(
+                f"expected {name!r} to be a square nn.Linear, or a module that returns W x + b or "
+                "x + W x + b with one such layer inside, or a decoder layer with a hook that does, "
+                f"got {modules[name]}"
+            )
+    return swapped
+
+
+def _take_over_hooks(model: Any, chosen: Chosen) -> tuple[list[str], set[str], list[Tensor]]:
+    """Put ghosts in the place of hooks.
+
+    Returns:
+        The names of the new ghosts, the names of the modules whose hooks they replace, and the
+        matrices that these held.
+    """
+    try:
+        layers = decoder_layers(model)
+    except (TypeError, UnknownFamilyError, UnsupportedModelError):
+        return [], set(), []
+    names = {id(module): name for name, module in model.named_modules()}
+    places: list[tuple[int, str, GhostLinear]] = []
+    replaced: list[Hook] = []
+    taken: list[Tensor] = []
+    for boundary in range(len(layers) + 1):
+        chain = _chain(model, layers, names, boundary)
+        proven: dict[int, Affine] = {}
+        for position, hook in enumerate(chain):
+            matrices = (
+                matrices_of(hook, hidden_size(model)) if chosen(hook.name, hook.module) else []
+            )
+            if not matrices:
+                continue
+            device = next(layers[max(0, boundary - 1)].parameters()).device
+            found = prove(hook, matrices, model.dtype, device)
+            if found is not None:
+                proven[position] = found
+                replaced.append(hook)
+                taken += matrices
+        if proven:
+            _check_order(chain, list(proven), at_start=boundary == 0)
+            index, side = (0, INPUT) if boundary == 0 else (boundary - 1, OUTPUT)
+            if ghost_of(layers[index], side) is not None:
+                raise ArgumentError(
+                    f"expected no ghost where {replaced[-1]} has one, got a GhostLinear at the "
+                    f"{side} of {names[id(layers[index])]!r}: remove one of the two"
+                )
+            check_swappable(layers[index])
+            places.append((index, side, _compose(proven).to_ghost(model.dtype, device)))
+    for hook in replaced:
+        hook.remove()
+        _delete_operators(hook.module, taken)
+    attach_ghosts(decoder_of(model), layers, places)
+    put = [
+        f"{names[id(layers[index])]}.{'ghost' if side == OUTPUT else 'input_ghost'}"
+        for index, side, _ in places
+    ]
+    return put, {hook.name for hook in replaced}, taken
+
+
+def _chain(model: Any, layers: nn.ModuleList, names: dict[int, str], boundary: int) -> list[Hook]:
+    """Return the hooks that hidden states meet at a boundary, in the order they run."""
+    chain: list[Hook] = []
+    if boundary > 0:
+        before = layers[boundary - 1]
+        chain += hooks_of(names[id(before)], before, is_pre=False)
+    behind = layers[boundary] if boundary < len(layers) else final_norm(model)
+    chain += hooks_of(names[id(behind)], behind, is_pre=True)
+    return [hook for hook in chain if getattr(hook.function, "__module__", "") != _RECORDERS]
+
+
+def _check_order(chain: list[Hook], ghosts: list[int], at_start: bool) -> None:
+    """Raise unless a ghost inside the layer runs in the same order with the other hooks."""
+    allowed = range(len(chain) - len(ghosts), len(chain)) if at_start else range(len(ghosts))
+    if ghosts == list(allowed):
+        return
+    other = next(chain[i] for i in allowed if i not in ghosts)
+    raise ArgumentError(
+        f"expected no other hook {'behind' if at_start else 'before'} {chain[ghosts[0]]}, since a "
+        f"ghost runs {'right before' if at_start else 'inside'} the layer, got {other}: remove "
+        "that one, swap, and register it again"
+    )
+
+
+def _compose(maps: dict[int, Affine]) -> Affine:
+    """Return the one map that several in a row make."""
+    first, *others = maps.values()
+    for following in others:
+        first = first.then(following)
+    return first
+
+
+def _delete_operators(layer: nn.Module, taken: list[Tensor]) -> None:
+    """Delete the children of a layer that held an operator for a hook, and nothing else's."""
+    own = inspect.unwrap(type(layer).forward).__code__.co_names
+    for name, child in list(layer._modules.items()):
+        if child is None or name in own:
+            continue
+        operator = operator_in(child, taken[0].shape[0])
+        if operator and any(operator[0] is matrix for matrix in taken):
+            del layer._modules[name]
+
+
+def _holds(module: nn.Module, matrix: Tensor) -> bool:
+    """Return whether a module is an operator with this very matrix."""
+    operator = operator_in(module, matrix.shape[0])
+    return bool(operator) and operator[0] is matrix
+
+
+def _looks_like_ghost(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    try:
+        layers = list(decoder_layers(model))
+    except (TypeError, UnknownFamilyError, UnsupportedModelError):
+        layers = []
+    linear = {id(layer) for layer in layers if _linear_inside(layer) is not None}
+    if len(linear) == len(layers):
+        linear = set()
+
+    def chosen(name: str, module: nn.Module) -> bool:
+        own_name = name.rpartition(".")[2] + type(module).__name__
+        return "ghost" in own_name.lower() or id(module) in linear
+
+    return chosen
+
+
+def _linear_inside(module: nn.Module) -> nn.Linear | None:
+    """Return the square layer that a module is, or that is all it consists of."""
+    parts = [part for part in module.modules() if part._parameters or part._buffers]
+    if len(parts) != 1 or not isinstance(parts[0], nn.Linear) or square_size(parts[0]) is None:
+        return None
+    is_direct = parts[0] is module or parts[0] in module._modules.values()
+    return parts[0] if is_direct else None
+
+
+def _swap(module: nn.Module) -> bool:
+    """Swap one module if it has a known form, and return whether it has."""
+    linear = _linear_inside(module)
+    if linear is None or linear.weight.is_meta:
+        return False
+    if type(module).forward is nn.Linear.forward:
+        _become_ghost(linear, residual=False)
+        return True
+    if module is linear:
+        return False
+    form = _probe(module, linear)
+    if form is None:
+        return False
+    residual, in_tuple = form
+    child = next(name for name, part in module._modules.items() if part is linear)
+    _become_ghost(linear, residual)
+    vars(module).update(_swapped_child=child, _swapped_in_tuple=in_tuple)
+    module.__class__ = derive("swapped", type(module))
+    return True
+
+
+def _probe(module: nn.Module, linear: nn.Linear) -> tuple[bool, bool] | None:
+    """Return whether a module adds its input, and whether it returns a tuple; None if neither."""
+    weight = linear.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, linear.in_features, generator=generator)
+    x = x.to(device=weight.device, dtype=weight.dtype)
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            output, product = module.forward(x), linear.forward(x).float()
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return None  # A module that takes other arguments, or another shape, is no ghost.
+    finally:
+        module.train(was_training)
+    in_tuple = isinstance(output, tuple) and len(output) == 1
+    y = output[0] if in_tuple else output
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    for residual in (True, False):
+        expected = x.float() + product if residual else product
+        error = (y.float() - expected).norm()
+        if error <= _PROBE_TOLERANCES.get(weight.dtype, 1e-4) * expected.norm():
+            return residual, in_tuple
+    return None
+
+
+def _become_ghost(linear: Any, residual: bool) -> None:
+    """Turn a linear layer into a ghost that is the same object, with the same hooks."""
+    fresh = vars(GhostLinear.from_linear(linear, residual))
+    kept = {name: value for name, value in vars(linear).items() if "hook" in name}
+    training = linear.training
+    vars(linear).clear()
+    vars(linear).update({**fresh, **kept, "training": training})
+    linear.__class__ = GhostLinear
+
+
+@maker("swapped")
+def _swapped_class(base: Any) -> type:
+    """Make the class of modules around a ghost that used to be a linear layer."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden_states = args[0] if args else next(iter(kwargs.values()))
+        y = self.get_submodule(self._swapped_child)(hidden_states)
+        return (y,) if self._swapped_in_tuple else y
+
+    return type(
+        base.__name__,
+        bases_of(base),
+        {"__module__": base.__module__, "__qualname__": base.__qualname__, "forward": forward},
+    )
