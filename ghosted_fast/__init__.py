@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ghosted_fast.harness import TaskScore as TaskScore
     from ghosted_fast.harness import accuracy as accuracy
     from ghosted_fast.harness import evaluate_tasks as evaluate_tasks
+    from ghosted_fast.importing import ImportReport as ImportReport
+    from ghosted_fast.importing import import_ghosts as import_ghosts
     from ghosted_fast.modules import GhostLinear as GhostLinear
     from ghosted_fast.ops import ghost_apply as ghost_apply
     from ghosted_fast.ops import ghost_apply_rms_norm as ghost_apply_rms_norm
@@ -51,6 +53,7 @@ _HOMES = {
     "GhostSolution": "solve",
     "GramAccumulator": "gram",
     "Grid": "grid",
+    "ImportReport": "importing",
     "Perplexity": "evaluation",
     "Selection": "selection",
     "TaskScore": "harness",
@@ -63,6 +66,7 @@ _HOMES = {
     "ghost_apply_rms_norm": "ops",
     "correct_ghosts": "correction",
     "ghost_model": "pipeline",
+    "import_ghosts": "importing",
     "refine_ghosts": "refinement",
     "perplexity": "evaluation",
     "prune_model": "surgery",

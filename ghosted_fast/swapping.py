@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -125,7 +126,9 @@ def _take_over_hooks(model: Any, chosen: Chosen) -> tuple[list[str], set[str], l
                     f"{side} of {names[id(layers[index])]!r}: remove one of the two"
                 )
             check_swappable(layers[index])
-            places.append((index, side, _compose(proven).to_ghost(model.dtype, device)))
+            places.append(
+                (index, side, reduce(Affine.then, proven.values()).to_ghost(model.dtype, device))
+            )
     for hook in replaced:
         hook.remove()
         _delete_operators(hook.module, taken)
@@ -159,14 +162,6 @@ def _check_order(chain: list[Hook], ghosts: list[int], at_start: bool) -> None:
         f"ghost runs {'right before' if at_start else 'inside'} the layer, got {other}: remove "
         "that one, swap, and register it again"
     )
-
-
-def _compose(maps: dict[int, Affine]) -> Affine:
-    """Return the one map that several in a row make."""
-    first, *others = maps.values()
-    for following in others:
-        first = first.then(following)
-    return first
 
 
 def _delete_operators(layer: nn.Module, taken: list[Tensor]) -> None:
