@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -235,9 +235,23 @@ class _Answers:
         return max(_TOLERANCES.get(dtype, _FP32_TOLERANCE) for dtype in dtypes)
 
 
+class Proof(NamedTuple):
+    """What a hook computes.
+
+    Attributes:
+        hook: The hook.
+        map: The map.
+        matrix: The matrix it is made of, as the hook holds it.
+    """
+
+    hook: Hook
+    map: Affine
+    matrix: Tensor
+
+
 def prove(
     hook: Hook, matrices: list[Tensor], dtype: torch.dtype, device: torch.device
-) -> Affine | None:
+) -> Proof | None:
     """Return the map that a hook computes, shown by running it.
 
     The hook is run on random hidden states of the model's dtype and, where it takes them, of fp32,
@@ -250,7 +264,7 @@ def prove(
         device: Where the hooked layer runs.
 
     Returns:
-        The map; None for a hook that leaves hidden states as they are.
+        What it computes; None for a hook that leaves hidden states as they are.
 
     Raises:
         ArgumentError: The hook changes hidden states in another way.
@@ -267,17 +281,18 @@ def prove(
     judged = own if isinstance(wide, str) else wide
     choices = [(matrix, reading) for matrix in matrices for reading in READINGS]
     errors = [_error(judged, *choice) for choice in choices]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    error = _error(own, *choices[best])
+    matrix, reading = choices[min(range(len(errors)), key=errors.__getitem__)]
+    error = _error(own, matrix, reading)
     if not error <= own.tolerance:
         name = str(dtype).removeprefix("torch.")
         raise _refusal(
             hook,
-            f"the nearest, {choices[best][1]}, differs by {error:.1e} in {name} (at most "
+            f"the nearest, {reading}, differs by {error:.1e} in {name} (at most "
             f"{own.tolerance:.0e})",
             matrices,
         )
-    return Affine.read(*choices[best], bias=judged.bias if judged.bias.any() else None)
+    bias = judged.bias if judged.bias.any() else None
+    return Proof(hook, Affine.read(matrix, reading, bias), matrix)
 
 
 def _answers(hook: Hook, size: int, dtype: torch.dtype, device: torch.device) -> _Answers | str:

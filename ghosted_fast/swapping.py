@@ -15,8 +15,10 @@ from ghosted_fast.derived import bases_of, derive, maker
 from ghosted_fast.errors import ArgumentError, UnknownFamilyError, UnsupportedModelError
 from ghosted_fast.families import decoder_layers, decoder_of, final_norm, hidden_size
 from ghosted_fast.ghosted_layers import INPUT, OUTPUT, attach_ghosts, check_swappable, ghost_of
-from ghosted_fast.hooked import Hook, hooks_of, matrices_of, operator_in, prove
+from ghosted_fast.hooked import Hook, Proof, hooks_of, matrices_of, operator_in, prove
 from ghosted_fast.modules import GhostLinear, square_size
+from ghosted_fast.registry import refresh_record
+from ghosted_fast.surgery import adopt_removal
 
 # How far a module's output may be from a form it is taken to compute, relative to that output.
 _PROBE_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -26,7 +28,11 @@ _RECORDERS = "transformers.utils.output_capturing"
 Chosen = Callable[[str, nn.Module], bool]
 
 
-def swap_ghosts(model: nn.Module, match: Chosen | Iterable[str] | None = None) -> list[str]:
+def swap_ghosts(
+    model: nn.Module,
+    match: Chosen | Iterable[str] | None = None,
+    removed: Iterable[int] | None = None,
+) -> list[str]:
     """Turn other people's ghosts into `GhostLinear`, in place.
 
     *In modules*: an `nn.Linear` [d, d] that is the full operator y = W x + b, and a module around a
@@ -48,6 +54,9 @@ def swap_ghosts(model: nn.Module, match: Chosen | Iterable[str] | None = None) -
             name and module. None takes the modules with "ghost" in their name or class name, those
             that stand among the decoder layers, and all hooks of decoder layers; attention and MLP
             projections are never taken unless they are named.
+        removed: The layers that were removed, as the dense model numbers them. Given these, the
+            model becomes a ghosted model, which saves and loads with its ghosts: its layers are
+            numbered anew, and its configuration follows. Only ghosts in hooks are taken then.
 
     Returns:
         The names of the swapped modules, and of the ghosts that were put in the place of hooks.
@@ -56,7 +65,7 @@ def swap_ghosts(model: nn.Module, match: Chosen | Iterable[str] | None = None) -
     Raises:
         ArgumentError: A module that `match` names does not exist or has no known form; a hook holds
             a matrix and computes something else with it, or runs in an order with other hooks that
-            the ghost could not keep. The model is then as it was.
+            the ghost could not keep; `removed` does not fit. The model is then as it was.
         UnsupportedModelError: A hooked layer's `forward` was replaced on the layer itself.
     """
     modules = dict(model.named_modules())
@@ -69,12 +78,26 @@ def swap_ghosts(model: nn.Module, match: Chosen | Iterable[str] | None = None) -
         if unknown:
             raise ArgumentError(f"expected names of modules of the model, got {unknown}")
     hooks_chosen = (lambda *_: True) if match is None else (lambda name, _: name in names)
-    swapped, hooked, taken = _take_over_hooks(model, hooks_chosen)
+    found = _find_hooks(model, hooks_chosen)
+    proofs = [proof for _, row in found for proof in row]
+    hooked = {proof.hook.name for proof in proofs}
+    if removed is not None:
+        others = [] if match is None else sorted({*names} - hooked)
+        if others or not found:
+            raise ArgumentError(
+                f"expected ghosts in hooks with removed=, got {others or 'no such hook'}: give the "
+                "operators to import_ghosts instead"
+            )
+        adopt_removal(model, removed, [boundary for boundary, _ in found])
+    swapped = _replace_hooks(model, found) if found else []
+    if removed is not None:
+        refresh_record(model)
+        return swapped
     for name in names:
         inside = any(name.startswith(f"{outer}.") for outer in swapped)
         if inside or isinstance(modules[name], GhostLinear) or name in hooked:
             continue
-        if any(_holds(modules[name], matrix) for matrix in taken):
+        if any(_holds(modules[name], proof.matrix) for proof in proofs):
             continue
         if _swap(modules[name]):
             swapped.append(name)
@@ -87,57 +110,64 @@ def swap_ghosts(model: nn.Module, match: Chosen | Iterable[str] | None = None) -
     return swapped
 
 
-def _take_over_hooks(model: Any, chosen: Chosen) -> tuple[list[str], set[str], list[Tensor]]:
-    """Put ghosts in the place of hooks.
+def _find_hooks(model: Any, chosen: Chosen) -> list[tuple[int, list[Proof]]]:
+    """Return the boundaries at which hooks stand for ghosts, and the hooks, in the order they run.
 
-    Returns:
-        The names of the new ghosts, the names of the modules whose hooks they replace, and the
-        matrices that these held.
+    Nothing is changed, and all that could hinder a change is found.
     """
     try:
         layers = decoder_layers(model)
     except (TypeError, UnknownFamilyError, UnsupportedModelError):
-        return [], set(), []
+        return []
+    size = hidden_size(model)
     names = {id(module): name for name, module in model.named_modules()}
-    places: list[tuple[int, str, GhostLinear]] = []
-    replaced: list[Hook] = []
-    taken: list[Tensor] = []
+    found: list[tuple[int, list[Proof]]] = []
     for boundary in range(len(layers) + 1):
+        index, side = _place(boundary)
         chain = _chain(model, layers, names, boundary)
-        proven: dict[int, Affine] = {}
-        for position, hook in enumerate(chain):
-            matrices = (
-                matrices_of(hook, hidden_size(model)) if chosen(hook.name, hook.module) else []
+        device = next(layers[index].parameters()).device
+        proofs = []
+        for hook in chain:
+            matrices = matrices_of(hook, size) if chosen(hook.name, hook.module) else []
+            proof = prove(hook, matrices, model.dtype, device) if matrices else None
+            proofs += [proof] if proof is not None else []
+        if not proofs:
+            continue
+        _check_order(chain, [proof.hook for proof in proofs], at_start=boundary == 0)
+        check_swappable(layers[index])
+        if ghost_of(layers[index], side) is not None:
+            raise ArgumentError(
+                f"expected no ghost where {proofs[0].hook} has one, got a GhostLinear at the "
+                f"{side} of {names[id(layers[index])]!r}: remove one of the two"
             )
-            if not matrices:
-                continue
-            device = next(layers[max(0, boundary - 1)].parameters()).device
-            found = prove(hook, matrices, model.dtype, device)
-            if found is not None:
-                proven[position] = found
-                replaced.append(hook)
-                taken += matrices
-        if proven:
-            _check_order(chain, list(proven), at_start=boundary == 0)
-            index, side = (0, INPUT) if boundary == 0 else (boundary - 1, OUTPUT)
-            if ghost_of(layers[index], side) is not None:
-                raise ArgumentError(
-                    f"expected no ghost where {replaced[-1]} has one, got a GhostLinear at the "
-                    f"{side} of {names[id(layers[index])]!r}: remove one of the two"
-                )
-            check_swappable(layers[index])
-            places.append(
-                (index, side, reduce(Affine.then, proven.values()).to_ghost(model.dtype, device))
-            )
-    for hook in replaced:
-        hook.remove()
-        _delete_operators(hook.module, taken)
-    attach_ghosts(decoder_of(model), layers, places)
-    put = [
+        found.append((boundary, proofs))
+    return found
+
+
+def _place(boundary: int) -> tuple[int, str]:
+    """Return the layer that holds a boundary's ghost, and its side."""
+    return (0, INPUT) if boundary == 0 else (boundary - 1, OUTPUT)
+
+
+def _replace_hooks(model: Any, found: list[tuple[int, list[Proof]]]) -> list[str]:
+    """Put ghosts in the place of hooks, and return their names."""
+    layers = decoder_layers(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    placed = []
+    for boundary, proofs in found:
+        whole = reduce(Affine.then, [proof.map for proof in proofs])
+        index, side = _place(boundary)
+        device = next(layers[index].parameters()).device
+        placed.append((index, side, whole.to_ghost(model.dtype, device)))
+    for _, proofs in found:
+        for proof in proofs:
+            proof.hook.remove()
+            _delete_operator(proof.hook.module, proof.matrix)
+    attach_ghosts(decoder_of(model), layers, placed)
+    return [
         f"{names[id(layers[index])]}.{'ghost' if side == OUTPUT else 'input_ghost'}"
-        for index, side, _ in places
+        for index, side, _ in placed
     ]
-    return put, {hook.name for hook in replaced}, taken
 
 
 def _chain(model: Any, layers: nn.ModuleList, names: dict[int, str], boundary: int) -> list[Hook]:
@@ -151,27 +181,24 @@ def _chain(model: Any, layers: nn.ModuleList, names: dict[int, str], boundary: i
     return [hook for hook in chain if getattr(hook.function, "__module__", "") != _RECORDERS]
 
 
-def _check_order(chain: list[Hook], ghosts: list[int], at_start: bool) -> None:
+def _check_order(chain: list[Hook], ghosts: list[Hook], at_start: bool) -> None:
     """Raise unless a ghost inside the layer runs in the same order with the other hooks."""
-    allowed = range(len(chain) - len(ghosts), len(chain)) if at_start else range(len(ghosts))
-    if ghosts == list(allowed):
-        return
-    other = next(chain[i] for i in allowed if i not in ghosts)
-    raise ArgumentError(
-        f"expected no other hook {'behind' if at_start else 'before'} {chain[ghosts[0]]}, since a "
-        f"ghost runs {'right before' if at_start else 'inside'} the layer, got {other}: remove "
-        "that one, swap, and register it again"
-    )
+    count = len(ghosts)
+    expected = chain[-count:] if at_start else chain[:count]
+    others = [hook for hook in expected if hook not in ghosts]
+    if others:
+        raise ArgumentError(
+            f"expected no other hook {'behind' if at_start else 'before'} {ghosts[0]}, since a "
+            f"ghost runs inside the layer, got {others[0]}: remove that one, swap, and register it "
+            "again"
+        )
 
 
-def _delete_operators(layer: nn.Module, taken: list[Tensor]) -> None:
-    """Delete the children of a layer that held an operator for a hook, and nothing else's."""
+def _delete_operator(layer: nn.Module, matrix: Tensor) -> None:
+    """Delete the child of a layer that held an operator for a hook, and for nothing else."""
     own = inspect.unwrap(type(layer).forward).__code__.co_names
     for name, child in list(layer._modules.items()):
-        if child is None or name in own:
-            continue
-        operator = operator_in(child, taken[0].shape[0])
-        if operator and any(operator[0] is matrix for matrix in taken):
+        if child is not None and name not in own and _holds(child, matrix):
             del layer._modules[name]
 
 

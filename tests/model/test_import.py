@@ -215,7 +215,10 @@ def test_ways_to_number_gaps(keys: list[str]) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"3": operator()}, r"the gaps \[\(3, 6\), \(7, 8\)\], or .* the 4 removed layers, got 1: '3'"),
+        (
+            {"3": operator()},
+            r"gaps \[\(3, 6\), \(7, 8\)\], or .* the 4 removed layers, got 1: '3'",
+        ),
         ({}, "got 0: none"),
         ({"3": operator(), "9": operator()}, r"first removed layers \(3, 7\), or 0 to 1, got"),
         ({"a": operator(), "b": operator()}, "keys whose numbers tell the places"),
