@@ -1,37 +1,28 @@
-"""Ghosts in other people's forward hooks: what a hook can reach, and proof of what it computes.
+"""Ghosts in other people's forward hooks: proof of what a hook computes.
 
-A hook is a function that nobody can read. What it can *reach* is known: matrices in its closure, in
-the object it is bound to, among its arguments and defaults, and by the names of globals and of
-attributes of the hooked module that its code mentions. A hook that reaches no matrix [d, d] is
-never run. Any other is run on random hidden states, and taken for a ghost only if its answers are
-those of one of the matrices, in one of the four readings, within the hook's own rounding.
+A hook is a function that nobody can read. What it can reach is known (`hook_contents`); one that
+reaches no matrix [d, d] is never run. Any other is run on random hidden states, and taken for a
+ghost only if its answers are those of one of the matrices, in one of the four readings, within the
+hook's own rounding.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Iterable, Iterator
+import math
 from dataclasses import dataclass
-from itertools import islice
-from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ghosted_fast.affine import READINGS, Affine
+from ghosted_fast.affine import READINGS, Affine, Reading
 from ghosted_fast.errors import ArgumentError
 
-# A hook's rounding: at most three times the relative rms of rounding to its coarsest dtype.
+# A hook rounds more than once: about four times the relative rms of rounding to its coarsest dtype.
 _TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
 _FP32_TOLERANCE = 1e-5
 # Rows and magnitudes of the hidden states that hooks are tried on: a prompt, one token, a batch.
 _PROBES = (((2, 3), 1.0), ((1, 1), 30.0), ((1, 16), 0.03))
-_DEEPEST, _MOST_PARTS = 6, 4096
-# A module with more tensors than a matrix, a bias and a scale is no operator.
-_MOST_TENSORS = 3
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,110 +109,6 @@ def hooks_of(name: str, module: nn.Module, is_pre: bool) -> list[Hook]:
     return [Hook(name, module, key, is_pre) for key in table]
 
 
-def matrices_of(hook: Hook, size: int) -> list[Tensor]:
-    """Return the floating-point matrices [size, size] that a hook can reach.
-
-    Args:
-        hook: The hook; it is not run.
-        size: Width d of the hidden state.
-    """
-    return list(_Search(hook.module, size).look(hook.function))
-
-
-class _Search:
-    """A walk through what a hook holds that meets every object once."""
-
-    def __init__(self, module: nn.Module, size: int) -> None:
-        self.module, self.size = module, size
-        self.seen: set[int] = set()
-
-    def look(self, value: Any, depth: int = 0) -> Iterator[Tensor]:
-        """Yield the matrices in an object, and in what it holds."""
-        if depth > _DEEPEST or id(value) in self.seen:
-            return
-        self.seen.add(id(value))
-        if not isinstance(value, Tensor):
-            for part in islice(self._parts(value), _MOST_PARTS):
-                yield from self.look(part, depth + 1)
-        elif value.shape == (self.size, self.size) and value.is_floating_point():
-            yield from () if value.is_meta else (value,)
-
-    def _parts(self, value: Any) -> Iterable[Any]:
-        if isinstance(value, nn.Module):
-            return self._of_module(value)
-        if isinstance(value, list | tuple):
-            return value
-        if isinstance(value, dict):
-            return value.values()
-        if isinstance(value, functools.partial):
-            return value.func, *value.args, *value.keywords.values()
-        if isinstance(value, MethodType):
-            return value.__self__, value.__func__
-        if isinstance(value, FunctionType):
-            return self._of_function(value)
-        if isinstance(value, type | ModuleType):
-            return ()
-        # Any other object: what it keeps, and what runs when it is called.
-        called = inspect.getattr_static(type(value), "__call__", None)
-        return *getattr(value, "__dict__", {}).values(), called
-
-    def _of_module(self, module: nn.Module) -> Iterator[Any]:
-        if operator := operator_in(module, self.size):
-            yield from operator
-            return
-        yield from (*module._parameters.values(), *module._buffers.values())
-        for child in module._modules.values():
-            if isinstance(child, _CONTAINERS):
-                yield child
-            elif child is not None:
-                yield from operator_in(child, self.size)
-
-    def _of_function(self, function: FunctionType) -> Iterator[Any]:
-        for cell in function.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # not filled yet
-                continue
-        yield from function.__defaults__ or ()
-        yield from (function.__kwdefaults__ or {}).values()
-        module: Any = self.module
-        places = (module._modules, module._parameters, module._buffers, vars(module))
-        for name in _names_in(function.__code__):
-            for place in (*places, function.__globals__):
-                if name in place:
-                    yield place[name]
-
-
-def operator_in(module: nn.Module, size: int) -> tuple[Tensor, ...]:
-    """Return the matrix [size, size] of a module that is an operator: it has one, and little more.
-
-    Args:
-        module: Any module.
-        size: Width d of the hidden state.
-
-    Returns:
-        The matrix, alone, or nothing.
-    """
-    tensors = []
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensors.append(tensor)
-        if len(tensors) > _MOST_TENSORS:
-            return ()
-    square = [tensor for tensor in tensors if tensor.shape == (size, size)]
-    return (square[0],) if len(square) == 1 else ()
-
-
-def _names_in(code: CodeType) -> set[str]:
-    """Return the names and texts in a function's code, and in the functions it makes."""
-    names = {*code.co_names}
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            names.add(constant)
-        elif isinstance(constant, CodeType):
-            names |= _names_in(constant)
-    return names
-
-
 @dataclass(frozen=True)
 class _Answers:
     """What a hook answered: pairs of x and y, and y where x is zero."""
@@ -240,13 +127,19 @@ class Proof(NamedTuple):
 
     Attributes:
         hook: The hook.
-        map: The map.
-        matrix: The matrix it is made of, as the hook holds it.
+        matrix: The matrix [d, d] that it holds.
+        reading: What it does with it.
+        bias: What it adds, [d], or None.
     """
 
     hook: Hook
-    map: Affine
     matrix: Tensor
+    reading: Reading
+    bias: Tensor | None
+
+    def affine(self) -> Affine:
+        """Return the map."""
+        return Affine.read(self.matrix, self.reading, self.bias)
 
 
 def prove(
@@ -270,19 +163,25 @@ def prove(
         ArgumentError: The hook changes hidden states in another way.
     """
     size = matrices[0].shape[0]
+    if device.type == "meta":
+        raise _refusal(hook, "the layer's weights are not loaded", matrices)
     own = _answers(hook, size, dtype, device)
     if isinstance(own, str):
         raise _refusal(hook, own, matrices)
-    if all(torch.equal(x, y) for x, y in own.pairs):
+    if all(x.dtype == y.dtype and torch.equal(x, y) for x, y in own.pairs):
         return None
     if not all(torch.isfinite(y).all() for y in (own.bias, *(y for _, y in own.pairs))):
         raise _refusal(hook, "it returns NaN or infinity", matrices)
     wide = own if dtype == torch.float32 else _answers(hook, size, torch.float32, device)
     judged = own if isinstance(wide, str) else wide
-    choices = [(matrix, reading) for matrix in matrices for reading in READINGS]
-    errors = [_error(judged, *choice) for choice in choices]
-    matrix, reading = choices[min(range(len(errors)), key=errors.__getitem__)]
-    error = _error(own, matrix, reading)
+    errors = [
+        (error, index, reading)
+        for index, matrix in enumerate(matrices)
+        for reading, error in _errors(judged, matrix).items()
+    ]
+    _, index, reading = min(errors, key=lambda item: item[0])
+    matrix = matrices[index]
+    error = _errors(own, matrix)[reading]
     if not error <= own.tolerance:
         name = str(dtype).removeprefix("torch.")
         raise _refusal(
@@ -291,8 +190,7 @@ def prove(
             f"{own.tolerance:.0e})",
             matrices,
         )
-    bias = judged.bias if judged.bias.any() else None
-    return Proof(hook, Affine.read(matrix, reading, bias), matrix)
+    return Proof(hook, matrix, reading, judged.bias if judged.bias.any() else None)
 
 
 def _answers(hook: Hook, size: int, dtype: torch.dtype, device: torch.device) -> _Answers | str:
@@ -314,13 +212,15 @@ def _answers(hook: Hook, size: int, dtype: torch.dtype, device: torch.device) ->
     return why
 
 
-def _error(answers: _Answers, matrix: Tensor, reading: Any) -> float:
-    """Return the largest relative error of a reading; infinite if it is not a number."""
-    largest = 0.0
-    for x, y in answers.pairs:
-        expected = reading.predict(x, matrix.to(x.device), answers.bias)
-        error = ((y.double() - expected).norm() / expected.norm()).item()
-        largest = max(largest, error) if error == error else float("inf")
+def _errors(answers: _Answers, matrix: Tensor) -> dict[Reading, float]:
+    """Return the largest relative error of each reading; infinite if it is not a number."""
+    wide = matrix.detach().to(answers.bias.device, torch.float64)
+    largest = dict.fromkeys(READINGS, 0.0)
+    for reading in READINGS:
+        for x, y in answers.pairs:
+            expected = reading.predict(x, wide, answers.bias)
+            error = ((y.double() - expected).norm() / expected.norm()).item()
+            largest[reading] = max(largest[reading], math.inf if math.isnan(error) else error)
     return largest
 
 

@@ -113,8 +113,10 @@ def import_ghosts(
         distances = _distances(model, groups, intervals, readings)
         readings = [_nearest(distances)]
     [reading] = readings
-    maps = [[Affine.read(item.matrix, reading, item.bias) for item in group] for group in groups]
-    ghosts = [reduce(Affine.then, row).to_ghost(model.dtype, model.device) for row in maps]
+    ghosts = []
+    for group in groups:
+        maps = (Affine.read(item.matrix, reading, item.bias) for item in group)
+        ghosts.append(reduce(Affine.then, maps).to_ghost(model.dtype, model.device))
     smaller = remove_layers(model, given, ghosts, inplace=inplace)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     attach_report(smaller.config, {"model": name, "recovery": IMPORTED})

@@ -15,7 +15,8 @@ from ghosted_fast.derived import bases_of, derive, maker
 from ghosted_fast.errors import ArgumentError, UnknownFamilyError, UnsupportedModelError
 from ghosted_fast.families import decoder_layers, decoder_of, final_norm, hidden_size
 from ghosted_fast.ghosted_layers import INPUT, OUTPUT, attach_ghosts, check_swappable, ghost_of
-from ghosted_fast.hooked import Hook, Proof, hooks_of, matrices_of, operator_in, prove
+from ghosted_fast.hook_contents import matrices_of, operator_in
+from ghosted_fast.hooked import Hook, Proof, hooks_of, prove
 from ghosted_fast.modules import GhostLinear, square_size
 from ghosted_fast.registry import refresh_record
 from ghosted_fast.surgery import adopt_removal
@@ -128,7 +129,8 @@ def _find_hooks(model: Any, chosen: Chosen) -> list[tuple[int, list[Proof]]]:
         device = next(layers[index].parameters()).device
         proofs = []
         for hook in chain:
-            matrices = matrices_of(hook, size) if chosen(hook.name, hook.module) else []
+            looked_at = chosen(hook.name, hook.module)
+            matrices = matrices_of(hook.function, hook.module, size) if looked_at else []
             proof = prove(hook, matrices, model.dtype, device) if matrices else None
             proofs += [proof] if proof is not None else []
         if not proofs:
@@ -155,7 +157,7 @@ def _replace_hooks(model: Any, found: list[tuple[int, list[Proof]]]) -> list[str
     names = {id(module): name for name, module in model.named_modules()}
     placed = []
     for boundary, proofs in found:
-        whole = reduce(Affine.then, [proof.map for proof in proofs])
+        whole = reduce(Affine.then, (proof.affine() for proof in proofs))
         index, side = _place(boundary)
         device = next(layers[index].parameters()).device
         placed.append((index, side, whole.to_ghost(model.dtype, device)))

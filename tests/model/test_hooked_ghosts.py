@@ -281,6 +281,13 @@ def test_a_place_that_is_taken_is_refused() -> None:
         swap_ghosts(model)
 
 
+def test_a_model_without_weights_is_refused() -> None:
+    model = model_of().to("meta")
+    closure(model.model.layers[1], operator())
+    with pytest.raises(ArgumentError, match="weights are not loaded"):
+        swap_ghosts(model)
+
+
 def test_a_patched_layer_is_refused() -> None:
     model = model_of()
     layer = model.model.layers[1]
