@@ -88,12 +88,13 @@ class _Search:
                 continue
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
+        names, texts = _names_in(function.__code__)
+        yield from (function.__globals__[name] for name in names if name in function.__globals__)
         module: Any = self.module
-        places = (module._modules, module._parameters, module._buffers, vars(module))
-        for name in _names_in(function.__code__):
-            for place in (*places, function.__globals__):
-                if name in place:
-                    yield place[name]
+        for place in (module._modules, module._parameters, module._buffers, vars(module)):
+            for name, value in place.items():
+                if name in names or name.startswith(texts):  # getattr(module, f"ghost_{i}")
+                    yield value
 
 
 def operator_in(module: nn.Module, size: int) -> tuple[Tensor, ...]:
@@ -115,12 +116,13 @@ def operator_in(module: nn.Module, size: int) -> tuple[Tensor, ...]:
     return (square[0],) if len(square) == 1 else ()
 
 
-def _names_in(code: CodeType) -> set[str]:
-    """Return the names and texts in a function's code, and in the functions it makes."""
+def _names_in(code: CodeType) -> tuple[set[str], tuple[str, ...]]:
+    """Return the names in a function's code and in the functions it makes, and the longer texts."""
     names = {*code.co_names}
+    texts = {text for text in code.co_consts if isinstance(text, str) and len(text) > 2}
     for constant in code.co_consts:
-        if isinstance(constant, str):
-            names.add(constant)
-        elif isinstance(constant, CodeType):
-            names |= _names_in(constant)
-    return names
+        if isinstance(constant, CodeType):
+            inner_names, inner_texts = _names_in(constant)
+            names |= inner_names
+            texts.update(inner_texts)
+    return names, tuple(texts)

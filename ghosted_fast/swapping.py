@@ -46,8 +46,8 @@ def swap_ghosts(
     norm, that computes y = W x + b or y = x + M x + b with a matrix that it can reach, transposed
     or not. It is run on random hidden states to prove that. It is then removed, and a ghost of the
     model's dtype put behind the layer before the gap (as its `ghost`; before the first layer as its
-    `input_ghost`). Several such hooks in one place become one ghost. A child that the hooked layer
-    held for its hook alone is deleted. A hook that reaches no matrix [d, d] is never run.
+    `input_ghost`). Several such hooks in one place become one ghost. An operator that the hooked
+    layer held for its hook alone is deleted. A hook that reaches no matrix [d, d] is never run.
 
     Args:
         model: The model that holds the ghosts.
@@ -57,7 +57,8 @@ def swap_ghosts(
             projections are never taken unless they are named.
         removed: The layers that were removed, as the dense model numbers them. Given these, the
             model becomes a ghosted model, which saves and loads with its ghosts: its layers are
-            numbered anew, and its configuration follows. Only ghosts in hooks are taken then.
+            numbered anew, its configuration follows, and the operators that hooks used are deleted
+            wherever the model holds them. Only ghosts in hooks are taken then.
 
     Returns:
         The names of the swapped modules, and of the ghosts that were put in the place of hooks.
@@ -90,7 +91,7 @@ def swap_ghosts(
                 "operators to import_ghosts instead"
             )
         adopt_removal(model, removed, [boundary for boundary, _ in found])
-    swapped = _replace_hooks(model, found) if found else []
+    swapped = _replace_hooks(model, found, everywhere=removed is not None) if found else []
     if removed is not None:
         refresh_record(model)
         return swapped
@@ -151,8 +152,14 @@ def _place(boundary: int) -> tuple[int, str]:
     return (0, INPUT) if boundary == 0 else (boundary - 1, OUTPUT)
 
 
-def _replace_hooks(model: Any, found: list[tuple[int, list[Proof]]]) -> list[str]:
-    """Put ghosts in the place of hooks, and return their names."""
+def _replace_hooks(model: Any, found: list[tuple[int, list[Proof]]], everywhere: bool) -> list[str]:
+    """Put ghosts in the place of hooks, and return their names.
+
+    Args:
+        model: The model.
+        found: What `_find_hooks` returned.
+        everywhere: Whether to delete the operators from all of the model, or from hooked layers.
+    """
     layers = decoder_layers(model)
     names = {id(module): name for name, module in model.named_modules()}
     placed = []
@@ -164,7 +171,8 @@ def _replace_hooks(model: Any, found: list[tuple[int, list[Proof]]]) -> list[str
     for _, proofs in found:
         for proof in proofs:
             proof.hook.remove()
-            _delete_operator(proof.hook.module, proof.matrix)
+            for holder in list(model.modules()) if everywhere else (proof.hook.module,):
+                _delete_operator(holder, proof.matrix)
     attach_ghosts(decoder_of(model), layers, placed)
     return [
         f"{names[id(layers[index])]}.{'ghost' if side == OUTPUT else 'input_ghost'}"
@@ -196,12 +204,17 @@ def _check_order(chain: list[Hook], ghosts: list[Hook], at_start: bool) -> None:
         )
 
 
-def _delete_operator(layer: nn.Module, matrix: Tensor) -> None:
-    """Delete the child of a layer that held an operator for a hook, and for nothing else."""
-    own = inspect.unwrap(type(layer).forward).__code__.co_names
-    for name, child in list(layer._modules.items()):
+def _delete_operator(holder: nn.Module, matrix: Tensor) -> None:
+    """Delete what a module holds of an operator, unless its own code may use it."""
+    code = getattr(inspect.unwrap(type(holder).forward), "__code__", None)
+    own = code.co_names if code else ()
+    for name, child in list(holder._modules.items()):
         if child is not None and name not in own and _holds(child, matrix):
-            del layer._modules[name]
+            del holder._modules[name]
+    for table in (holder._parameters, holder._buffers):
+        for name, tensor in list(table.items()):
+            if tensor is matrix and name not in own:
+                delattr(holder, name)
 
 
 def _holds(module: nn.Module, matrix: Tensor) -> bool:

@@ -142,6 +142,13 @@ def global_name(layer: nn.Module, weight: Tensor) -> None:
     layer.register_forward_hook(from_globals)
 
 
+def by_number(layer: nn.Module, weight: Tensor) -> None:
+    layer.register_buffer("patch_3", weight)
+    layer.register_forward_hook(
+        lambda module, _, y: (y.float() @ getattr(module, f"patch_{1 + 2}").T).to(y.dtype)
+    )
+
+
 HOOKS: list[Callable[[nn.Module, Tensor], Any]] = [
     published,
     closure,
@@ -152,6 +159,7 @@ HOOKS: list[Callable[[nn.Module, Tensor], Any]] = [
     with_kwargs,
     partial,
     global_name,
+    by_number,
     lambda layer, weight: layer.register_forward_hook(Called(weight)),
     lambda layer, weight: layer.register_forward_hook(Owner(weight).behind),
     lambda layer, weight: layer.register_forward_hook(Owner(weight).inner()),

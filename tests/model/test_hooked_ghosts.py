@@ -340,6 +340,22 @@ def test_a_hooked_model_becomes_one_that_saves(family: str, stale: bool, tmp_pat
     assert torch.equal(*generated)
 
 
+def test_operators_elsewhere_are_not_saved(tmp_path: Path) -> None:
+    model = prune_model(tiny_model("llama"), [2, 3])
+    model.ghost = nn.Linear(SIZE, SIZE)
+    model.model.layers[1].register_parameter("extra", nn.Parameter(operator()))
+    model.model.layers[1].register_forward_hook(lambda module, _, y: y @ module.extra)
+    model.model.layers[1].register_forward_hook(lambda _, __, y: y + model.ghost(y))
+    before = logits(model)
+    names = set(tiny_model("llama", num_layers=4).state_dict())
+    swap_ghosts(model, removed=[2, 3])
+    assert relative_rms(logits(model), before) < 1e-5
+    added = {f"model.layers.1.ghost.{name}" for name in ("weight", "bias")}
+    assert set(model.state_dict()) == names | added
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
