@@ -181,7 +181,11 @@ def _ordered(keys: Iterable[str], places: Sequence[tuple[int, int]]) -> list[str
     """Return the keys in the order of the places that their numbers tell."""
     names = list(keys)
     if len(names) == 1:
-        return names
+        # It needs no number; but one that is a step of its path must not contradict.
+        steps = {int(step) for step in names[0].split(".") if step.isdecimal()}
+        if not steps or any(steps & set(way) for way in _numberings(places)):
+            return names
+        raise _unclear(names, places)
     numbers = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
     orders: list[list[str]] = []
     if len({len(row) for row in numbers}) == 1:
@@ -190,16 +194,20 @@ def _ordered(keys: Iterable[str], places: Sequence[tuple[int, int]]) -> list[str
                 order = sorted(range(len(names)), key=column.__getitem__)
                 orders.append([names[i] for i in order])
     if not orders:
-        starts = ", ".join(str(start) for start, _ in places)
-        raise ArgumentError(
-            f"expected keys whose numbers tell the places: the first removed layers ({starts}), or "
-            f"0 to {len(places) - 1}, got {_show(names)}"
-        )
+        raise _unclear(names, places)
     if any(order != orders[0] for order in orders):
         raise ArgumentError(
             f"expected keys with one order of numbers, got {_show(names)}, whose numbers tell two"
         )
     return orders[0]
+
+
+def _unclear(names: Iterable[str], places: Sequence[tuple[int, int]]) -> ArgumentError:
+    starts = ", ".join(str(start) for start, _ in places)
+    return ArgumentError(
+        f"expected keys whose numbers tell the places: the first removed layers ({starts}), the "
+        f"layers beside the gaps, or 0 to {len(places) - 1}, got {_show(names)}"
+    )
 
 
 def _numberings(places: Sequence[tuple[int, int]]) -> list[list[int]]:
