@@ -147,8 +147,7 @@ def prove(
 ) -> Proof | None:
     """Return the map that a hook computes, shown by running it.
 
-    The hook is run on random hidden states of the model's dtype and, where it takes them, of fp32,
-    which tell the readings apart better. The bias is what it makes of zero.
+    The hook is run on random hidden states of the model's dtype. The bias is what it makes of zero.
 
     Args:
         hook: The hook.
@@ -165,32 +164,28 @@ def prove(
     size = matrices[0].shape[0]
     if device.type == "meta":
         raise _refusal(hook, "the layer's weights are not loaded", matrices)
-    own = _answers(hook, size, dtype, device)
-    if isinstance(own, str):
-        raise _refusal(hook, own, matrices)
-    if all(x.dtype == y.dtype and torch.equal(x, y) for x, y in own.pairs):
+    answers = _answers(hook, size, dtype, device)
+    if isinstance(answers, str):
+        raise _refusal(hook, answers, matrices)
+    if all(x.dtype == y.dtype and torch.equal(x, y) for x, y in answers.pairs):
         return None
-    if not all(torch.isfinite(y).all() for y in (own.bias, *(y for _, y in own.pairs))):
+    if not all(torch.isfinite(y).all() for y in (answers.bias, *(y for _, y in answers.pairs))):
         raise _refusal(hook, "it returns NaN or infinity", matrices)
-    wide = own if dtype == torch.float32 else _answers(hook, size, torch.float32, device)
-    judged = own if isinstance(wide, str) else wide
     errors = [
         (error, index, reading)
         for index, matrix in enumerate(matrices)
-        for reading, error in _errors(judged, matrix).items()
+        for reading, error in _errors(answers, matrix).items()
     ]
-    _, index, reading = min(errors, key=lambda item: item[0])
-    matrix = matrices[index]
-    error = _errors(own, matrix)[reading]
-    if not error <= own.tolerance:
+    error, index, reading = min(errors, key=lambda item: item[0])
+    if not error <= answers.tolerance:
         name = str(dtype).removeprefix("torch.")
         raise _refusal(
             hook,
             f"the nearest, {reading}, differs by {error:.1e} in {name} (at most "
-            f"{own.tolerance:.0e})",
+            f"{answers.tolerance:.0e})",
             matrices,
         )
-    return Proof(hook, matrix, reading, judged.bias if judged.bias.any() else None)
+    return Proof(hook, matrices[index], reading, answers.bias if answers.bias.any() else None)
 
 
 def _answers(hook: Hook, size: int, dtype: torch.dtype, device: torch.device) -> _Answers | str:

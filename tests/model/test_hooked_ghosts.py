@@ -336,8 +336,10 @@ def test_a_hooked_model_becomes_one_that_saves(family: str, stale: bool, tmp_pat
     assert len(loaded.config.ghost["ghosts"]) == 2
     assert torch.equal(logits(loaded), logits(model))
     tokens = random_tokens(2, 5)
-    generated = [m.generate(tokens, max_new_tokens=8, do_sample=False) for m in (loaded, expected)]
-    assert torch.equal(*generated)
+    generated = [
+        m.generate(tokens, max_new_tokens=8, do_sample=False) for m in (loaded, expected, model)
+    ]
+    assert all(torch.equal(generated[0], other) for other in generated)
 
 
 def test_operators_elsewhere_are_not_saved(tmp_path: Path) -> None:

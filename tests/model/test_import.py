@@ -132,6 +132,12 @@ def test_how_operators_are_meant_is_measured(form: str, layout: str) -> None:
     _, report = import_ghosts(dense, given, REMOVED)
     assert (report.form, report.layout) == (form, layout)
     assert len(report.distances) == 4
+    apart = [
+        import_ghosts(dense, [matrix], range(*gap))[1].distances
+        for matrix, gap in zip(given, GAPS, strict=True)
+    ]
+    for text, distance in report.distances.items():
+        assert abs(distance**2 / (apart[0][text] * apart[1][text]) - 1) < 1e-6
     _, told = import_ghosts(dense, given, REMOVED, layout=layout)  # type: ignore[arg-type]
     assert told.form == form
     assert len(told.distances) == 2
