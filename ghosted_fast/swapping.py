@@ -67,7 +67,8 @@ def swap_ghosts(
     Raises:
         ArgumentError: A module that `match` names does not exist or has no known form; a hook holds
             a matrix and computes something else with it, or runs in an order with other hooks that
-            the ghost could not keep; `removed` does not fit. The model is then as it was.
+            the ghost could not keep; `removed` does not fit. For a hook's sake nothing is changed
+            before all hooks are found to be right.
         UnsupportedModelError: A hooked layer's `forward` was replaced on the layer itself.
     """
     modules = dict(model.named_modules())
@@ -127,7 +128,7 @@ def _find_hooks(model: Any, chosen: Chosen) -> list[tuple[int, list[Proof]]]:
     for boundary in range(len(layers) + 1):
         index, side = _place(boundary)
         chain = _chain(model, layers, names, boundary)
-        device = next(layers[index].parameters()).device
+        device = _device_of(layers[index], model)
         proofs = []
         for hook in chain:
             looked_at = chosen(hook.name, hook.module)
@@ -152,6 +153,12 @@ def _place(boundary: int) -> tuple[int, str]:
     return (0, INPUT) if boundary == 0 else (boundary - 1, OUTPUT)
 
 
+def _device_of(layer: nn.Module, model: Any) -> torch.device:
+    """Return where a layer runs; that of the model for one without weights."""
+    found: torch.device = next((item.device for item in layer.parameters()), model.device)
+    return found
+
+
 def _replace_hooks(model: Any, found: list[tuple[int, list[Proof]]], everywhere: bool) -> list[str]:
     """Put ghosts in the place of hooks, and return their names.
 
@@ -166,7 +173,7 @@ def _replace_hooks(model: Any, found: list[tuple[int, list[Proof]]], everywhere:
     for boundary, proofs in found:
         whole = reduce(Affine.then, (proof.affine() for proof in proofs))
         index, side = _place(boundary)
-        device = next(layers[index].parameters()).device
+        device = _device_of(layers[index], model)
         placed.append((index, side, whole.to_ghost(model.dtype, device)))
     for _, proofs in found:
         for proof in proofs:

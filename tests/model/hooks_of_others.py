@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghosted_fast.testing import random_tokens
+
 SIZE = 32
 GLOBAL: dict[str, Tensor] = {}
 
@@ -17,6 +19,12 @@ def operator(seed: int = 0, size: float = 0.3) -> Tensor:
     """Return W = I + M [d, d] in fp32; |M x| is about `size` times |x|."""
     generator = torch.Generator().manual_seed(seed)
     return torch.eye(SIZE) + size * torch.randn(SIZE, SIZE, generator=generator) / SIZE**0.5
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    output: Tensor = model(random_tokens(2, 7), use_cache=False).logits
+    return output
 
 
 class Published(nn.Module):
