@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from ghosted_fast.harness import TaskScore as TaskScore
     from ghosted_fast.harness import accuracy as accuracy
     from ghosted_fast.harness import evaluate_tasks as evaluate_tasks
+    from ghosted_fast.importing import ImportReport as ImportReport
+    from ghosted_fast.importing import import_ghosts as import_ghosts
     from ghosted_fast.modules import GhostLinear as GhostLinear
-    from ghosted_fast.modules import swap_ghosts as swap_ghosts
     from ghosted_fast.ops import ghost_apply as ghost_apply
     from ghosted_fast.ops import ghost_apply_rms_norm as ghost_apply_rms_norm
     from ghosted_fast.pipeline import ghost_model as ghost_model
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from ghosted_fast.speed import Throughput as Throughput
     from ghosted_fast.speed import throughput as throughput
     from ghosted_fast.surgery import prune_model as prune_model
+    from ghosted_fast.swapping import swap_ghosts as swap_ghosts
 
 __version__ = "0.1.0"
 
@@ -51,6 +53,7 @@ _HOMES = {
     "GhostSolution": "solve",
     "GramAccumulator": "gram",
     "Grid": "grid",
+    "ImportReport": "importing",
     "Perplexity": "evaluation",
     "Selection": "selection",
     "TaskScore": "harness",
@@ -63,13 +66,14 @@ _HOMES = {
     "ghost_apply_rms_norm": "ops",
     "correct_ghosts": "correction",
     "ghost_model": "pipeline",
+    "import_ghosts": "importing",
     "refine_ghosts": "refinement",
     "perplexity": "evaluation",
     "prune_model": "surgery",
     "save_model": "checkpoint",
     "select_layers": "selection",
     "solve_ghost": "solve",
-    "swap_ghosts": "modules",
+    "swap_ghosts": "swapping",
     "throughput": "speed",
 }
 __all__ = ["__version__", *_HOMES]

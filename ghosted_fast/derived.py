@@ -14,7 +14,7 @@ _MAKERS: dict[str, Callable[[type], type]] = {}
 _MADE: dict[tuple[str, type], type] = {}
 # The modules whose import registers the makers: a fresh process unpickles before importing them.
 _MAKER_MODULES = (
-    "ghosted_fast.modules",
+    "ghosted_fast.swapping",
     "ghosted_fast.ghosted_layers",
     "ghosted_fast.registry",
     "ghosted_fast.recovery.mlp",

@@ -21,6 +21,7 @@ from ghosted_fast.files import write_whole
 CARD = "README.md"
 _ASIDE = f".{CARD}.kept"
 _log = logging.getLogger(__name__)
+IMPORTED = "imported"
 _MARK = "<!-- Written by ghosted_fast. Remove this line to keep the card as it is. -->"
 # What transformers writes into the card of a repository that has none.
 _PLACEHOLDER = "This model card has been automatically generated."
@@ -224,6 +225,8 @@ def _ghosts(record: Mapping[str, Any]) -> str:
 def _calibration(report: Mapping[str, Any]) -> str:
     if not report:
         return ""
+    if report.get("recovery") == IMPORTED:
+        return "## Calibration\n\nThe operators were fitted by another code, and imported."
     chosen = report.get("criterion")
     by = f"chosen by the criterion `{chosen}`" if chosen else "given"
     text = f" of {report['calibration']}" if report.get("calibration") else " of text"

@@ -1,23 +1,19 @@
-"""GhostLinear, the module that stands in for removed layers, and other people's ghosts made one."""
+"""GhostLinear, the module that stands in for removed layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ghosted_fast import _native
-from ghosted_fast.derived import bases_of, derive, maker
-from ghosted_fast.errors import ArgumentError, UnknownFamilyError, UnsupportedModelError
-from ghosted_fast.families import decoder_layers
+from ghosted_fast.errors import ArgumentError
 from ghosted_fast.ops.ghost import ghost_apply
 from ghosted_fast.ops.packing import PACKED_DTYPES, pack_weight
 
 _INT8_LIMIT = 127.0
-# How far a module's output may be from a form it is taken to compute, relative to that output.
-_PROBE_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 class _Packed:
@@ -240,149 +236,3 @@ def without_identity(weight: Tensor) -> Tensor:
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     wide.diagonal().sub_(1.0)
     return wide.to(weight.dtype)
-
-
-def swap_ghosts(
-    model: nn.Module, match: Callable[[str, nn.Module], bool] | Iterable[str] | None = None
-) -> list[str]:
-    """Turn ghosts that are made of `nn.Linear` into `GhostLinear`, in place.
-
-    Two forms are known: an `nn.Linear` [d, d] that is the full operator y = W x + b, and a module
-    around a single such layer that computes y = W x + b or y = x + W x + b, alone or as a tuple of
-    one. Which form a module has is found by running it on random input. Each module goes on
-    computing what it computed, keeps its hooks, and stays the same object, so that code which holds
-    it (a forward hook, a wrapper) needs no change.
-
-    Args:
-        model: The model that holds the ghosts.
-        match: Which modules are ghosts: their names, or a function of name and module. None takes
-            those with "ghost" in their name or class name, and those that stand among the decoder
-            layers; attention and MLP projections are never taken unless they are named.
-
-    Returns:
-        The names of the swapped modules. Without `match`, modules of no known form are left alone.
-
-    Raises:
-        ArgumentError: A module that `match` names does not exist or has no known form.
-    """
-    modules = dict(model.named_modules())
-    if match is None or callable(match):
-        chosen = match or _looks_like_ghost(model)
-        names = [name for name, module in modules.items() if name and chosen(name, module)]
-    else:
-        names = list(match)
-        unknown = [name for name in names if name not in modules]
-        if unknown:
-            raise ArgumentError(f"expected names of modules of the model, got {unknown}")
-    swapped: list[str] = []
-    for name in names:
-        inside = any(name.startswith(f"{outer}.") for outer in swapped)
-        if inside or isinstance(modules[name], GhostLinear):
-            continue
-        if _swap(modules[name]):
-            swapped.append(name)
-        elif match is not None:
-            raise ArgumentError(
-                f"expected {name!r} to be a square nn.Linear, or a module that returns W x + b or "
-                f"x + W x + b with one such layer inside, got {modules[name]}"
-            )
-    return swapped
-
-
-def _looks_like_ghost(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    try:
-        layers = list(decoder_layers(model))
-    except (TypeError, UnknownFamilyError, UnsupportedModelError):
-        layers = []
-    linear = {id(layer) for layer in layers if _linear_inside(layer) is not None}
-    if len(linear) == len(layers):
-        linear = set()
-
-    def chosen(name: str, module: nn.Module) -> bool:
-        own_name = name.rpartition(".")[2] + type(module).__name__
-        return "ghost" in own_name.lower() or id(module) in linear
-
-    return chosen
-
-
-def _linear_inside(module: nn.Module) -> nn.Linear | None:
-    """Return the square layer that a module is, or that is all it consists of."""
-    parts = [part for part in module.modules() if part._parameters or part._buffers]
-    if len(parts) != 1 or not isinstance(parts[0], nn.Linear) or square_size(parts[0]) is None:
-        return None
-    is_direct = parts[0] is module or parts[0] in module._modules.values()
-    return parts[0] if is_direct else None
-
-
-def _swap(module: nn.Module) -> bool:
-    """Swap one module if it has a known form, and return whether it has."""
-    linear = _linear_inside(module)
-    if linear is None or linear.weight.is_meta:
-        return False
-    if type(module).forward is nn.Linear.forward:
-        _become_ghost(linear, residual=False)
-        return True
-    if module is linear:
-        return False
-    form = _probe(module, linear)
-    if form is None:
-        return False
-    residual, in_tuple = form
-    child = next(name for name, part in module._modules.items() if part is linear)
-    _become_ghost(linear, residual)
-    vars(module).update(_swapped_child=child, _swapped_in_tuple=in_tuple)
-    module.__class__ = derive("swapped", type(module))
-    return True
-
-
-def _probe(module: nn.Module, linear: nn.Linear) -> tuple[bool, bool] | None:
-    """Return whether a module adds its input, and whether it returns a tuple; None if neither."""
-    weight = linear.weight
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, linear.in_features, generator=generator)
-    x = x.to(device=weight.device, dtype=weight.dtype)
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            output, product = module.forward(x), linear.forward(x).float()
-    except (TypeError, ValueError, AttributeError, RuntimeError):
-        return None  # A module that takes other arguments, or another shape, is no ghost.
-    finally:
-        module.train(was_training)
-    in_tuple = isinstance(output, tuple) and len(output) == 1
-    y = output[0] if in_tuple else output
-    if not isinstance(y, Tensor) or y.shape != x.shape:
-        return None
-    for residual in (True, False):
-        expected = x.float() + product if residual else product
-        error = (y.float() - expected).norm()
-        if error <= _PROBE_TOLERANCES.get(weight.dtype, 1e-4) * expected.norm():
-            return residual, in_tuple
-    return None
-
-
-def _become_ghost(linear: Any, residual: bool) -> None:
-    """Turn a linear layer into a ghost that is the same object, with the same hooks."""
-    fresh = vars(GhostLinear.from_linear(linear, residual))
-    kept = {name: value for name, value in vars(linear).items() if "hook" in name}
-    training = linear.training
-    vars(linear).clear()
-    vars(linear).update({**fresh, **kept, "training": training})
-    linear.__class__ = GhostLinear
-
-
-@maker("swapped")
-def _swapped_class(base: Any) -> type:
-    """Make the class of modules around a ghost that used to be a linear layer."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden_states = args[0] if args else next(iter(kwargs.values()))
-        y = self.get_submodule(self._swapped_child)(hidden_states)
-        return (y,) if self._swapped_in_tuple else y
-
-    return type(
-        base.__name__,
-        bases_of(base),
-        {"__module__": base.__module__, "__qualname__": base.__qualname__, "forward": forward},
-    )

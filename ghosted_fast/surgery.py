@@ -13,6 +13,7 @@ from ghosted_fast import registry
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
 from ghosted_fast.families import Family, decoder_layers, decoder_of, find_family, hidden_size
 from ghosted_fast.ghosted_layers import INPUT, OUTPUT, attach_ghosts, check_swappable, ghost_of
+from ghosted_fast.model_card import IMPORTED, attach_report
 from ghosted_fast.modules import GhostLinear
 
 
@@ -115,11 +116,9 @@ def remove_layers(
     dense_kept = [layer for layer in range(dense_count) if layer not in dense_removed]
     layers = decoder_layers(model)
     remaining = [layers[layer] for layer in kept]
-    _cut_config(config, family, kept)
-    _replace_entries(layers, remaining)
     decoder = decoder_of(model)
-    if hasattr(decoder, "has_sliding_layers"):
-        vars(decoder)["has_sliding_layers"] = "sliding_attention" in config.layer_types
+    _cut_config(config, decoder, family, kept)
+    _replace_entries(layers, remaining)
     if placed or registry.is_ghosted(config):
         registry.make_ghosted(
             model,
@@ -132,6 +131,53 @@ def remove_layers(
         registry.refresh_record(model)
     _drop_gguf_marks(model)
     return model
+
+
+def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int]) -> None:
+    """Make a ghosted model, in place, of one that somebody else took layers out of.
+
+    The layers are numbered anew, and the configuration follows if it still describes all layers.
+    The ghosts themselves are put in afterwards.
+
+    Args:
+        model: A transformers decoder-only model without some of its layers.
+        removed: Indices of these, in the dense model.
+        boundaries: Where ghosts will stand: the number of layers that the model has before each.
+
+    Raises:
+        ArgumentError: `removed` does not fit the number of layers, a boundary is at no gap, or the
+            model is ghosted already.
+        UnsupportedModelError: See `find_family` and `check_swappable`.
+    """
+    family, layers, decoder = find_family(model), decoder_layers(model), decoder_of(model)
+    given, described = list(removed), model.config.num_hidden_layers
+    count = len(layers) + len(given)
+    intervals = removed_intervals(given, count)
+    dropped = {layer for start, stop in intervals for layer in range(start, stop)}
+    kept = [layer for layer in range(count) if layer not in dropped]
+    gaps = [sum(layer < start for layer in kept) for start, _ in intervals]
+    if not set(boundaries) <= set(gaps):
+        raise ArgumentError(
+            f"expected ghosts behind as many layers as are kept before the gaps {intervals}, "
+            f"{gaps}, got ghosts behind {sorted(boundaries)} layers"
+        )
+    if registry.is_ghosted(model.config):
+        raise ArgumentError("expected a model without a record of removed layers, got one")
+    if described not in (count, len(layers)):
+        raise ArgumentError(
+            f"expected config.num_hidden_layers to be {len(layers)}, the layers that the model "
+            f"has, or {count}, with the {len(given)} removed ones, got {described}"
+        )
+    # The lists must fit now, so that they fit when they are cut.
+    _check_lists(model.config, family, described)
+    for module in (model, decoder, *layers):
+        check_swappable(module)
+    config = _own_config(model)
+    _cut_config(config, decoder, family, kept if described == count else [*range(len(layers))])
+    _replace_entries(layers, list(layers))
+    registry.make_ghosted(model, removed=sorted(dropped), num_hidden_layers=count)
+    name = getattr(config, "_name_or_path", "") or type(model).__name__
+    attach_report(config, {"model": name, "recovery": IMPORTED})
 
 
 def share_copy(model: Any) -> Any:
@@ -220,8 +266,8 @@ def _own_config(model: Any) -> Any:
     return new
 
 
-def _cut_config(config: Any, family: Family, kept: list[int]) -> None:
-    """Make a configuration describe the kept layers only."""
+def _cut_config(config: Any, decoder: Any, family: Family, kept: list[int]) -> None:
+    """Make a configuration, and what the decoder took from it, describe the kept layers only."""
     if family.make_explicit is not None:
         family.make_explicit(config)
     for name in family.layer_index_lists:
@@ -233,6 +279,8 @@ def _cut_config(config: Any, family: Family, kept: list[int]) -> None:
         if entries is not None:
             setattr(config, name, [entries[layer] for layer in kept])
     config.num_hidden_layers = len(kept)
+    if hasattr(decoder, "has_sliding_layers"):
+        vars(decoder)["has_sliding_layers"] = "sliding_attention" in config.layer_types
 
 
 def _replace_entries(layers: nn.ModuleList, kept: list[nn.Module]) -> None:

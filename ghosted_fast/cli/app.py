@@ -14,6 +14,7 @@ from ghosted_fast.cli.doctor import doctor
 from ghosted_fast.cli.eval import evaluate
 from ghosted_fast.cli.export import export
 from ghosted_fast.cli.fit import fit
+from ghosted_fast.cli.import_ghosts import import_operators
 from ghosted_fast.cli.select import select
 from ghosted_fast.cli.verb import verb
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("demo")(verb(demo))
 app.command("select")(verb(select))
 app.command("fit")(verb(fit))
+app.command("import")(verb(import_operators))
 app.command("eval")(verb(evaluate))
 app.command("compare")(verb(compare))
 app.command("bench")(verb(bench))

@@ -15,7 +15,7 @@ from ghosted_fast import __version__
 from ghosted_fast.cli.app import app
 from ghosted_fast.cli.options import parse_damping, parse_increase, parse_layers, parse_speedup
 
-VERBS = ("demo", "select", "fit", "eval", "compare", "bench", "doctor")
+VERBS = ("demo", "select", "fit", "import", "eval", "compare", "bench", "doctor")
 
 COMPARE = ("compare", "--model=m", "--calibration=c", "--evaluation=e", "--output=o")
 
@@ -94,6 +94,8 @@ def test_entry_point_and_version() -> None:
         ((*COMPARE, "--num-layers=3", "--evaluation=e"), "got one of them twice"),
         ((*COMPARE, "--num-layers=3", "--criterion=luck"), "--criterion"),
         ((*COMPARE, "--num-layers=3", "--recovery=magic"), "--recovery"),
+        (("import", "w.pt", "--model=m", "--output=o"), "Missing option '--removed'"),
+        (("import", "w.pt", "--model=m", "--output=o", "--removed=3", "--form=W"), "--form"),
         (("bench", "--model", "m", "--repeats", "0"), "--repeats"),
         (("eval", "--model", "m", "--evaluation", "e", "--dtype", "int3"), "--dtype"),
         (("demo", "--dtype", "int3"), "got 'int3'"),
