@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "ghosted_fast"
 FLOORS: list[set[str]] = [
     {"errors", "_env", "derived", "first_token", "figures"},
     {"_native", "batches", "readers", "kernels", "hadamard", "questions", "modeling_ghosted"},
-    {"ops", "remote_code", "model_card"},
+    {"ops", "remote_code", "model_card", "ranks"},
     {"gram", "families", "testing", "machine"},
     {"solve", "modules", "boundaries"},
     {"gaps"},

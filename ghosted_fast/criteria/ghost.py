@@ -5,8 +5,6 @@ Source: ours. The ghosts are those of Yun et al., arXiv 2605.15491.
 
 from __future__ import annotations
 
-from tqdm import tqdm
-
 from ghosted_fast.batches import iterate_batches
 from ghosted_fast.calibration import IntervalStatistics, collect_statistics
 from ghosted_fast.criteria.request import (
@@ -16,7 +14,7 @@ from ghosted_fast.criteria.request import (
     candidate_intervals,
 )
 from ghosted_fast.families import hidden_size
-from ghosted_fast.fitting import fit_on_training_folds
+from ghosted_fast.fitting import fit_candidates
 from ghosted_fast.memory import default_memory_budget, passes_within
 from ghosted_fast.scoring import held_out_batches, score_intervals
 
@@ -35,8 +33,8 @@ def by_ghost(request: Request) -> Selection:
     for group in groups:
         statistics = collect_statistics(model, batches, group, options, request.progress)
         ghosts = [
-            fit_on_training_folds(item, options).to_module(parameter.dtype, parameter.device)
-            for item in tqdm(statistics, desc="fitting", delay=2.0, disable=not request.progress)
+            ghost.to_module(parameter.dtype, parameter.device)
+            for ghost in fit_candidates(statistics, options, request.progress)
         ]
         losses = score_intervals(model, held_out, group, ghosts, request.progress)
         scores += [IntervalScore(*pair, loss) for pair, loss in zip(group, losses, strict=True)]
