@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ghosted_fast import ranks
 from ghosted_fast.divergence import Divergence, GhostSlope, States, compare, row_slices, wide_rows
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.held_out import (
@@ -90,6 +92,7 @@ def check_corrections(corrections: Any) -> None:
         )
 
 
+@ranks.together()
 def correct_ghosts(
     ghosted: Any,
     dense: Any,
@@ -102,6 +105,8 @@ def correct_ghosts(
     progress: bool = False,
 ) -> list[CorrectionFacts]:
     """Move a model's ghosts, in place, so that its predictions come closer to the dense model's.
+
+    In a process group the ranks share the text, and end with the same ghosts, those of rank 0.
 
     Args:
         ghosted: A model with ghosts, of any fit; all of them are corrected together.
@@ -122,6 +127,7 @@ def correct_ghosts(
         ArgumentError: An argument is out of range, or the models do not fit each other.
         CalibrationError: There is too little text to hold any out.
         NonFiniteError: A state or a gradient is NaN or infinite.
+        RankError: Another rank failed, or is gone.
     """
     check_corrections(corrections)
     if not damping > 0 or tokens < 1 or held_out_tokens < 1:
@@ -132,7 +138,8 @@ def correct_ghosts(
     if corrections == 0:
         return []
     divergence = Divergence(ghosted, dense)
-    train, judges = split_sequences(batches, held_out_tokens, divergence.device)
+    whole = ranks.whole_text(batches)
+    train, judges = split_sequences(whole, held_out_tokens, divergence.device)
     found, needed = token_count(judges), min(held_out_tokens, _FEWEST_FOR_AUTO)
     if corrections == "auto" and found < needed:
         _LOGGER.warning(
@@ -143,7 +150,7 @@ def correct_ghosts(
         )
         return []
     check_split(train, judges)
-    held_out = [divergence.states(batch) for batch in in_passes(judges)]
+    held_out = [divergence.states(batch) for batch in ranks.own(in_passes(judges))]
     per_correction = sequences_for(tokens, train)
     text = cycle(train)
     most = MOST_CORRECTIONS if corrections == "auto" else corrections
@@ -152,10 +159,10 @@ def correct_ghosts(
     for _ in tqdm(range(most), desc="correcting", delay=2.0, disable=not progress):
         began = time.perf_counter()
         slopes = divergence.slopes(in_passes(islice(text, per_correction)))
-        candidates = [_descent(slopes, damping)]
-        if last is not None:
-            candidates.append(last)
-        step, before, after = _best_step(divergence, held_out, _trials(slopes, candidates))
+        directions = ranks.on_first(
+            partial(_trials, slopes, damping, [] if last is None else [last]), divergence.device
+        )
+        step, before, after = _best_step(divergence, held_out, directions)
         last = step if step is not None else last
         facts.append(
             CorrectionFacts(
@@ -169,6 +176,7 @@ def correct_ghosts(
         _LOGGER.info("held-out divergence %.5f -> %.5f", before, after)
         if corrections == "auto" and before - after < _LEAST_GAIN * before:
             break
+    divergence.agree()
     return facts
 
 
@@ -202,9 +210,10 @@ def _relative_change(slopes: Sequence[GhostSlope], direction: Sequence[Tensor]) 
 
 
 def _trials(
-    slopes: Sequence[GhostSlope], candidates: Sequence[Sequence[Tensor]]
+    slopes: Sequence[GhostSlope], damping: float, others: Sequence[list[Tensor]]
 ) -> list[list[Tensor]]:
-    """Return the directions at the size of a trial, without those that change nothing."""
+    """Return the descent and other directions, at the size of a trial and if they change any."""
+    candidates = [_descent(slopes, damping), *others]
     sizes = [_relative_change(slopes, direction) for direction in candidates]
     return [
         [part * (_TRIAL_CHANGE / size) for part in direction]
@@ -274,9 +283,12 @@ def _local_model(
                 weighted = q * change
                 for j in range(i + 1):
                     curvature[i, j] += float((weighted * changes[j]).sum(dtype=torch.float64))
-    tokens = token_count(states.batch for states in held_out)
+    counts = torch.tensor(
+        [value, token_count(states.batch for states in held_out)], dtype=torch.float64
+    )
+    ranks.add_up([slope, curvature, counts])
     curvature = curvature.tril() + curvature.tril(-1).mT
-    return value / tokens, slope / tokens, curvature / tokens
+    return float(counts[0] / counts[1]), slope / counts[1], curvature / counts[1]
 
 
 def _combined(amounts: Tensor, directions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
