@@ -165,7 +165,8 @@ def ghost_model(
             "score_tokens": score_tokens,
             "memory_budget": memory_budget,
             "beam": beam,
-        }
+        },
+        model,
     )
     batches = ranks.whole_text(batches)
     improved = recovery == "ghost" and bool(corrections or refine)

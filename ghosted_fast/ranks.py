@@ -14,7 +14,6 @@ group, ends the others with `RanksLostError`.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,9 +23,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghosted_fast.batches import iterate_batches
+from ghosted_fast.digests import model_digest, text_digest
 from ghosted_fast.errors import ArgumentError, RankError, RanksLostError
 
 T = TypeVar("T")
@@ -114,12 +114,7 @@ def whole_text(batches: Iterable[Any]) -> Iterable[Any]:
     if count() == 1:
         return batches
     held = list(iterate_batches(batches))
-    digest = hashlib.sha256()
-    for batch in held:
-        digest.update(repr(batch.input_ids.shape).encode())
-        digest.update(batch.input_ids.cpu().numpy().tobytes())
-        digest.update(batch.attention_mask.cpu().numpy().tobytes())
-    digests = gather(digest.digest())
+    digests = gather(text_digest(held))
     for rank, other in enumerate(digests):
         if other != digests[0]:
             raise ArgumentError(
@@ -130,13 +125,16 @@ def whole_text(batches: Iterable[Any]) -> Iterable[Any]:
     return held
 
 
-def check_same(arguments: Mapping[str, Any]) -> None:
-    """Check that arguments have the same values on all ranks.
+def check_same(arguments: Mapping[str, Any], model: nn.Module | None = None) -> None:
+    """Check that arguments have the same values on all ranks, and a model the same weights.
 
     Raises:
         ArgumentError: One has not.
     """
-    everywhere = gather(dict(arguments))
+    if count() == 1:
+        return
+    digest = {} if model is None else {"weights of the model": model_digest(model)}
+    everywhere = gather({**arguments, **digest})
     for rank, others in enumerate(everywhere):
         for name, value in others.items():
             if value != everywhere[0][name]:

@@ -101,7 +101,8 @@ def select_layers(
             "memory_budget": memory_budget,
             "beam": beam,
             "also": also,
-        }
+        },
+        model,
     )
     for count in (num_layers, *also):
         check_layer_count(count, layers)
