@@ -53,6 +53,11 @@ def is_first() -> bool:
     return index() == 0
 
 
+def saves() -> bool:
+    """Return whether transformers saves models in this process: in a group, on rank 0 only."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Work in this process only, whatever process group there is."""

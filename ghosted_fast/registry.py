@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ghosted_fast import ranks
 from ghosted_fast.derived import Derived, bases_of, derive, maker, underived
 from ghosted_fast.errors import CheckpointError
 from ghosted_fast.families import (
@@ -171,7 +172,8 @@ class GhostedModel(Derived):
         loads the folder where this package is not installed.
         """
         refresh_record(self)
-        if kwargs.get("is_main_process", True) and not Path(save_directory).is_file():
+        saves = kwargs.get("is_main_process", True) and ranks.saves()
+        if saves and not Path(save_directory).is_file():
             _write_companions(self, Path(save_directory))
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
