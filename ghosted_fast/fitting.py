@@ -148,19 +148,29 @@ def fit_in_sequence(
 
 
 def fit_candidates(
-    statistics: Sequence[IntervalStatistics], options: GhostOptions, progress: bool = False
-) -> list[FittedGhost]:
-    """Fit a ghost on the training folds of each statistics; the ranks share the solves."""
+    model: nn.Module,
+    statistics: Sequence[IntervalStatistics],
+    options: GhostOptions,
+    progress: bool = False,
+) -> list[GhostLinear]:
+    """Fit the ghost of each candidate on the training folds; the ranks share the solves.
+
+    Args:
+        model: The model that gives the ghosts their dtype and device.
+        statistics: Those of each candidate.
+        options: How the ghosts are fitted.
+        progress: Whether to show a progress bar on stderr.
+    """
+    parameter = next(model.parameters())
     total = len(list(ranks.own(statistics)))
-    device = statistics[0].gram.device
     with tqdm(desc="fitting", total=total, delay=2.0, disable=not progress) as bar:
 
-        def fit(item: IntervalStatistics) -> FittedGhost:
+        def fit(item: IntervalStatistics) -> GhostLinear:
             ghost = fit_on_training_folds(item, options)
             bar.update()
-            return ghost
+            return ghost.to_module(parameter.dtype, parameter.device)
 
-        return ranks.spread(statistics, fit, device)
+        return ranks.spread(statistics, fit, parameter.device)
 
 
 def fit_on_training_folds(statistics: IntervalStatistics, options: GhostOptions) -> FittedGhost:

@@ -23,8 +23,7 @@ def by_ghost(request: Request) -> Selection:
     """Score every interval of the length on held-out tokens, its ghost in place."""
     model, options = request.model, request.options
     intervals = candidate_intervals(request.count, request.layers)
-    parameter = next(model.parameters())
-    budget = request.memory_budget or default_memory_budget(parameter.device)
+    budget = request.memory_budget or default_memory_budget(next(model.parameters()).device)
     groups = passes_within(intervals, hidden_size(model), options, budget)
     batches = list(iterate_batches(request.batches))
     held_out = held_out_batches(batches, options, request.score_tokens)
@@ -32,10 +31,7 @@ def by_ghost(request: Request) -> Selection:
     best: tuple[float, IntervalStatistics] | None = None
     for group in groups:
         statistics = collect_statistics(model, batches, group, options, request.progress)
-        ghosts = [
-            ghost.to_module(parameter.dtype, parameter.device)
-            for ghost in fit_candidates(statistics, options, request.progress)
-        ]
+        ghosts = fit_candidates(model, statistics, options, request.progress)
         losses = score_intervals(model, held_out, group, ghosts, request.progress)
         scores += [IntervalScore(*pair, loss) for pair, loss in zip(group, losses, strict=True)]
         lowest = min(range(len(group)), key=losses.__getitem__)

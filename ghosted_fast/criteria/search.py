@@ -135,16 +135,15 @@ def _score_intervals(
 ) -> dict[Interval, _Scored]:
     """Score every interval of up to `longest` layers alone, its ghost in place."""
     model, options = request.model, request.options
-    parameter = next(model.parameters())
-    budget = request.memory_budget or default_memory_budget(parameter.device)
+    budget = request.memory_budget or default_memory_budget(next(model.parameters()).device)
     lengths = [candidate_intervals(n, request.layers) for n in range(1, longest + 1)]
     intervals = [pair for pairs in lengths for pair in pairs]
     gaps: dict[Interval, Gap] = {}
     for group in passes_within(intervals, hidden_size(model), options, budget):
         statistics = collect_statistics(model, batches, group, options, request.progress)
-        ghosts = fit_candidates(statistics, options, request.progress)
+        ghosts = fit_candidates(model, statistics, options, request.progress)
         for pair, ghost in zip(group, ghosts, strict=True):
-            gaps[pair] = Gap(*pair, ghost.to_module(parameter.dtype, parameter.device))
+            gaps[pair] = Gap(*pair, ghost)
     scored: dict[Interval, _Scored] = {}
     for pairs in lengths:
         candidates = [[gaps.pop(pair)] for pair in pairs]

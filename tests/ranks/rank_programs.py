@@ -10,6 +10,7 @@ from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -66,11 +67,13 @@ def text(batches: int) -> list[Batch]:
 
 
 def statistics(batches: int, first_state: str) -> list[Tensor]:
-    """Return the sums, floors and first tokens of three intervals."""
+    """Return the sums, floors and first tokens of three intervals, of 13 sequences."""
     options = GhostOptions(first_state=first_state)  # type: ignore[arg-type]
+    intervals = [(1, 3), (4, 6), (0, 3)]
     found: list[Tensor] = []
-    for item in collect_statistics(tiny_model("llama"), text(batches), [(1, 3), (4, 6), (0, 3)],
-                                   options):  # fmt: skip
+    with patch.object(calibration, "_MAX_FIRST_TOKENS", 13):
+        collected = collect_statistics(tiny_model("llama"), text(batches), intervals, options)
+    for item in collected:
         found += [*item.gram.sums, torch.tensor(item.energy_floor)]
         if item.first is not None:
             found += [*item.first.rows(), item.first.mean(), torch.tensor(item.first.count)]
