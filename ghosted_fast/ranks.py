@@ -139,13 +139,13 @@ def check_same(arguments: Mapping[str, Any], model: nn.Module | None = None) -> 
     if count() == 1:
         return
     digest = {} if model is None else {"weights of the model": model_digest(model)}
-    everywhere = gather({**arguments, **digest})
-    for rank, others in enumerate(everywhere):
-        for name, value in others.items():
-            if value != everywhere[0][name]:
+    first, *others = gather({**arguments, **digest})
+    for rank, other in enumerate(others, start=1):
+        for name in first | other:
+            if first.get(name) != other.get(name):
                 raise ArgumentError(
-                    f"expected the same {name} on every rank, got {everywhere[0][name]!r} on rank "
-                    f"0 and {value!r} on rank {rank}"
+                    f"expected the same {name} on every rank, got {first.get(name)!r} on rank 0 "
+                    f"and {other.get(name)!r} on rank {rank}"
                 )
 
 

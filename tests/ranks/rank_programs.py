@@ -115,6 +115,8 @@ def called_differently(what: str) -> None:
     odd = ranks.index() == 1
     model = tiny_model("llama", seed=int(odd and what == "model"))
     batches = text(8 if odd and what == "text" else 9)
+    if odd and what == "function":
+        collect_statistics(model, batches, [(2, 4)])
     ghost_model(model, batches, removed=[2] if odd and what == "removed" else [2, 3])
 
 

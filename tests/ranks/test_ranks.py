@@ -117,6 +117,7 @@ def test_an_error_of_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
     [
         ("text", "expected the same batches on every rank, got others on rank 1 than on rank 0"),
         ("removed", "same removed on every rank, got [2, 3] on rank 0 and [2] on rank 1"),
+        ("function", "same removed on every rank, got [2, 3] on rank 0 and None on rank 1"),
         ("model", "expected the same weights of the model on every rank"),
     ],
 )
