@@ -288,10 +288,10 @@ def collect_statistics(
             sequences += len(batch.input_ids)
             tokens += count
             bar.update(count)
-    check_enough_tokens(tokens, 2 * size, size)
     # A rank without a batch of its own; in the order in which a batch visits the intervals.
     for item in filter(has_no_floor, sorted(statistics, key=lambda item: item.stop)):
         item.energy_floor = ranks.from_first(item.energy_floor)
+    check_enough_tokens(tokens, 2 * size, size)
     for item in statistics:
         item.add_ranks(sequences)
     return statistics

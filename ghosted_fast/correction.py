@@ -137,6 +137,14 @@ def correct_ghosts(
         )
     if corrections == 0:
         return []
+    ranks.check_same(
+        {
+            "corrections": corrections,
+            "damping": damping,
+            "tokens": tokens,
+            "held_out_tokens": held_out_tokens,
+        }
+    )
     divergence = Divergence(ghosted, dense)
     whole = ranks.whole_text(batches)
     train, judges = split_sequences(whole, held_out_tokens, divergence.device)

@@ -143,6 +143,7 @@ def refine_ghosts(
     check_split(train, judges)
     held_out = [divergence.states(batch) for batch in ranks.own(in_passes(judges))]
     settings = (steps, tokens, held_out_tokens, step_size, seed)
+    ranks.check_same({"steps, tokens, held_out_tokens, step_size and seed": settings})
     key = _key(settings, [*train, *judges], divergence.point())
     path = None if state is None else Path(state)
     run = ranks.on_first(partial(_load, path, key, divergence.device), divergence.device)

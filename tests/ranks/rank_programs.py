@@ -110,6 +110,11 @@ def poisoned() -> None:
     ghost_model(model, text(9), removed=[2, 3])
 
 
+def too_little_text() -> None:
+    """Give all ranks one batch, of which only rank 0 has anything."""
+    ghost_model(tiny_model("llama"), [random_tokens(2, 20)], removed=[2, 3])
+
+
 def called_differently(what: str) -> None:
     """Give rank 1 other arguments than the others."""
     odd = ranks.index() == 1

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny_text import TEXT, save_tiny_model
 
 from ghosted_fast.cli.app import app
+from ghosted_fast.errors import CalibrationError
 from ghosted_fast.testing import relative_rms
 
 _WAIT_S = 300.0
@@ -110,6 +111,13 @@ def test_an_error_of_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
     assert second[0] == "NonFiniteError" and "boundaries 2 and 4" in second[1]
     for other in (first, third):
         assert other == ("RankError", f"rank 1 failed: NonFiniteError: {second[1]}")
+
+
+def test_an_error_of_all_ranks_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError) as raised:
+        rank_programs.too_little_text()
+    found = run_ranks(rank_programs.too_little_text, 2, tmp_path)
+    assert found == [("CalibrationError", str(raised.value))] * 2
 
 
 @pytest.mark.parametrize(
