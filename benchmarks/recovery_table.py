@@ -22,10 +22,11 @@ from typing import Any
 
 from ghosted_fast.assets import fetch_demo_assets, fetch_gemma3, fetch_stories
 from ghosted_fast.batches import Batch, iterate_batches
+from ghosted_fast.digests import model_digest, text_digest
 from ghosted_fast.evaluation import perplexity
 from ghosted_fast.generation import generate_texts
 from ghosted_fast.grid import Grid, compare_grid, corrected, refined
-from ghosted_fast.grid.state import GridState, model_digest, text_digest
+from ghosted_fast.grid.state import GridState
 from ghosted_fast.grid.summary import summaries
 from ghosted_fast.grid.table import BEST_PUBLISHED, layers_as_text, marked
 from ghosted_fast.pipeline import ghost_model

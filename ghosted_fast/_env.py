@@ -4,6 +4,35 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Launch(NamedTuple):
+    """What `torchrun` says of a process.
+
+    Attributes:
+        rank: Its number, from 0.
+        size: How many there are.
+        local_rank: Its number on this machine.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def launched() -> Launch | None:
+    """Return what `torchrun` says of this process; None if it is the only one, or by itself."""
+    named = os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if not named or int(os.environ["WORLD_SIZE"]) == 1:
+        return None
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Launch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank)
+
+
+def silence_bars() -> None:
+    """Switch off the progress bars of libraries that have not been imported yet."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def cache_folder() -> Path:

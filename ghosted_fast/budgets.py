@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import iterate_batches
 from ghosted_fast.calibration import GhostOptions
 from ghosted_fast.criteria.request import Selection
@@ -208,10 +209,17 @@ def fewest_layers_for(model: Any, min_decode_speedup: float) -> Budget:
 
 
 def decode_speedup(dense: Any, smaller: Any) -> float:
-    """Measure the decode tokens per second of a model relative to another's, in turns."""
-    models = {"dense": dense, "smaller": smaller}
-    speeds = compare_throughput(models, _PROMPT_LENGTH, _NEW_TOKENS, repeats=_REPEATS)
-    return speeds["smaller"].decode_tokens_per_s / speeds["dense"].decode_tokens_per_s
+    """Measure the decode tokens per second of a model relative to another's, in turns.
+
+    In a process group rank 0 measures, while the others wait.
+    """
+
+    def measure() -> float:
+        models = {"dense": dense, "smaller": smaller}
+        speeds = compare_throughput(models, _PROMPT_LENGTH, _NEW_TOKENS, repeats=_REPEATS)
+        return speeds["smaller"].decode_tokens_per_s / speeds["dense"].decode_tokens_per_s
+
+    return ranks.on_first(measure)
 
 
 def estimated_speedup(model: Any, count: int) -> float:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.boundaries import visit_intervals
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
@@ -73,30 +73,44 @@ class GhostOptions:
 class FirstTokens:
     """The first attended tokens of the sequences, kept apart from the sums.
 
-    Their number is bounded; the sum of y runs over all of them.
+    Those of so many sequences are kept as they are, in fp32; the sum of y runs over all.
     """
 
     y_sum: Tensor
+    folds: int
     count: int = 0
-    kept: int = 0
     x: list[Tensor] = field(default_factory=list)
     y: list[Tensor] = field(default_factory=list)
-    folds: list[Tensor] = field(default_factory=list)
+    sequences: list[Tensor] = field(default_factory=list)
 
-    def add(self, x: Tensor, y: Tensor, folds: Tensor) -> None:
-        """Add rows x, y [n, d] of the folds [n]."""
+    def add(self, x: Tensor, y: Tensor, sequences: Tensor) -> None:
+        """Add rows x, y [n, d] of the sequences [n], by their numbers."""
         self.y_sum += y.double().sum(0)
         self.count += len(y)
-        room = _MAX_FIRST_TOKENS - self.kept
-        if room > 0:
-            self.x.append(x[:room].clone())
-            self.y.append(y[:room].clone())
-            self.folds.append(folds[:room])
-            self.kept += len(x[:room])
+        kept = sequences < _MAX_FIRST_TOKENS
+        self.x.append(x[kept].float())
+        self.y.append(y[kept].float())
+        self.sequences.append(sequences[kept])
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the kept rows: x [n, d], y [n, d], folds [n]."""
-        return torch.cat(self.x), torch.cat(self.y), torch.cat(self.folds)
+        return torch.cat(self.x), torch.cat(self.y), torch.cat(self.sequences) % self.folds
+
+    def placed(self, num_sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows in their places among those of all sequences, zeros in the others.
+
+        Args:
+            num_sequences: Sequences of the whole text.
+
+        Returns:
+            x [n, d], y [n, d], and 1 where there is a row [n]; all fp32.
+        """
+        places = min(num_sequences, _MAX_FIRST_TOKENS)
+        x, y = self.y_sum.new_zeros(2, places, len(self.y_sum), dtype=torch.float32)
+        present = x.new_zeros(places)
+        for rows, targets, sequences in zip(self.x, self.y, self.sequences, strict=True):
+            x[sequences], y[sequences], present[sequences] = rows, targets, 1.0
+        return x, y, present
 
     def mean(self) -> Tensor:
         """Return the mean y [d], fp64."""
@@ -113,7 +127,7 @@ class IntervalStatistics:
         gram: Sums over the tokens; without the first of each sequence if `first` is given.
         first: The first tokens, where they are kept apart.
         energy_floor: For "capped" weights, the energy up to which tokens count alike; known from
-            the first sequence on.
+            the first sequence on, 0 if that has none.
     """
 
     start: int
@@ -126,6 +140,24 @@ class IntervalStatistics:
         """Return the equations of all folds but the last, and those of the last."""
         held_out = self.gram.fold(self.gram.folds - 1)
         return self.gram.total() - held_out, held_out
+
+    def add_ranks(self, num_sequences: int) -> None:
+        """Add what the other ranks have gathered, so that all have the sums of the whole text.
+
+        Args:
+            num_sequences: Sequences of the whole text.
+        """
+        if ranks.count() == 1:
+            return
+        if self.first is None:
+            ranks.add_up(self.gram.sums)
+            return
+        first = self.first
+        count, (x, y, present) = torch.tensor([first.count]), first.placed(num_sequences)
+        ranks.add_up([*self.gram.sums, first.y_sum, count, x, y, present])
+        kept = present.nonzero()[:, 0]
+        first.count = int(count)
+        first.x, first.y, first.sequences = [x[kept]], [y[kept]], [kept]
 
 
 def norm_eps_of(model: nn.Module, options: GhostOptions) -> float | None:
@@ -191,6 +223,7 @@ def token_weights(
     return torch.where(usable, unit * power_of_four, 1.0)
 
 
+@ranks.together()
 def collect_statistics(
     model: nn.Module,
     batches: Iterable[Any],
@@ -202,7 +235,8 @@ def collect_statistics(
     """Run the dense model once over text and gather the statistics of all intervals.
 
     Layers above the last interval are not computed, and hidden states are dropped as soon as the
-    last interval that needs them is served: memory is the statistics and one batch.
+    last interval that needs them is served: memory is the statistics and one batch. In a process
+    group every rank runs a share of the batches; there is one reduction for each interval.
 
     Args:
         model: The dense model.
@@ -219,34 +253,48 @@ def collect_statistics(
     Raises:
         CalibrationError: There are fewer than 2 x hidden_size tokens.
         NonFiniteError: An activation is NaN or infinite; the message names boundary and batch.
+        RankError: Another rank failed, or is gone.
     """
     options = options or GhostOptions()
     size, device = hidden_size(model), next(model.parameters()).device
     statistics = [new_statistics(model, interval, options) for interval in intervals]
-    sequences = tokens = 0
+    ranks.check_same({"intervals": list(intervals), "options": options})
+    sequences = tokens = turn = 0
+
+    def has_no_floor(item: IntervalStatistics) -> bool:
+        return options.token_weight == "capped" and item.energy_floor is None
+
     bar = tqdm(desc="calibrating", unit="tok", unit_scale=True, delay=2.0, disable=not progress)
     with bar:
-        for index, batch in enumerate(iterate_batches(batches, device)):
-            update = partial(_update, statistics, batch, index, sequences, options)
-            visit_intervals(model, batch, intervals, update, [gap.on(batch) for gap in gaps])
+        for index, batch in enumerate(iterate_batches(ranks.whole_text(batches), device)):
+            count = batch.num_tokens
+            if count and ranks.is_own(turn):
+
+                def update(
+                    interval: int,
+                    x: Tensor,
+                    y: Tensor,
+                    batch: Batch = batch,
+                    index: int = index,
+                    sequences: int = sequences,
+                ) -> None:
+                    item = statistics[interval]
+                    if has_no_floor(item):  # rank 0 has the text's first batch
+                        item.energy_floor = ranks.from_first(energy_floor(batch, y))
+                    update_statistics(item, batch, index, sequences, options, x, y)
+
+                visit_intervals(model, batch, intervals, update, [gap.on(batch) for gap in gaps])
+            turn += count > 0
             sequences += len(batch.input_ids)
-            tokens += batch.num_tokens
-            bar.update(batch.num_tokens)
+            tokens += count
+            bar.update(count)
+    # A rank without a batch of its own; in the order in which a batch visits the intervals.
+    for item in filter(has_no_floor, sorted(statistics, key=lambda item: item.stop)):
+        item.energy_floor = ranks.from_first(item.energy_floor)
     check_enough_tokens(tokens, 2 * size, size)
+    for item in statistics:
+        item.add_ranks(sequences)
     return statistics
-
-
-def _update(
-    statistics: Sequence[IntervalStatistics],
-    batch: Batch,
-    batch_index: int,
-    sequences: int,
-    options: GhostOptions,
-    interval: int,
-    x: Tensor,
-    y: Tensor,
-) -> None:
-    update_statistics(statistics[interval], batch, batch_index, sequences, options, x, y)
 
 
 def new_statistics(
@@ -256,7 +304,7 @@ def new_statistics(
     size, device = hidden_size(model), next(model.parameters()).device
     first = None
     if options.first_state != "off":
-        first = FirstTokens(torch.zeros(size, dtype=torch.float64, device=device))
+        first = FirstTokens(torch.zeros(size, dtype=torch.float64, device=device), options.folds)
     gram = GramAccumulator(size, options.folds, norm_eps_of(model, options), device)
     return IntervalStatistics(*interval, gram, first)
 
@@ -286,24 +334,35 @@ def update_statistics(
     """
     y = y.to(x.device)
     if options.token_weight == "capped" and item.energy_floor is None:
-        usual = float(mean_square(y[0])[batch.attention_mask[0].bool()].nanmedian())
-        item.energy_floor = _USUAL_ENERGIES * usual if math.isfinite(usual) else None
+        item.energy_floor = energy_floor(batch, y)
     weight = token_weights(x, y, options, item.gram.norm_eps, item.energy_floor)
     weight = weight * batch.attention_mask
-    row_folds = (torch.arange(len(x), device=x.device) + sequences) % options.folds
+    rows_of_text = torch.arange(len(x), device=x.device) + sequences
     if item.first is not None:
         is_first = batch.is_first
         weight = weight.masked_fill(is_first, 0.0)
-        fold_of_first = row_folds[is_first.nonzero()[:, 0]]
         x_first, y_first = x[is_first], y[is_first]
         _check_first(x_first, y_first, item, batch_index)
-        item.first.add(x_first, y_first, fold_of_first)
-    for fold in range(min(options.folds, len(x))):
-        rows = slice(fold, None, options.folds)
+        item.first.add(x_first, y_first, rows_of_text[is_first.nonzero()[:, 0]])
+    for row in range(min(options.folds, len(x))):
+        rows, fold = slice(row, None, options.folds), (sequences + row) % options.folds
         try:
-            item.gram.update(x[rows], y[rows], weight[rows], fold=int(row_folds[fold]))
+            item.gram.update(x[rows], y[rows], weight[rows], fold=fold)
         except NonFiniteError as error:
             raise non_finite(item.start, item.stop, batch_index, str(error)) from error
+
+
+def energy_floor(batch: Batch, y: Tensor) -> float:
+    """Return the `IntervalStatistics.energy_floor` that the text's first batch decides.
+
+    Args:
+        batch: The tokens.
+        y: States that leave the gap [batch, length, d].
+    """
+    attended = batch.attention_mask.bool()
+    row = int(attended.any(1).int().argmax())
+    usual = float(mean_square(y[row])[attended[row].to(y.device)].nanmedian())
+    return _USUAL_ENERGIES * usual if math.isfinite(usual) else 0.0
 
 
 def _check_first(x: Tensor, y: Tensor, item: IntervalStatistics, batch_index: int) -> None:

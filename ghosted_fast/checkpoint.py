@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ghosted_fast import ranks
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.model_card import CARD, is_ours
 
@@ -18,7 +19,8 @@ def save_model(
     """Save a model, so that the folder is there complete or not at all.
 
     The files are written to a temporary folder beside the target, which is renamed at the end. The
-    result loads with `AutoModelForCausalLM.from_pretrained` once `ghosted_fast` is imported.
+    result loads with `AutoModelForCausalLM.from_pretrained` once `ghosted_fast` is imported. In a
+    process group only rank 0 saves, as in transformers; the other ranks return at once.
 
     Args:
         model: A transformers model, ghosted or not.
@@ -34,6 +36,8 @@ def save_model(
         ArgumentError: The folder exists and `overwrite` is False, or a file has its name.
     """
     target = Path(folder)
+    if not ranks.saves():
+        return target
     if target.exists() and not target.is_dir():
         raise ArgumentError(f"expected a folder to save to, got the file {str(target)!r}")
     if target.exists() and not overwrite:

@@ -26,6 +26,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ghosted_fast import ranks
 from ghosted_fast.divergence import Divergence, GhostSlope, States, compare, row_slices, wide_rows
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.held_out import (
@@ -99,6 +101,7 @@ def check_corrections(corrections: Any) -> None:
         )
 
 
+@ranks.together()
 def correct_ghosts(
     ghosted: Any,
     dense: Any,
@@ -111,6 +114,8 @@ def correct_ghosts(
     progress: bool = False,
 ) -> list[CorrectionFacts]:
     """Move a model's ghosts, in place, so that its predictions come closer to the dense model's.
+
+    In a process group the ranks share the text, and end with the same ghosts, those of rank 0.
 
     Args:
         ghosted: A model with ghosts, of any fit; all of them are corrected together.
@@ -131,6 +136,7 @@ def correct_ghosts(
         ArgumentError: An argument is out of range, or the models do not fit each other.
         CalibrationError: There is too little text to hold any out.
         NonFiniteError: A state or a gradient is NaN or infinite.
+        RankError: Another rank failed, or is gone.
     """
     check_corrections(corrections)
     if not damping > 0 or tokens < 1 or held_out_tokens < 1:
@@ -140,8 +146,17 @@ def correct_ghosts(
         )
     if corrections == 0:
         return []
+    ranks.check_same(
+        {
+            "corrections": corrections,
+            "damping": damping,
+            "tokens": tokens,
+            "held_out_tokens": held_out_tokens,
+        }
+    )
     divergence = Divergence(ghosted, dense)
-    train, judges = split_sequences(batches, held_out_tokens, divergence.device)
+    whole = ranks.whole_text(batches)
+    train, judges = split_sequences(whole, held_out_tokens, divergence.device)
     found, needed = token_count(judges), min(held_out_tokens, _FEWEST_FOR_AUTO)
     if corrections == "auto" and found < needed:
         _LOGGER.warning(
@@ -152,7 +167,7 @@ def correct_ghosts(
         )
         return []
     check_split(train, judges)
-    held_out = [divergence.states(batch) for batch in in_passes(judges)]
+    held_out = [divergence.states(batch) for batch in ranks.own(in_passes(judges))]
     per_correction = sequences_for(tokens, train)
     text = cycle(train)
     most = MOST_CORRECTIONS if corrections == "auto" else corrections
@@ -162,12 +177,8 @@ def correct_ghosts(
     for _ in tqdm(range(most), desc="correcting", delay=2.0, disable=not progress):
         began = time.perf_counter()
         slopes = divergence.slopes(in_passes(islice(text, per_correction)))
-        descent = _descent(slopes, damping)
-        candidates = [descent, _output_scaled(slopes, descent)]
-        if last is not None:
-            candidates.append(last)
-        step, before, after = _best_step(divergence, held_out, slopes, candidates, size)
-        change = 0.0 if step is None else _relative_change(slopes, step)
+        directions = ranks.on_first(partial(_directions, slopes, damping, last), divergence.device)
+        step, change, before, after = _best_step(divergence, held_out, slopes, directions, size)
         if step is not None:
             last, size = step, min(change, _TRIAL_CHANGE)
         facts.append(
@@ -182,6 +193,7 @@ def correct_ghosts(
         _LOGGER.info("held-out divergence %.5f -> %.5f", before, after)
         if corrections == "auto" and before - after < _LEAST_GAIN * before:
             break
+    divergence.agree()
     return facts
 
 
@@ -224,14 +236,16 @@ def _relative_change(slopes: Sequence[GhostSlope], direction: Sequence[Tensor]) 
     return float(f"{math.sqrt(max(energy, 0.0) / max(tokens, 1.0)):.2e}")
 
 
-def _trials(
-    slopes: Sequence[GhostSlope], candidates: Sequence[Sequence[Tensor]], size: float
+def _directions(
+    slopes: Sequence[GhostSlope], damping: float, last: list[Tensor] | None
 ) -> list[list[Tensor]]:
-    """Return the directions at the size of a trial, without those that change nothing."""
-    changes = [_relative_change(slopes, direction) for direction in candidates]
+    """Return the directions that may lead downhill, each of a relative change of 1."""
+    descent = _descent(slopes, damping)
+    found = [descent, _output_scaled(slopes, descent), *([] if last is None else [last])]
+    changes = [_relative_change(slopes, direction) for direction in found]
     return [
-        [part * (size / change) for part in direction]
-        for direction, change in zip(candidates, changes, strict=True)
+        [part / change for part in direction]
+        for direction, change in zip(found, changes, strict=True)
         if change > 0.0
     ]
 
@@ -240,36 +254,43 @@ def _best_step(
     divergence: Divergence,
     held_out: Sequence[States],
     slopes: Sequence[GhostSlope],
-    candidates: Sequence[Sequence[Tensor]],
+    directions: Sequence[Sequence[Tensor]],
     size: float,
-) -> tuple[list[Tensor] | None, float, float]:
+) -> tuple[list[Tensor] | None, float, float, float]:
     """Move the ghosts by the best step in the span of some directions, if it is an improvement.
 
+    Args:
+        divergence: Of the ghosts.
+        held_out: What the step is decided on.
+        slopes: What relative changes are measured with.
+        directions: Each of a relative change of 1.
+        size: Relative change of the first trial.
+
     Returns:
-        The step, or None; and the held-out divergence before and after.
+        The step, or None; its relative change; and the held-out divergence before and after.
     """
-    if not _trials(slopes, candidates, size):
+    if not directions:
         value = divergence.value(held_out)
-        return None, value, value
+        return None, 0.0, value, value
     point = divergence.point()
     for _ in range(_MOST_TRIALS):
-        directions = _trials(slopes, candidates, size)
-        before, slope, curvature = _local_model(divergence, held_out, point, directions)
+        trials = [[size * part for part in direction] for direction in directions]
+        before, slope, curvature = _local_model(divergence, held_out, point, trials)
         ridge = _RIDGE * curvature.diagonal().diag()
         amounts = -torch.linalg.lstsq(curvature + ridge, slope[:, None]).solution[:, 0]
-        step = _combined(amounts, directions)
-        change = _relative_change(slopes, step)
+        step = _combined(amounts, trials)
+        change = ranks.on_first(partial(_relative_change, slopes, step))
         if change >= 0.5 * size:
             break
         size = max(change, 0.1 * size)
     for share in _SHARES:
         shorter = [share * part for part in step]
-        divergence.move([old + change for old, change in zip(point, shorter, strict=True)])
+        divergence.move([old + part for old, part in zip(point, shorter, strict=True)])
         after = divergence.value(held_out)
         if after < before:
-            return shorter, before, after
+            return shorter, share * change, before, after
     divergence.move(point)
-    return None, before, before
+    return None, 0.0, before, before
 
 
 def _local_model(
@@ -307,9 +328,12 @@ def _local_model(
                 weighted = q * change
                 for j in range(i + 1):
                     curvature[i, j] += float((weighted * changes[j]).sum(dtype=torch.float64))
-    tokens = token_count(states.batch for states in held_out)
+    counts = torch.tensor(
+        [value, token_count(states.batch for states in held_out)], dtype=torch.float64
+    )
+    ranks.add_up([slope, curvature, counts])
     curvature = curvature.tril() + curvature.tril(-1).mT
-    return value / tokens, slope / tokens, curvature / tokens
+    return float(counts[0] / counts[1]), slope / counts[1], curvature / counts[1]
 
 
 def _combined(amounts: Tensor, directions: Sequence[Sequence[Tensor]]) -> list[Tensor]:

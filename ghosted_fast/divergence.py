@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import Batch
 from ghosted_fast.boundaries import leaving_out, visit_boundaries
 from ghosted_fast.calibration import GhostOptions, token_weights
@@ -107,6 +108,13 @@ class GhostSlope:
         self._gradient_sum += changes[counted.flatten()].double().sum(0)
         self._weight_sum += float(weight.double().sum())
         self.num_tokens += int(counted.sum())
+
+    def add_ranks(self) -> None:
+        """Add what the other ranks have summed, so that all have the sums of all tokens."""
+        counts = torch.tensor([self._weight_sum, self.num_tokens], dtype=torch.float64)
+        sums = [self._gram, self._cross, self._gradient_gram, self._moments, self._gradient_sum]
+        ranks.add_up([*sums, counts])
+        self._weight_sum, self.num_tokens = float(counts[0]), int(counts[1])
 
     def gradient(self, tokens: int) -> list[Tensor]:
         """Return the gradient of the mean over `tokens` by weight [d, d] (and bias [d]), fp64."""
@@ -215,15 +223,22 @@ class Divergence:
             return _run(self._ghosted, states.batch, self._entry, states.entry)
 
     def value(self, held_out: Sequence[States]) -> float:
-        """Return the mean divergence per attended token, nats."""
+        """Return the mean divergence per attended token, nats.
+
+        Args:
+            held_out: The states of this rank's text; the mean is that over all ranks.
+        """
         total = sum(
             compare(self.dense_logits(item), self.logits(item), item.batch.attention_mask)
             for item in held_out
         )
-        return total / token_count(item.batch for item in held_out)
+        tokens = token_count(item.batch for item in held_out)
+        sums = torch.tensor([total, tokens], dtype=torch.float64)
+        ranks.add_up([sums])
+        return float(sums[0] / sums[1])
 
     def slopes(self, batches: Iterable[Batch]) -> list[GhostSlope]:
-        """Sum the gradients at the ghosts over batches.
+        """Sum the gradients at the ghosts over batches, which the ranks share.
 
         Returns:
             The sums of each ghost.
@@ -232,7 +247,7 @@ class Divergence:
             NonFiniteError: A state or a gradient is NaN or infinite.
         """
         slopes = [GhostSlope(ghost) for ghost in self.ghosts]
-        for batch in batches:
+        for batch in ranks.own(batches):
             states = self.states(batch)
             with _watched(self._ghosted, self.ghosts) as seen:
                 logits = _run(self._ghosted, batch, self._entry, states.entry)
@@ -248,6 +263,8 @@ class Divergence:
                 if ghost.first_state is not None:  # the first token's output is a constant
                     mapped = attended & ~batch.is_first
                 slope.add(x, y.detach(), gradient, mapped)
+        for slope in slopes:
+            slope.add_ranks()
         return slopes
 
     def point(self) -> list[Tensor]:
@@ -259,6 +276,11 @@ class Divergence:
         """Set the ghosts' parameters, rounded to their dtype."""
         for parameter, value in zip(self.parameters, point, strict=True):
             parameter.copy_(value)
+
+    def agree(self) -> None:
+        """Give all ranks the ghosts of rank 0, to the bit."""
+        if ranks.count() > 1:
+            self.move(ranks.from_first(self.point(), self.device))
 
 
 def _run(model: Any, batch: Batch, boundary: int, hidden: Tensor | None) -> Tensor:

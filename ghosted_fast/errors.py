@@ -57,3 +57,11 @@ class VersionError(GhostedFastError, ImportError):
 
 class MissingExtraError(GhostedFastError, ImportError):
     """An optional package is needed; the message holds the command that installs it."""
+
+
+class RankError(GhostedFastError, RuntimeError):
+    """Another process of the group that shares the work has failed; the message says why."""
+
+
+class RanksLostError(RankError):
+    """Another process of the group has ended without a word, or does not answer in time."""

@@ -158,6 +158,11 @@ def cross_entropy_sum(
     return losses.sum(1, dtype=torch.float64), predicted.sum(1)
 
 
+def predicted_positions(attention_mask: Tensor) -> Tensor:
+    """Return where a next token is predicted [B, T - 1] bool, from a mask [B, T]."""
+    return attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+
+
 def token_losses(
     logits: Tensor, input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -176,7 +181,7 @@ def token_losses(
         [B, T - 1] bool.
     """
     batch, length, vocabulary = logits.shape
-    predicted = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+    predicted = predicted_positions(attention_mask)
     losses = torch.zeros(batch, length - 1, device=logits.device)
     step = max(1, _SLICE_ELEMENTS // (batch * vocabulary))
     for start in range(0, length - 1, step):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import Batch
 from ghosted_fast.calibration import (
     FirstTokens,
@@ -95,6 +98,14 @@ def fit_ghost(
     return ghost, solution
 
 
+def fit_ghosts(
+    statistics: Sequence[IntervalStatistics], options: GhostOptions
+) -> list[tuple[FittedGhost, GhostSolution]]:
+    """Fit a ghost on each of several statistics, see `fit_ghost`; the ranks share the solves."""
+    device = statistics[0].gram.device
+    return ranks.spread(statistics, partial(fit_ghost, options=options), device)
+
+
 def fit_in_sequence(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -130,10 +141,36 @@ def fit_in_sequence(
     gaps = list(gaps)
     fits: list[tuple[FittedGhost, GhostSolution]] = []
     for interval in intervals:
-        (statistics,) = collect_statistics(model, batches, [interval], options, progress, gaps)
-        fits.append(fit_ghost(statistics, options))
+        statistics = collect_statistics(model, batches, [interval], options, progress, gaps)
+        fits += fit_ghosts(statistics, options)
         gaps.append(Gap(*interval, fits[-1][0].to_module(parameter.dtype, parameter.device)))
     return fits
+
+
+def fit_candidates(
+    model: nn.Module,
+    statistics: Sequence[IntervalStatistics],
+    options: GhostOptions,
+    progress: bool = False,
+) -> list[GhostLinear]:
+    """Fit the ghost of each candidate on the training folds; the ranks share the solves.
+
+    Args:
+        model: The model that gives the ghosts their dtype and device.
+        statistics: Those of each candidate.
+        options: How the ghosts are fitted.
+        progress: Whether to show a progress bar on stderr.
+    """
+    parameter = next(model.parameters())
+    total = len(list(ranks.own(statistics)))
+    with tqdm(desc="fitting", total=total, delay=2.0, disable=not progress) as bar:
+
+        def fit(item: IntervalStatistics) -> GhostLinear:
+            ghost = fit_on_training_folds(item, options)
+            bar.update()
+            return ghost.to_module(parameter.dtype, parameter.device)
+
+        return ranks.spread(statistics, fit, parameter.device)
 
 
 def fit_on_training_folds(statistics: IntervalStatistics, options: GhostOptions) -> FittedGhost:

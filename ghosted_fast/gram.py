@@ -179,12 +179,14 @@ class GramAccumulator:
         return int(self._num_tokens.sum())
 
     @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """All that adds up over tokens: the tensors themselves, no copies."""
+        return self._gram, self._cross, self._moments, self._weight_sum, self._num_tokens
+
+    @property
     def nbytes(self) -> int:
         """Bytes held by the sums."""
-        return sum(
-            t.nbytes
-            for t in (self._gram, self._cross, self._moments, self._weight_sum, self._num_tokens)
-        )
+        return sum(item.nbytes for item in self.sums)
 
     def update(
         self, x: Tensor, y: Tensor, token_weight: Tensor | None = None, fold: int = 0
@@ -255,18 +257,14 @@ class GramAccumulator:
         Raises:
             ArgumentError: The two differ in size, folds or features.
         """
-        mine = (self.hidden_size, self.folds, self.norm_eps)
-        theirs = (other.hidden_size, other.folds, other.norm_eps)
-        if mine != theirs:
+        kinds = [(item.hidden_size, item.folds, item.norm_eps) for item in (self, other)]
+        if kinds[0] != kinds[1]:
             raise ArgumentError(
                 "expected accumulators of one kind, got (hidden_size, folds, norm_eps) = "
-                f"{mine} and {theirs}"
+                f"{kinds[0]} and {kinds[1]}"
             )
-        self._gram += other._gram.to(self._gram.device)
-        self._cross += other._cross.to(self._gram.device)
-        self._moments += other._moments.to(self._gram.device)
-        self._weight_sum += other._weight_sum
-        self._num_tokens += other._num_tokens
+        for mine, theirs in zip(self.sums, other.sums, strict=True):
+            mine += theirs.to(mine.device)
         return self
 
     def fold(self, index: int) -> NormalEquations:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Sequence
 
 import torch
 
+from ghosted_fast import ranks
 from ghosted_fast.calibration import GhostOptions, interval_bytes
 from ghosted_fast.errors import CalibrationError
 
@@ -31,7 +33,14 @@ def passes_within(
 
 
 def default_memory_budget(device: torch.device) -> int:
-    """Return half of the free memory beside a device's tensors, in bytes."""
+    """Return half of the free memory beside a device's tensors, in bytes.
+
+    In a process group it is the least that any rank has, where those of one machine share.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    found = ranks.gather(((platform.node(), str(device)), free))
+    places = [place for place, _ in found]
+    return min(free // places.count(place) for place, free in found) // 2

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import iterate_batches
 from ghosted_fast.budgets import Budget, decode_speedup, fewest_layers_for, most_layers_within
 from ghosted_fast.calibration import (
@@ -26,7 +27,7 @@ from ghosted_fast.correction import Corrections, check_corrections, correct_ghos
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import find_family, hidden_size
 from ghosted_fast.families import num_layers as layer_count
-from ghosted_fast.fitting import FittedGhost, fit_ghost, fit_in_sequence
+from ghosted_fast.fitting import FittedGhost, fit_ghosts, fit_in_sequence
 from ghosted_fast.model_card import attach_report
 from ghosted_fast.recovery import check_recovery, fit_patches, put_patches
 from ghosted_fast.refinement import refine_ghosts
@@ -47,6 +48,7 @@ from ghosted_fast.surgery import remove_layers, removed_intervals, share_copy
 _LOGGER = logging.getLogger(__name__)
 
 
+@ranks.together()
 def ghost_model(
     model: nn.Module,
     batches: Iterable[Any],
@@ -74,11 +76,14 @@ def ghost_model(
 ) -> tuple[Any, GhostReport]:
     """Remove layers from a model and put a ghost in the place of each removed run.
 
+    In a process group of torch.distributed the ranks share the text: every rank calls this with the
+    same model, arguments and whole text, and all get the same ghosts, to the bit.
+
     Args:
         model: A transformers causal language model of a known family.
         batches: Calibration tokens: dicts of `input_ids` [batch, length] and `attention_mask`, or
-            token tensors. Read once where `removed` is given and nothing is corrected or refined,
-            else held in memory as token ids.
+            token tensors. Read once where `removed` is given, nothing is corrected or refined and
+            there are no other ranks, else held in memory as token ids.
         num_layers: How many layers to remove; the criterion chooses them. Give this, `removed` or
             one of the two bounds.
         removed: The layers to remove.
@@ -119,6 +124,7 @@ def ghost_model(
         NonFiniteError: An activation is NaN or infinite; the message names boundary and batch.
         BudgetError: The bound cannot be kept; the message holds the best that was reached.
         UnknownFamilyError: The model's layers cannot be found.
+        RankError: Another rank failed, or is gone.
 
     Source: Yun et al., arXiv 2605.15491; selection, weights, normed input and first state are ours.
     """
@@ -146,6 +152,23 @@ def ghost_model(
             f"expected num_layers or removed with recovery {recovery!r}: {names[0]} is found with "
             "ghosts in place"
         )
+    ranks.check_same(
+        {
+            **asked,
+            "removed": None if removed is None else list(removed),
+            "criterion": criterion,
+            "recovery": recovery,
+            "options": options,
+            "sequential": sequential,
+            "corrections": corrections,
+            "refine": refine,
+            "score_tokens": score_tokens,
+            "memory_budget": memory_budget,
+            "beam": beam,
+        },
+        model,
+    )
+    batches = ranks.whole_text(batches)
     improved = recovery == "ghost" and bool(corrections or refine)
     if removed is None or improved or recovery != "ghost":
         batches = list(iterate_batches(batches))
@@ -208,7 +231,7 @@ def ghost_model(
         smaller = put_patches(model, selection.removed, [patches[job] for job in jobs], inplace)
     if budget is not None and min_decode_speedup is not None:
         budget = _measured(budget, dense, smaller)
-    report = replace(report, budget=budget)
+    report = ranks.from_first(replace(report, budget=budget))
     attach_report(smaller.config, report.to_dict())
     return smaller, report
 
@@ -267,7 +290,7 @@ def _fit(
             else:
                 statistics = collect_statistics(model, batches, group, options, progress)
         with _timed(seconds, "solve"):
-            fits += [fit_ghost(item, options) for item in statistics]
+            fits += fit_ghosts(statistics, options)
     return fits
 
 

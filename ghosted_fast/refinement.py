@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import Batch
 from ghosted_fast.divergence import Divergence, GhostSlope
 from ghosted_fast.errors import ArgumentError, CheckpointError
@@ -84,6 +86,7 @@ class _Run:
     best_step: int
 
 
+@ranks.together()
 def refine_ghosts(
     ghosted: Any,
     dense: Any,
@@ -100,7 +103,8 @@ def refine_ghosts(
     """Train a model's ghosts, in place, so that its predictions come closer to the dense model's.
 
     The ghosts are judged on held-out text every few steps. The best of them are kept, and the run
-    ends early where they stop to become better.
+    ends early where they stop to become better. In a process group the ranks share the text, and
+    end with the same ghosts, those of rank 0.
 
     Args:
         ghosted: A model with ghosts of any kind and fit, corrected or not.
@@ -113,7 +117,7 @@ def refine_ghosts(
             were all coordinates moved; > 0. Later steps shorten to nothing.
         seed: Of the order of the text.
         state: A file that the run is kept in, so that it goes on there if it is killed. It is left
-            behind; a run that has ended is not repeated.
+            behind; a run that has ended is not repeated. Only rank 0 writes and reads it.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -125,6 +129,7 @@ def refine_ghosts(
         CalibrationError: There is too little text to hold any out.
         CheckpointError: The state file cannot be read.
         NonFiniteError: A state or a gradient is NaN or infinite.
+        RankError: Another rank failed, or is gone.
     """
     if not (steps >= 1 and tokens >= 1 and held_out_tokens >= 1 and step_size > 0):
         raise ArgumentError(
@@ -133,13 +138,15 @@ def refine_ghosts(
         )
     began = time.perf_counter()
     divergence = Divergence(ghosted, dense)
-    train, judges = split_sequences(batches, held_out_tokens, divergence.device)
+    text = ranks.whole_text(batches)
+    train, judges = split_sequences(text, held_out_tokens, divergence.device)
     check_split(train, judges)
-    held_out = [divergence.states(batch) for batch in in_passes(judges)]
+    held_out = [divergence.states(batch) for batch in ranks.own(in_passes(judges))]
     settings = (steps, tokens, held_out_tokens, step_size, seed)
+    ranks.check_same({"steps, tokens, held_out_tokens, step_size and seed": settings})
     key = _key(settings, [*train, *judges], divergence.point())
     path = None if state is None else Path(state)
-    run = _load(path, key, divergence.device) if path is not None and path.exists() else None
+    run = ranks.on_first(partial(_load, path, key, divergence.device), divergence.device)
     if run is None:
         run = _start(key, divergence, divergence.value(held_out))
     per_step = sequences_for(tokens, train)
@@ -150,6 +157,7 @@ def refine_ghosts(
             chosen = _sequences(train, run.step * per_step, per_step, seed)
             slopes = divergence.slopes(in_passes(chosen))
             _take_step(run, slopes, step_size * _schedule(run.step, steps))
+            run.point = ranks.from_first(run.point, divergence.device)
             bar.update()
             if run.step % _STEPS_PER_JUDGEMENT == 0 or run.step == steps:
                 divergence.move(run.point)
@@ -157,9 +165,10 @@ def refine_ghosts(
                 _LOGGER.info("step %d: held-out divergence %.5f", run.step, value)
                 if value < run.best_value:
                     run.best, run.best_value, run.best_step = run.point, value, run.step
-                if path is not None:
+                if path is not None and ranks.is_first():
                     _save(path, run)
     divergence.move(run.best)
+    divergence.agree()
     return RefinementFacts(
         run.before, run.best_value, run.step, run.best_step, time.perf_counter() - began
     )
@@ -265,7 +274,10 @@ def _save(path: Path, run: _Run) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _load(path: Path, key: str, device: torch.device) -> _Run:
+def _load(path: Path | None, key: str, device: torch.device) -> _Run | None:
+    """Return the run that a file holds, None where there is no file."""
+    if path is None or not path.exists():
+        return None
     try:
         run = _Run(**torch.load(path, map_location=device, weights_only=True))
     except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:

@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from ghosted_fast import ranks
 from ghosted_fast.derived import Derived, bases_of, derive, maker, underived
 from ghosted_fast.errors import CheckpointError
 from ghosted_fast.families import (
@@ -178,7 +179,7 @@ class GhostedModel(Derived):
         refresh_record(self)
         save = functools.partial(super().save_pretrained, save_directory, is_main_process)  # type: ignore[misc]
         folder = Path(save_directory)
-        if not is_main_process or folder.is_file():
+        if not (is_main_process and ranks.saves()) or folder.is_file():
             return save(*args, **kwargs)
         _write_companions(self, folder)
         with own_card_kept(folder):

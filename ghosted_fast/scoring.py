@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.boundaries import resume, visit_boundaries
 from ghosted_fast.calibration import GhostOptions, is_held_out
 from ghosted_fast.errors import CalibrationError
-from ghosted_fast.evaluation import token_losses
+from ghosted_fast.evaluation import predicted_positions, token_losses
 from ghosted_fast.gaps import Gap
 from ghosted_fast.held_out import split_sequences
 from ghosted_fast.modules import GhostLinear
@@ -68,7 +69,7 @@ def dense_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
             output = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             loss, predicted = token_losses(output.logits, batch.input_ids, batch.attention_mask)
             losses.append(loss[predicted].double().cpu())
-    return _mean(torch.cat(losses))
+    return ranks.from_first(_mean(torch.cat(losses)))
 
 
 def score_intervals(
@@ -104,7 +105,8 @@ def score_gaps(
     """Return the loss of the model with each candidate's gaps in it.
 
     Candidates that are clearly worse than the best so far are dropped before the next batch; their
-    score is the best's, plus the difference on the tokens that both saw.
+    score is the best's, plus the difference on the tokens that both saw. In a process group every
+    rank runs a share of the candidates.
 
     Args:
         model: The dense model.
@@ -127,14 +129,20 @@ def score_gaps(
             range(len(batches) - 1, -1, -1), iterate_batches(batches, device), strict=True
         ):
             states: dict[int, Tensor] = {}
-            starts = sorted({candidates[index][0].start for index in running})
-            visit_boundaries(model, batch, starts, states.__setitem__)
-            for index in running:
+            shared = list(ranks.own(running))
+            if starts := sorted({candidates[index][0].start for index in shared}):
+                visit_boundaries(model, batch, starts, states.__setitem__)
+            predicted = predicted_positions(batch.attention_mask)
+            found = torch.zeros(len(candidates), int(predicted.sum()), dtype=torch.float64)
+            for index in shared:
                 (start, stop, enter), *others = [gap.on(batch) for gap in candidates[index]]
                 hidden = states[start] if enter is None else enter(states[start])
                 logits = resume(model, batch, stop, hidden, others)
-                loss, predicted = token_losses(logits, batch.input_ids, batch.attention_mask)
-                losses[index].append(loss[predicted].double().cpu())
+                loss, _ = token_losses(logits, batch.input_ids, batch.attention_mask)
+                found[index] = loss[predicted].double().cpu()
+            ranks.add_up([found])
+            for index in running:
+                losses[index].append(found[index])
                 bar.update()
             good = _still_good(losses, running, keep)
             bar.update((len(running) - len(good)) * left)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ghosted_fast import ranks
 from ghosted_fast.calibration import GhostOptions
 from ghosted_fast.criteria import CRITERIA
 from ghosted_fast.criteria.request import (
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 
+@ranks.together()
 def select_layers(
     model: nn.Module,
     batches: Iterable[Any],
@@ -53,6 +55,8 @@ def select_layers(
     progress: bool = False,
 ) -> Selection:
     """Choose layers to remove.
+
+    In a process group the ranks share the work; every rank calls this with the whole text.
 
     Args:
         model: The dense model, a transformers causal language model.
@@ -84,9 +88,22 @@ def select_layers(
         ArgumentError: The number of layers or the criterion is not one that can be used.
         CalibrationError: Too few tokens, or a budget below the statistics of one interval.
         NonFiniteError: An activation is NaN or infinite.
+        RankError: Another rank failed, or is gone.
     """
     layers = layer_count(model)
     also = tuple(also)
+    ranks.check_same(
+        {
+            "num_layers": num_layers,
+            "criterion": criterion,
+            "options": options,
+            "score_tokens": score_tokens,
+            "memory_budget": memory_budget,
+            "beam": beam,
+            "also": also,
+        },
+        model,
+    )
     for count in (num_layers, *also):
         check_layer_count(count, layers)
     if criterion not in CRITERIA:
@@ -95,7 +112,7 @@ def select_layers(
         raise ArgumentError(f"expected beam >= 1, got {beam}")
     request = Request(
         model,
-        batches,
+        ranks.whole_text(batches),
         num_layers,
         layers,
         options or GhostOptions(),

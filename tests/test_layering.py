@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "ghosted_fast"
 FLOORS: list[set[str]] = [
     {"errors", "_env", "derived", "first_token", "figures", "files"},
     {"_native", "batches", "readers", "kernels", "hadamard", "questions", "modeling_ghosted"},
-    {"ops", "remote_code", "model_card", "versions", "operator_files", "hook_contents"},
-    {"gram", "families", "testing", "machine"},
+    {"ops", "remote_code", "model_card", "versions", "operator_files", "hook_contents", "digests"},
+    {"gram", "families", "testing", "machine", "ranks"},
     {"solve", "modules", "boundaries"},
     {"gaps", "affine"},
     {"calibration", "ghosted_layers", "hooked"},

@@ -26,8 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(verb(demo))
-app.command("select")(verb(select))
-app.command("fit")(verb(fit))
+app.command("select")(verb(select, shares=True))
+app.command("fit")(verb(fit, shares=True))
 app.command("import")(verb(import_operators))
 app.command("eval")(verb(evaluate))
 app.command("compare")(verb(compare))

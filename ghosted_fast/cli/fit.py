@@ -47,7 +47,8 @@ def fit(
     overwrite: options.OverwriteOption = False,
     dry_run: options.DryRunOption = False,
     seed: options.SeedOption = 0,
-) -> Result:
+    rank_timeout: options.RankTimeoutOption = 1800,
+) -> Result | None:
     """Remove layers, fit a ghost for each removed run, and save the smaller model."""
     increase = options.parse_increase(max_perplexity_increase)
     speedup = options.parse_speedup(min_speedup)
@@ -66,6 +67,7 @@ def fit(
 
     from ghosted_fast.calibration import GhostOptions
     from ghosted_fast.checkpoint import save_model
+    from ghosted_fast.cli.launch import process_group
     from ghosted_fast.cli.loading import calibration_batches, check_new, open_model
     from ghosted_fast.cli.tables import (
         budget_line,
@@ -82,58 +84,65 @@ def fit(
     from ghosted_fast.sources import load_texts, token_batches
     from ghosted_fast.surgery import prune_model
 
-    if not dry_run:
-        check_new(output, overwrite)
-        check_new(report, overwrite)
-    ghosts = GhostOptions(input, token_weight, first_state, bias, absolute_damping)
-    dense, tokenizer = open_model(model, dtype, device)
-    if dry_run:
-        needed = statistics_bytes_needed(dense, num_layers, layers, criterion, ghosts)
-        return Result({"statistics_bytes": needed}, [memory_line(needed, "all intervals")])
-    held_out = None
-    if evaluation is not None:
-        texts = load_texts(evaluation, field, split)
-        held_out = token_batches(tokenizer, texts, evaluation_tokens, sequence_length, batch_size)
-    batches = calibration_batches(
-        dense,
-        tokenizer,
-        calibration,
-        field=field,
-        split=split,
-        num_tokens=tokens,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    assert output is not None
-    # Beside the checkpoint: a refinement that was killed goes on there.
-    refine_state = output.with_name(f"{output.name}.refine") if refine else None
-    smaller, found = ghost_model(
-        dense,
-        batches,
-        num_layers,
-        removed=layers,
-        max_perplexity_increase=increase,
-        min_decode_speedup=speedup,
-        criterion=criterion,
-        beam=beam,
-        sequential=sequential,
-        recovery=recovery,
-        input=input,
-        token_weight=token_weight,
-        first_state=first_state,
-        bias=bias,
-        damping=absolute_damping,
-        corrections=correction_count,
-        refine=refine,
-        refine_state=refine_state,
-        progress=True,
-    )
-    facts: dict[str, Any] = found.to_dict() | {"calibration": Path(calibration).name}
-    attach_report(smaller.config, facts)
-    save_model(smaller, output, tokenizer, overwrite)
-    if refine_state is not None:
-        refine_state.unlink(missing_ok=True)
+    with process_group(rank_timeout, device) as first:
+        if first and not dry_run:
+            check_new(output, overwrite)
+            check_new(report, overwrite)
+        ghosts = GhostOptions(input, token_weight, first_state, bias, absolute_damping)
+        dense, tokenizer = open_model(model, dtype, device)
+        if dry_run:
+            needed = statistics_bytes_needed(dense, num_layers, layers, criterion, ghosts)
+            return Result({"statistics_bytes": needed}, [memory_line(needed, "all intervals")])
+        held_out = None
+        if first and evaluation is not None:
+            texts = load_texts(evaluation, field, split)
+            held_out = token_batches(
+                tokenizer, texts, evaluation_tokens, sequence_length, batch_size
+            )
+        batches = calibration_batches(
+            dense,
+            tokenizer,
+            calibration,
+            field=field,
+            split=split,
+            num_tokens=tokens,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            progress=first,
+        )
+        assert output is not None
+        # Beside the checkpoint: a refinement that was killed goes on there.
+        refine_state = output.with_name(f"{output.name}.refine") if refine else None
+        smaller, found = ghost_model(
+            dense,
+            batches,
+            num_layers,
+            removed=layers,
+            max_perplexity_increase=increase,
+            min_decode_speedup=speedup,
+            criterion=criterion,
+            beam=beam,
+            sequential=sequential,
+            recovery=recovery,
+            input=input,
+            token_weight=token_weight,
+            first_state=first_state,
+            bias=bias,
+            damping=absolute_damping,
+            corrections=correction_count,
+            refine=refine,
+            refine_state=refine_state,
+            progress=first,
+        )
+        facts: dict[str, Any] = found.to_dict() | {"calibration": Path(calibration).name}
+        if first:
+            attach_report(smaller.config, facts)
+            save_model(smaller, output, tokenizer, overwrite)
+            if refine_state is not None:
+                refine_state.unlink(missing_ok=True)
+    if not first:
+        return None
     facts["output"] = str(output)
     shown: list[TextTable | str] = [
         f"removed {','.join(map(str, facts['removed']))}; saved {output}"

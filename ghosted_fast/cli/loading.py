@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghosted_fast import ranks
 from ghosted_fast.cli.verb import usage_error
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.generation import generate_texts
@@ -61,13 +62,15 @@ def calibration_batches(
     sequence_length: int,
     batch_size: int,
     seed: int,
+    progress: bool = True,
 ) -> list[Tensor]:
-    """Return the batches of a text, or of text that the model generates."""
+    """Return the batches of a text, or of text that the model generates; those of rank 0."""
     if spec == SELF:
-        texts = generate_texts(model, tokenizer, num_tokens, seed=seed, progress=True)
+        texts = generate_texts(model, tokenizer, num_tokens, seed=seed, progress=progress)
     else:
         texts = load_texts(spec, field, split)
-    return token_batches(tokenizer, texts, num_tokens, sequence_length, batch_size)
+    batches = token_batches(tokenizer, texts, num_tokens, sequence_length, batch_size)
+    return ranks.from_first(batches)
 
 
 def check_new(path: Path | None, overwrite: bool) -> None:

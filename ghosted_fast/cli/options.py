@@ -162,6 +162,15 @@ DryRunOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of all that is random.")]
 
+RankTimeoutOption = Annotated[
+    int,
+    typer.Option(
+        "--rank-timeout",
+        min=1,
+        help="With torchrun: seconds to wait for the other processes before giving up.",
+    ),
+]
+
 
 def parse_layers(text: str) -> list[int]:
     """Return the layers that a text such as '14-18' or '3,7,8' names.

@@ -28,35 +28,41 @@ def select(
     device: options.DeviceOption = "auto",
     dry_run: options.DryRunOption = False,
     seed: options.SeedOption = 0,
-) -> Result:
+    rank_timeout: options.RankTimeoutOption = 1800,
+) -> Result | None:
     """Score the layers that could be removed, and name the best ones."""
     absolute_damping = options.parse_damping(damping)
 
     from ghosted_fast.calibration import GhostOptions
+    from ghosted_fast.cli.launch import process_group
     from ghosted_fast.cli.loading import calibration_batches, open_model
     from ghosted_fast.cli.tables import memory_line, score_table, set_table
     from ghosted_fast.pipeline import statistics_bytes_needed
     from ghosted_fast.selection import select_layers
 
     ghosts = GhostOptions(input, token_weight, first_state, bias, absolute_damping)
-    dense, tokenizer = open_model(model, dtype, device)
-    if dry_run:
-        needed = statistics_bytes_needed(dense, num_layers, criterion=criterion, options=ghosts)
-        return Result({"statistics_bytes": needed}, [memory_line(needed, "all candidates")])
-    batches = calibration_batches(
-        dense,
-        tokenizer,
-        calibration,
-        field=field,
-        split=split,
-        num_tokens=tokens,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    selection = select_layers(
-        dense, batches, num_layers, criterion, options=ghosts, beam=beam, progress=True
-    )
+    with process_group(rank_timeout, device) as first:
+        dense, tokenizer = open_model(model, dtype, device)
+        if dry_run:
+            needed = statistics_bytes_needed(dense, num_layers, criterion=criterion, options=ghosts)
+            return Result({"statistics_bytes": needed}, [memory_line(needed, "all candidates")])
+        batches = calibration_batches(
+            dense,
+            tokenizer,
+            calibration,
+            field=field,
+            split=split,
+            num_tokens=tokens,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            progress=first,
+        )
+        selection = select_layers(
+            dense, batches, num_layers, criterion, options=ghosts, beam=beam, progress=first
+        )
+    if not first:
+        return None
     scores = [asdict(score) for score in selection.scores]
     sets = [asdict(item) for item in selection.sets]
     data = {

@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ghosted_fast.errors import GhostedFastError
+from ghosted_fast import _env
+from ghosted_fast.errors import GhostedFastError, RankError, RanksLostError
 
 # Of lines that go to a file or a pipe, where nobody wants a table folded at 80 columns.
 _PLAIN_WIDTH = 160
@@ -61,11 +62,15 @@ class Result:
     passed: bool = True
 
 
-def verb(function: Callable[..., Result]) -> Callable[..., None]:
+def verb(function: Callable[..., Result | None], shares: bool = False) -> Callable[..., None]:
     """Make a command of a function: print its result, and turn errors into exit codes.
 
     The command gains `--json`, `--threads` and `--debug`. It ends with status 2 if the command
     line is wrong, and with 1 and one line on stderr if the work failed.
+
+    Args:
+        function: Does the work; returns None where another process has the result.
+        shares: Whether processes that `torchrun` started share the work. If not, they are refused.
     """
     own = inspect.signature(function, eval_str=True)
     shared = [
@@ -79,11 +84,20 @@ def verb(function: Callable[..., Result]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*, as_json: bool, threads: int | None, debug: bool, **options: Any) -> None:
+        launch = _env.launched()
+        follows = launch is not None and launch.rank > 0
         logging.basicConfig(
             stream=sys.stderr,
-            level=logging.INFO if debug else logging.WARNING,
+            level=logging.INFO if debug else logging.ERROR if follows else logging.WARNING,
             format="%(name)s: %(message)s",
         )
+        if follows:
+            _env.silence_bars()
+        if launch is not None and not shares:
+            raise typer.BadParameter(
+                f"expected one process, got {launch.size}: only fit and select share their work, "
+                "start the others without torchrun"
+            )
         try:
             if threads is not None:
                 import torch
@@ -93,8 +107,13 @@ def verb(function: Callable[..., Result]) -> Callable[..., None]:
         except (GhostedFastError, OSError, MemoryError, RuntimeError) as error:
             if debug:
                 raise
-            typer.echo(f"error: {_one_line(error)}", err=True)
+            # What another process failed of, that one says, and the first.
+            if not follows or not isinstance(error, RankError) or isinstance(error, RanksLostError):
+                who = "" if launch is None else f" (rank {launch.rank})"
+                typer.echo(f"error{who}: {_one_line(error)}", err=True)
             raise typer.Exit(1) from error
+        if result is None or follows:
+            return
         _print(result, as_json)
         if not result.passed:
             raise typer.Exit(1)

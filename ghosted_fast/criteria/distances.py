@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, cosine_similarity
 from tqdm import tqdm
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.boundaries import visit_intervals
 from ghosted_fast.criteria.request import IntervalScore, Request
@@ -29,27 +31,29 @@ def mean_distances(
     Raises:
         CalibrationError: There is no text.
     """
-    sums = [0.0] * len(intervals)
-    counts = [0] * len(intervals)
+    # The sum of the distances, and their number.
+    totals = torch.zeros(len(intervals), 2, dtype=torch.float64)
     device = next(request.model.parameters()).device
     bar = tqdm(
         desc="comparing", unit="tok", unit_scale=True, delay=2.0, disable=not request.progress
     )
     with bar:
-        for batch in iterate_batches(request.batches, device):
+        for turn, batch in enumerate(iterate_batches(request.batches, device)):
 
             def add(index: int, x: Tensor, y: Tensor) -> None:
                 distances = compare(batch, x, y)  # noqa: B023 - called within this turn
-                sums[index] += float(distances.double().sum())
-                counts[index] += len(distances)
+                totals[index, 0] += float(distances.double().sum())
+                totals[index, 1] += len(distances)
 
-            visit_intervals(request.model, batch, intervals, add)
+            if ranks.is_own(turn):
+                visit_intervals(request.model, batch, intervals, add)
             bar.update(batch.num_tokens)
-    if not any(counts):
+    ranks.add_up([totals])
+    if not totals[:, 1].any():
         raise CalibrationError("expected calibration tokens, got none: give some text")
     return [
         IntervalScore(*pair, total / count)
-        for pair, total, count in zip(intervals, sums, counts, strict=True)
+        for pair, (total, count) in zip(intervals, totals.tolist(), strict=True)
     ]
 
 

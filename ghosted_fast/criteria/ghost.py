@@ -5,8 +5,6 @@ Source: ours. The ghosts are those of Yun et al., arXiv 2605.15491.
 
 from __future__ import annotations
 
-from tqdm import tqdm
-
 from ghosted_fast.batches import iterate_batches
 from ghosted_fast.calibration import IntervalStatistics, collect_statistics
 from ghosted_fast.criteria.request import (
@@ -16,7 +14,7 @@ from ghosted_fast.criteria.request import (
     candidate_intervals,
 )
 from ghosted_fast.families import hidden_size
-from ghosted_fast.fitting import fit_on_training_folds
+from ghosted_fast.fitting import fit_candidates
 from ghosted_fast.memory import default_memory_budget, passes_within
 from ghosted_fast.scoring import held_out_batches, score_intervals
 
@@ -25,8 +23,7 @@ def by_ghost(request: Request) -> Selection:
     """Score every interval of the length on held-out tokens, its ghost in place."""
     model, options = request.model, request.options
     intervals = candidate_intervals(request.count, request.layers)
-    parameter = next(model.parameters())
-    budget = request.memory_budget or default_memory_budget(parameter.device)
+    budget = request.memory_budget or default_memory_budget(next(model.parameters()).device)
     groups = passes_within(intervals, hidden_size(model), options, budget)
     batches = list(iterate_batches(request.batches))
     held_out = held_out_batches(batches, options, request.score_tokens)
@@ -34,10 +31,7 @@ def by_ghost(request: Request) -> Selection:
     best: tuple[float, IntervalStatistics] | None = None
     for group in groups:
         statistics = collect_statistics(model, batches, group, options, request.progress)
-        ghosts = [
-            fit_on_training_folds(item, options).to_module(parameter.dtype, parameter.device)
-            for item in tqdm(statistics, desc="fitting", delay=2.0, disable=not request.progress)
-        ]
+        ghosts = fit_candidates(model, statistics, options, request.progress)
         losses = score_intervals(model, held_out, group, ghosts, request.progress)
         scores += [IntervalScore(*pair, loss) for pair, loss in zip(group, losses, strict=True)]
         lowest = min(range(len(group)), key=losses.__getitem__)

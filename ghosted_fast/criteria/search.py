@@ -17,8 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from tqdm import tqdm
-
 from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.calibration import collect_statistics
 from ghosted_fast.criteria.request import (
@@ -29,7 +27,7 @@ from ghosted_fast.criteria.request import (
     candidate_intervals,
 )
 from ghosted_fast.families import hidden_size
-from ghosted_fast.fitting import fit_in_sequence, fit_on_training_folds
+from ghosted_fast.fitting import fit_candidates, fit_in_sequence
 from ghosted_fast.gaps import Gap
 from ghosted_fast.memory import default_memory_budget, passes_within
 from ghosted_fast.scoring import dense_loss, held_out_batches, score_gaps, training_batches
@@ -137,21 +135,15 @@ def _score_intervals(
 ) -> dict[Interval, _Scored]:
     """Score every interval of up to `longest` layers alone, its ghost in place."""
     model, options = request.model, request.options
-    parameter = next(model.parameters())
-    budget = request.memory_budget or default_memory_budget(parameter.device)
+    budget = request.memory_budget or default_memory_budget(next(model.parameters()).device)
     lengths = [candidate_intervals(n, request.layers) for n in range(1, longest + 1)]
     intervals = [pair for pairs in lengths for pair in pairs]
     gaps: dict[Interval, Gap] = {}
-    bar = tqdm(desc="fitting", total=len(intervals), delay=2.0, disable=not request.progress)
-    with bar:
-        for group in passes_within(intervals, hidden_size(model), options, budget):
-            statistics = collect_statistics(model, batches, group, options, request.progress)
-            while statistics:  # each is let go as soon as its ghost is there
-                item = statistics.pop()
-                ghost = fit_on_training_folds(item, options)
-                module = ghost.to_module(parameter.dtype, parameter.device)
-                gaps[item.start, item.stop] = Gap(item.start, item.stop, module)
-                bar.update()
+    for group in passes_within(intervals, hidden_size(model), options, budget):
+        statistics = collect_statistics(model, batches, group, options, request.progress)
+        ghosts = fit_candidates(model, statistics, options, request.progress)
+        for pair, ghost in zip(group, ghosts, strict=True):
+            gaps[pair] = Gap(*pair, ghost)
     scored: dict[Interval, _Scored] = {}
     for pairs in lengths:
         candidates = [[gaps.pop(pair)] for pair in pairs]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.criteria.request import Request, Selection, in_order
 from ghosted_fast.evaluation import token_losses
@@ -58,10 +59,12 @@ def block_importance(
     ]
     weights = [weight for block in blocks for weight in block]
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    tokens = 0
+    tokens = torch.zeros((), dtype=torch.int64)
     bar = tqdm(batches, desc="gradients", delay=2.0, disable=not progress)
     with _differentiable(weights):
-        for batch in iterate_batches(bar, device):
+        for turn, batch in enumerate(iterate_batches(bar, device)):
+            if not ranks.is_own(turn):
+                continue
             logits = model(
                 batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).logits
@@ -71,13 +74,15 @@ def block_importance(
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total += gradient
-            tokens += int(predicted.sum())
+            tokens += predicted.sum().cpu()
+    for total in [*sums, tokens]:
+        ranks.add_up([total])
     with torch.no_grad():
         saliences = iter(
-            float((weight.float() * total).abs().sum(dtype=torch.float64)) / max(tokens, 1)
+            float((weight.float() * total).abs().sum(dtype=torch.float64)) / max(int(tokens), 1)
             for weight, total in zip(weights, sums, strict=True)
         )
-        return [sum(next(saliences) for _ in block) for block in blocks]
+        return ranks.from_first([sum(next(saliences) for _ in block) for block in blocks])
 
 
 @contextmanager

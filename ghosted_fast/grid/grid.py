@@ -11,16 +11,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import iterate_batches
 from ghosted_fast.calibration import GhostOptions
 from ghosted_fast.criteria import CRITERIA
+from ghosted_fast.digests import model_digest, text_digest
+from ghosted_fast.errors import ArgumentError
 from ghosted_fast.families import find_family
 from ghosted_fast.families import num_layers as layer_count
 from ghosted_fast.grid.cells import Cell, Fitting, Removed, run_cells, stand_in
 from ghosted_fast.grid.judging import Judge
 from ghosted_fast.grid.outputs import check_outputs, write_outputs
 from ghosted_fast.grid.plan import Variant, check_plan, variants_of
-from ghosted_fast.grid.state import GridState, model_digest, text_digest
+from ghosted_fast.grid.state import GridState
 from ghosted_fast.grid.table import Grid, grid_of, speed_key
 from ghosted_fast.grid.variants import corrected
 from ghosted_fast.machine import machine_facts
@@ -86,11 +89,16 @@ def compare_grid(
         The table, as it was written.
 
     Raises:
-        ArgumentError: A criterion, recovery or number of layers cannot be used, or the folder holds
-            results of other settings.
+        ArgumentError: A criterion, recovery or number of layers cannot be used, the folder holds
+            results of other settings, or this is a process group, in which it cannot run.
         CalibrationError: There is too little text.
         MissingExtraError: The page needs a package of the extra `report`.
     """
+    if ranks.count() > 1:
+        raise ArgumentError(
+            "expected one process, got a process group, whose ranks would write to one folder: "
+            "call this on one rank, within ghosted_fast.ranks.alone()"
+        )
     options = options or GhostOptions()
     texts = {text: list(iterate_batches(batches)) for text, batches in evaluations.items()}
     fitting = Fitting(

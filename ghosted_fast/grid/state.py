@@ -7,7 +7,6 @@ Each record is on the disk before the next is begun. A last line that was cut of
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,14 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import nn
-
-from ghosted_fast.batches import Batch
 from ghosted_fast.errors import ArgumentError
 
 STATE_FILE = "state.jsonl"
 _FORMAT = 1
-_NUMBERS_PER_WEIGHT = 1024
 
 
 class GridState:
@@ -125,23 +120,3 @@ def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         for name in names
         if known.get(name) != wanted.get(name)
     )
-
-
-def text_digest(batches: Iterable[Batch]) -> str:
-    """Return a digest of tokens and masks."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for tensor in (batch.input_ids, batch.attention_mask):
-            digest.update(str(list(tensor.shape)).encode())
-            digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def model_digest(model: nn.Module) -> str:
-    """Return a digest of a model's weights: names, shapes and the first numbers of each."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        first = weight.detach().reshape(-1)[:_NUMBERS_PER_WEIGHT].cpu().float()
-        digest.update(first.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ghosted_fast import ranks
 from ghosted_fast.batches import iterate_batches
 from ghosted_fast.calibration import GhostOptions, interval_bytes
 from ghosted_fast.errors import (
@@ -103,6 +104,8 @@ def fit_patches(
 ) -> dict[Job, Patch]:
     """Learn the operators of gaps, several recoveries and gaps in one pass of the dense model.
 
+    In a process group every rank does all of it, and then takes the operators of rank 0.
+
     Args:
         model: The dense model.
         batches: Calibration tokens, see `iterate_batches`.
@@ -145,7 +148,7 @@ def fit_patches(
                 patch = item.patch()
                 spent = seconds + item.seconds + time.perf_counter() - began
                 patches[job] = replace(patch, seconds=spent)
-    return patches
+    return ranks.from_first(patches, next(model.parameters()).device)
 
 
 def _collector(model: nn.Module, job: Job, options: GhostOptions) -> Collector:

@@ -1,0 +1,178 @@
+"""What the processes of the tests run, each as one rank of a group."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ghosted_fast import calibration, ranks
+from ghosted_fast.batches import Batch
+from ghosted_fast.calibration import GhostOptions, collect_statistics
+from ghosted_fast.checkpoint import save_model
+from ghosted_fast.cli.app import app
+from ghosted_fast.criteria import CRITERIA
+from ghosted_fast.families import decoder_layers
+from ghosted_fast.grid import compare_grid
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.selection import select_layers
+from ghosted_fast.testing import random_tokens, tiny_model
+
+
+def be_a_rank(
+    program: Callable[..., Any],
+    rank: int,
+    size: int,
+    folder: Path,
+    timeout_s: float,
+    arguments: tuple[Any, ...],
+) -> None:
+    """Join a group, run a program, and leave its result, or its error, in a file."""
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", store, timeout, world_size=size, rank=rank)
+    began = time.monotonic()
+    try:
+        result = program(*arguments)
+    except Exception as error:
+        result = (type(error).__name__, str(error))
+    torch.save((result, time.monotonic() - began), folder / f"result{rank}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def text(batches: int) -> list[Batch]:
+    """Return batches of different sizes, with padding, one of them without any token."""
+    result = []
+    for seed in range(batches):
+        rows = 5 - seed % 2
+        mask = torch.ones(rows, 24, dtype=torch.int64)
+        mask[seed % rows, :7] = 0
+        mask[rows - 1, 20:] = 0
+        if seed == 1:
+            mask[:] = 0
+        result.append(Batch(random_tokens(rows, 24, seed), mask))
+    return result
+
+
+def statistics(batches: int, first_state: str) -> list[Tensor]:
+    """Return the sums, floors and first tokens of three intervals, of 13 sequences."""
+    options = GhostOptions(first_state=first_state)  # type: ignore[arg-type]
+    intervals = [(1, 3), (4, 6), (0, 3)]
+    found: list[Tensor] = []
+    with patch.object(calibration, "_MAX_FIRST_TOKENS", 13):
+        collected = collect_statistics(tiny_model("llama"), text(batches), intervals, options)
+    for item in collected:
+        found += [*item.gram.sums, torch.tensor(item.energy_floor)]
+        if item.first is not None:
+            found += [*item.first.rows(), item.first.mean(), torch.tensor(item.first.count)]
+    return found
+
+
+def choices() -> dict[str, tuple[list[int], list[float]]]:
+    """Return what each criterion chooses, with all scores."""
+    chosen = {}
+    for criterion in CRITERIA:
+        found = select_layers(tiny_model("llama"), text(9), 2, criterion, beam=6, score_tokens=200)
+        chosen[criterion] = (found.removed, [item.score for item in [*found.scores, *found.sets]])
+    return chosen
+
+
+def checkpoints(folder: Path) -> None:
+    """Save models whose ghosts were fitted, corrected and refined, and one with a rival."""
+    rank, model = ranks.index(), tiny_model("llama")
+    smaller, _ = ghost_model(model, text(9), removed=[1, 3, 4], corrections=2, refine=3,
+                             refine_state=folder / f"state{rank}")  # fmt: skip
+    patched, _ = ghost_model(model, text(9), 2, recovery="linearpatch-r", criterion="streamline")
+    save_model(smaller, folder / "ghosted")
+    if dist.is_initialized():  # in a group, only rank 0 saves
+        dist.destroy_process_group()
+    save_model(smaller, folder / f"ghosted{rank}")
+    save_model(patched, folder / f"patched{rank}")
+
+
+def poisoned() -> None:
+    """Meet NaN on rank 1 alone."""
+    model = tiny_model("llama")
+    if ranks.index() == 1:
+        decoder_layers(model)[2].register_forward_hook(lambda _, __, output: output * float("nan"))
+    ghost_model(model, text(9), removed=[2, 3])
+
+
+def too_little_text() -> None:
+    """Give all ranks one batch, of which only rank 0 has anything."""
+    ghost_model(tiny_model("llama"), [random_tokens(2, 20)], removed=[2, 3])
+
+
+def called_differently(what: str) -> None:
+    """Give rank 1 other arguments than the others."""
+    odd = ranks.index() == 1
+    model = tiny_model("llama", seed=int(odd and what == "model"))
+    batches = text(8 if odd and what == "text" else 9)
+    if odd and what == "function":
+        collect_statistics(model, batches, [(2, 4)])
+    ghost_model(model, batches, removed=[2] if odd and what == "removed" else [2, 3])
+
+
+def leave_in(batches: int, how: Callable[[], None]) -> None:
+    """Make this process leave when it has run so many batches of a pass."""
+    visit, left = calibration.visit_intervals, iter(range(batches))
+
+    def leave(*arguments: Any) -> None:
+        if next(left, None) is None:
+            how()
+        visit(*arguments)
+
+    calibration.visit_intervals = leave
+
+
+def dies(batches: int) -> None:
+    """End rank 1 without a word."""
+    if ranks.index() == 1:
+        leave_in(batches, lambda: os._exit(9))
+    ghost_model(tiny_model("llama"), text(9), removed=[2, 3])
+
+
+def falls_silent(seconds: float) -> None:
+    """Let rank 1 take longer than the others wait."""
+    if ranks.index() == 1:
+        leave_in(1, lambda: time.sleep(seconds))
+    ghost_model(tiny_model("llama"), text(9), removed=[2, 3])
+
+
+def one_alone(folder: Path) -> list[int]:
+    """Work on rank 1 only; then call what does not run in a group."""
+    if ranks.index() == 1:
+        with ranks.alone():
+            return ghost_model(tiny_model("llama"), text(9), removed=[2, 3])[1].removed
+    compare_grid(tiny_model("llama"), text(9), {"text": text(2)}, [1], folder / "grid")
+    return []
+
+
+def command_line(
+    rank: int, size: int, port: int, arguments: list[str], dies_in: int | None, folder: Path
+) -> None:
+    """Run the command line as `torchrun` does, and leave its status and streams in a file."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
+                      MASTER_ADDR="localhost", MASTER_PORT=str(port))  # fmt: skip
+    if dies_in is not None and rank == 1:
+        leave_in(dies_in, lambda: os._exit(9))
+    status: object = 0
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        try:
+            app(arguments)
+        except SystemExit as end:
+            status = end.code
+    torch.save((status, out.getvalue(), err.getvalue()), folder / f"result{rank}")

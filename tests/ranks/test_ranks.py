@@ -1,0 +1,220 @@
+"""Processes that share a fit: the same result as one, the same bits on all, and no hang."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_programs
+import torch
+from safetensors.torch import load_file
+from tiny_text import TEXT, save_tiny_model
+
+from ghosted_fast.cli.app import app
+from ghosted_fast.errors import CalibrationError
+from ghosted_fast.testing import relative_rms
+
+_WAIT_S = 300.0
+# What takes long to import; each rank is a fork of one process that has it.
+_IMPORTED = ["ghosted_fast.pipeline", "ghosted_fast.cli.app", "ghosted_fast.grid"]
+_IMPORTED += ["transformers.models.llama.modeling_llama"]
+
+
+def start(target: Callable[..., None], calls: list[tuple[Any, ...]], impatient: bool) -> None:
+    """Run a function in processes that are forked where all is imported, and wait for them.
+
+    Or wait for the first of them only, and kill the others.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    processes = [context.Process(target=target, args=call, daemon=True) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(_WAIT_S)
+        if impatient:
+            for other in processes[1:]:
+                other.kill()
+        assert process.exitcode is not None, "a rank hangs"
+
+
+def run_ranks(
+    program: Callable[..., Any],
+    size: int,
+    folder: Path,
+    *arguments: Any,
+    timeout_s: float = 120.0,
+    impatient: bool = False,
+) -> list[Any]:
+    """Return what each rank's program returned, or its error, as (name, message)."""
+    calls = [(program, rank, size, folder, timeout_s, arguments) for rank in range(size)]
+    start(rank_programs.be_a_rank, calls, impatient)
+    files = [folder / f"result{rank}" for rank in range(size)]
+    return [torch.load(file)[0] if file.exists() else None for file in files]
+
+
+@pytest.mark.parametrize(
+    ("size", "batches", "first_state"), [(2, 7, "auto"), (4, 6, "on"), (4, 4, "off")]
+)
+def test_statistics_are_those_of_one_process(
+    tmp_path: Path, size: int, batches: int, first_state: str
+) -> None:
+    """Of 4 batches one holds no token, so that a rank has none."""
+    expected = rank_programs.statistics(batches, first_state)
+    for found in run_ranks(rank_programs.statistics, size, tmp_path, batches, first_state):
+        for mine, one in zip(found, expected, strict=True):
+            assert mine.dtype == one.dtype
+            assert relative_rms(mine, one) <= 1e-12
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_criterion_chooses_as_one_process_does(tmp_path: Path, size: int) -> None:
+    expected = rank_programs.choices()
+    first, *others = run_ranks(rank_programs.choices, size, tmp_path)
+    assert all(other == first for other in others)
+    for criterion, (removed, scores) in expected.items():
+        assert first[criterion][0] == removed
+        assert first[criterion][1] == pytest.approx(scores, rel=1e-6), criterion
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_checkpoints_are_the_same_on_all_ranks(tmp_path: Path, size: int) -> None:
+    single, shared = tmp_path / "single", tmp_path / "shared"
+    rank_programs.checkpoints(single)
+    shared.mkdir()
+    assert run_ranks(rank_programs.checkpoints, size, shared, shared) == [None] * size
+    for name in ("ghosted", "patched"):
+        for file in (single / f"{name}0").iterdir():
+            contents = [(shared / f"{name}{rank}" / file.name).read_bytes() for rank in range(size)]
+            assert all(content == contents[0] for content in contents), (name, file.name)
+        check_weights(shared / f"{name}0", single / f"{name}0")
+    check_weights(shared / "ghosted", single / "ghosted")
+    assert (shared / "state0").exists() and not (shared / "state1").exists()
+
+
+def check_weights(folder: Path, expected_folder: Path) -> None:
+    found, expected = (load_file(item / "model.safetensors") for item in (folder, expected_folder))
+    assert found.keys() == expected.keys()
+    for key, weight in expected.items():
+        assert relative_rms(found[key], weight) <= 1e-6, key
+
+
+def test_an_error_of_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
+    first, second, third = run_ranks(rank_programs.poisoned, 3, tmp_path)
+    assert second[0] == "NonFiniteError" and "boundaries 2 and 4" in second[1]
+    for other in (first, third):
+        assert other == ("RankError", f"rank 1 failed: NonFiniteError: {second[1]}")
+
+
+def test_an_error_of_all_ranks_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError) as raised:
+        rank_programs.too_little_text()
+    found = run_ranks(rank_programs.too_little_text, 2, tmp_path)
+    assert found == [("CalibrationError", str(raised.value))] * 2
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("text", "expected the same batches on every rank, got others on rank 1 than on rank 0"),
+        ("removed", "same removed on every rank, got [2, 3] on rank 0 and [2] on rank 1"),
+        ("function", "same removed on every rank, got [2, 3] on rank 0 and None on rank 1"),
+        ("model", "expected the same weights of the model on every rank"),
+    ],
+)
+def test_ranks_that_were_called_differently(tmp_path: Path, what: str, message: str) -> None:
+    for name, text in run_ranks(rank_programs.called_differently, 2, tmp_path, what):
+        assert name == "ArgumentError" and message in text
+
+
+@pytest.mark.parametrize("batches", [0, 2])
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path, batches: int) -> None:
+    """In its first batch, where the others wait for a floor, or later."""
+    first, second, third = run_ranks(rank_programs.dies, 3, tmp_path, batches)
+    assert second is None
+    for name, message in (first, third):
+        assert name == "RanksLostError" and "a process ended, or did not answer" in message
+
+
+def test_nobody_is_waited_for_longer_than_the_time_out(tmp_path: Path) -> None:
+    run_ranks(rank_programs.falls_silent, 2, tmp_path, 200.0, timeout_s=5.0, impatient=True)
+    (name, _), seconds = torch.load(tmp_path / "result0")
+    assert name == "RanksLostError" and seconds < 200.0
+
+
+def test_one_rank_may_work_alone(tmp_path: Path) -> None:
+    (name, message), removed = run_ranks(rank_programs.one_alone, 2, tmp_path, tmp_path)
+    assert name == "ArgumentError" and "ghosted_fast.ranks.alone()" in message
+    assert removed == [2, 3]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    text = folder / "texts.txt"
+    text.write_text("\n\n".join([TEXT] * 120))
+    return save_tiny_model(folder / "tiny"), text
+
+
+def fit_command(inputs: tuple[Path, Path], output: Path, removed: str = "2-3") -> list[str]:
+    model, text = map(str, inputs)
+    command = ["fit", "--model", model, "--calibration", text, "--removed", removed]
+    command += ["--output", str(output), "--tokens", "1024", "--sequence-length", "32", "--json"]
+    return [*command, "--corrections", "1", "--evaluation", text, "--evaluation-tokens", "256"]
+
+
+def test_torchrun_gives_the_checkpoint_of_one_process(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Started as a user does: one result on stdout, nothing but the checkpoint on the disk."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = fit_command(inputs, tmp_path / "shared")
+    finished = subprocess.run([*launch, "-m", "ghosted_fast", *command], capture_output=True,
+                              text=True, timeout=_WAIT_S)  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("Loading weights: 100%") <= 1
+    assert json.loads(finished.stdout)["models"][2]["name"] == "ghosted"
+    app(fit_command(inputs, tmp_path / "single"), standalone_mode=False)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["shared", "single"]
+    check_weights(tmp_path / "shared", tmp_path / "single")
+
+
+def run_command(command: list[str], folder: Path, dies_in: int | None = None) -> list[Any]:
+    """Return (status, stdout, stderr) of each of two processes of the command line."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    calls = [(rank, 2, port, command, dies_in, folder) for rank in range(2)]
+    start(rank_programs.command_line, calls, impatient=False)
+    files = [folder / f"result{rank}" for rank in range(2)]
+    return [torch.load(file) if file.exists() else None for file in files]
+
+
+def test_command_line_ends_when_a_process_dies(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "outputs" / "ghosted"
+    output.parent.mkdir()
+    (status, out, err), killed = run_command(fit_command(inputs, output), tmp_path, dies_in=1)
+    assert (status, out, killed) == (1, "", None)
+    assert "error (rank 0): rank 0 has lost the others" in err
+    assert not list(output.parent.iterdir())
+
+
+def test_command_line_says_once_what_failed(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    first, second = run_command(fit_command(inputs, taken), tmp_path)
+    assert first[:2] == (1, "") and "exists: name another" in first[2]
+    assert second[:2] == (1, "") and "error" not in second[2]
+
+
+def test_other_verbs_are_refused(tmp_path: Path) -> None:
+    for status, _, err in run_command(["doctor"], tmp_path):
+        assert status == 2
+        assert "only fit and select share their work" in " ".join(err.replace("│", " ").split())
