@@ -22,6 +22,7 @@ from typing import Any
 
 from ghosted_fast.assets import fetch_demo_assets, fetch_gemma3, fetch_stories
 from ghosted_fast.batches import Batch, iterate_batches
+from ghosted_fast.correction import Corrections
 from ghosted_fast.digests import model_digest, text_digest
 from ghosted_fast.evaluation import perplexity
 from ghosted_fast.generation import generate_texts
@@ -122,8 +123,14 @@ def _more(
             known = state.put(*key, record={**found, "seconds": seconds})
         return dict(known)
 
-    def ghosted(batches: list[Batch], removed: Sequence[int], recovery: str = "ghost") -> Any:
-        return ghost_model(model, batches, removed=removed, recovery=recovery, corrections=0)[0]
+    def ghosted(
+        batches: list[Batch],
+        removed: Sequence[int],
+        recovery: str = "ghost",
+        corrections: Corrections = 0,
+    ) -> Any:
+        settings: dict[str, Any] = {"recovery": recovery, "corrections": corrections}
+        return ghost_model(model, batches, removed=removed, **settings)[0]
 
     found: dict[str, Any] = {"massive": {}, "calibration": {}}
     for start, stop in study.massive_gaps:
@@ -132,6 +139,8 @@ def _more(
         for recovery in ("ghost-paper", "ghost"):
             fit = partial(ghosted, calibration, removed, recovery)
             rows[recovery] = judged(recovery, start, stop, fit=fit)
+        fit = partial(ghosted, calibration, removed, "ghost", "auto")
+        rows[OURS.name] = judged(OURS.name, start, stop, fit=fit)
         found["massive"][f"[{start}, {stop})"] = rows
     (chosen,) = [
         item["removed"]
