@@ -75,6 +75,44 @@ def test_direction_solves_the_damped_equations(bias: bool) -> None:
     assert relative_rms(-direction[1], exact[32]) < 1e-8
 
 
+def test_scaled_direction_divides_by_the_gradients_gram() -> None:
+    dense = tiny_model("llama")
+    ghosted = fitted(dense, [2, 3], first_state="off", bias=True)
+    batches = list(iterate_batches(text(2)))
+    (slope,) = Divergence(ghosted, dense).slopes(batches)
+    (ghost,) = [m for m in ghosted.modules() if isinstance(m, GhostLinear)]
+    gram = torch.zeros(32, 32, dtype=torch.float64)
+    for batch in batches:
+        probe = torch.zeros(*batch.input_ids.shape, 32, requires_grad=True)
+        handle = ghost.register_forward_hook(lambda _, __, y, probe=probe: y + probe)
+        q = ghosted(batch.input_ids).logits.log_softmax(-1)
+        handle.remove()
+        p = dense(batch.input_ids).logits.detach().log_softmax(-1)
+        (p.exp() * (p - q)).sum().backward()
+        gradients = probe.grad.flatten(0, 1).double()
+        gram += gradients.mT @ gradients
+    damped = gram + gram.diagonal().mean() * torch.eye(32, dtype=torch.float64)
+    direction = correction._descent([slope], 0.1)
+    scaled = correction._output_scaled([slope], direction)
+    for found, part in zip(scaled, direction, strict=True):
+        assert relative_rms(found, torch.linalg.solve(damped, part)) < 1e-4
+        assert relative_rms(found / found.norm(), part / part.norm()) > 0.01
+
+
+def test_trial_that_is_too_long_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_model("llama")
+    gains = {}
+    for trials in (1, 4):
+        monkeypatch.setattr(correction, "_TRIAL_CHANGE", 20.0)
+        monkeypatch.setattr(correction, "_MOST_TRIALS", trials)
+        (fact,) = correct_ghosts(fitted(dense, [2, 3]), dense, text(), 1)
+        gains[trials] = fact.before - fact.after
+    monkeypatch.undo()
+    (usual,) = correct_ghosts(fitted(dense, [2, 3]), dense, text(), 1)
+    assert gains[4] > 1.1 * gains[1]
+    assert gains[4] == pytest.approx(usual.before - usual.after, rel=0.2)
+
+
 def test_local_model_is_that_of_the_logits() -> None:
     dense = tiny_model("llama")
     ghosted = fitted(dense, [1, 3, 4])
