@@ -35,7 +35,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ghosted_fast import ranks
-from ghosted_fast.divergence import Divergence, GhostSlope, States, compare, row_slices, wide_rows
+from ghosted_fast.divergence import (
+    Divergence,
+    GhostSlope,
+    States,
+    compare,
+    row_slices,
+    total,
+    wide_rows,
+)
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.held_out import (
     check_split,
@@ -324,10 +332,10 @@ def _local_model(
             changes = [wide_rows(logits, rows) - here for logits in moved]
             changes = [change - (q * change).sum(-1, keepdim=True) for change in changes]
             for i, change in enumerate(changes):
-                slope[i] += float((away * change).sum(dtype=torch.float64))
+                slope[i] += total(away * change)
                 weighted = q * change
                 for j in range(i + 1):
-                    curvature[i, j] += float((weighted * changes[j]).sum(dtype=torch.float64))
+                    curvature[i, j] += total(weighted * changes[j])
     counts = torch.tensor(
         [value, token_count(states.batch for states in held_out)], dtype=torch.float64
     )

@@ -334,6 +334,15 @@ def wide_rows(logits: Tensor, rows: Tensor) -> Tensor:
     return logits.flatten(0, 1)[rows].float()
 
 
+def total(values: Tensor) -> float:
+    """Return the sum of fp32 values [rows, columns].
+
+    Along a row torch sums pairwise, which is as exact as is needed and, on a processor, eighty
+    times as fast as its sum in fp64; rows are added in fp64.
+    """
+    return float(values.sum(-1).double().sum())
+
+
 def compare(
     dense: Tensor, ghosted: Tensor, attention_mask: Tensor, gradient: Tensor | None = None
 ) -> float:
@@ -346,12 +355,12 @@ def compare(
         gradient: Zeros like the logits; if given, attended rows get the gradient of the sum by the
             ghosted logits, softmax(ghosted) - softmax(dense).
     """
-    total = 0.0
+    found = 0.0
     for rows in row_slices(dense, attention_mask):
         log_p = wide_rows(dense, rows).log_softmax(-1)
         log_q = wide_rows(ghosted, rows).log_softmax(-1)
         p = log_p.exp()
-        total += float((p * (log_p - log_q)).sum(dtype=torch.float64))
+        found += total(p * (log_p - log_q))
         if gradient is not None:
             gradient.view(-1, gradient.shape[-1])[rows] = (log_q.exp() - p).to(gradient.dtype)
-    return total
+    return found
