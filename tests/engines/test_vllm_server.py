@@ -30,6 +30,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    settings.setdefault("OMP_NUM_THREADS", "1")
     settings.pop("PYTHONPATH", None)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", "ghosted", "--port", str(port), "--dtype", "float32"]

@@ -18,6 +18,15 @@ from ghosted_fast.ops.ghost import ghost_apply
 Stream = tuple[Tensor, Tensor]
 
 
+# An operator of its own, which a compiler leaves whole. vLLM's linear layers on the processor write
+# into an empty tensor, and inductor (torch 2.13) may move a fused read of it before the write where
+# what is read is an output of the graph, as it is at the end of a pipeline's stage.
+_library = torch.library.Library("ghosted_fast", "FRAGMENT")
+_library.define("stream_sum(Tensor hidden, Tensor residual) -> Tensor")
+_library.impl("stream_sum", torch.add, "CompositeExplicitAutograd")
+torch.library.register_fake("ghosted_fast::stream_sum", torch.add, lib=_library)
+
+
 class FloatGhost(ColumnParallelLinear):
     """A floating-point ghost; its rows are shared among the ranks of tensor parallelism.
 
@@ -31,14 +40,16 @@ class FloatGhost(ColumnParallelLinear):
         super().__init__(
             size,
             size,
-            bias=record["bias"],
+            bias=False,
+            skip_bias_add=True,  # added here
             gather_output=True,
             prefix=prefix,
             return_bias=False,
         )
         self.norm_eps: float | None = record["norm_eps"]
-        state = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.register_parameter("first_state", state if record["first_state"] else None)
+        for name in ("bias", "first_state"):
+            vector = nn.Parameter(torch.empty(size), requires_grad=False)
+            self.register_parameter(name, vector if record[name] else None)
 
     def split(self, x: Tensor, positions: Tensor) -> Stream:
         """Return what the ghost adds, and what it is added to, each [tokens, d].
@@ -52,13 +63,14 @@ class FloatGhost(ColumnParallelLinear):
             wide = x.float()
             unit = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm_eps)
             features = (wide * unit).to(x.dtype)
-        added = self(features)
+        if self.bias is not None:
+            x = x + self.bias
         if self.first_state is not None:
             # By position: right for prompts that are read in parts, or partly found in the cache.
             first = (positions == 0)[:, None]
-            added = torch.where(first, 0.0, added)
+            features = torch.where(first, 0.0, features)
             x = torch.where(first, self.first_state, x)
-        return added, x
+        return self(features), x
 
 
 class Int8Ghost(nn.Module):
@@ -130,13 +142,16 @@ def _ghosted_layer_class(base: Any) -> type:
         **kwargs: Any,
     ) -> Any:
         if self.input_ghost is not None:
-            x = hidden_states if residual is None else hidden_states + residual
+            x = hidden_states
+            if residual is not None:
+                x = torch.ops.ghosted_fast.stream_sum(hidden_states, residual)
             added, kept = self.input_ghost.split(x, positions)
             hidden_states, residual = added + kept, None
         output = base.forward(self, positions, hidden_states, residual, *args, **kwargs)
         if self.ghost is None:
             return output
         hidden, rest, *others = output
-        return (*self.ghost.split(hidden + rest, positions), *others)
+        x = torch.ops.ghosted_fast.stream_sum(hidden, rest)
+        return (*self.ghost.split(x, positions), *others)
 
     return type(base.__name__, (base,), {"__module__": base.__module__, "forward": forward})

@@ -17,6 +17,8 @@ from ghosted_fast.sources import resolve_dtype
 from ghosted_fast.speed import throughput_of
 
 _CACHE_BYTES = 1 << 28
+# An engine's worker spins for a second after its last step, on a core that the next one needs.
+_QUIET_SECONDS = 1.5
 
 
 def compare_in_vllm(
@@ -66,7 +68,7 @@ def compare_in_vllm(
     engines = [
         LLM(
             folder,
-            dtype="auto" if wanted is None else str(wanted).removeprefix("torch."),
+            dtype=str(wanted or _own_dtype(folder)).removeprefix("torch."),
             kv_cache_memory_bytes=_CACHE_BYTES,
             max_model_len=prompt_length + new_tokens + 1,
             max_num_seqs=batch_size,
@@ -80,6 +82,7 @@ def compare_in_vllm(
     for repeat in range(repeats + 1):
         for index in range(len(engines)):
             index = (index + repeat) % len(engines)
+            time.sleep(_QUIET_SECONDS)
             timing = _measure(engines[index], prompt_length, new_tokens, batch_size)
             if repeat > 0:
                 seconds[index].append(timing)
@@ -118,6 +121,13 @@ def _measure(
 
     prefill = run(1)
     return prefill, run(1 + new_tokens) - prefill
+
+
+def _own_dtype(folder: str) -> torch.dtype:
+    """Return the dtype of a saved model's weights: vLLM's "auto" would make bf16 of fp32."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder).dtype or torch.float32
 
 
 def _size_of(folder: str) -> tuple[int, int]:
