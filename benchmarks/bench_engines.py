@@ -27,9 +27,9 @@ import torch
 from ghosted_fast.assets import fetch_demo_assets
 from ghosted_fast.checkpoint import save_model
 from ghosted_fast.export.gguf import export_gguf
+from ghosted_fast.files import write_whole
 from ghosted_fast.machine import machine_facts
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.report import write_whole
 from ghosted_fast.sources import cast_parameters, load_model, load_texts, token_batches
 from ghosted_fast.speed import Throughput, throughput_of
 from ghosted_fast.surgery import prune_model
