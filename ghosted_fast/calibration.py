@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -260,41 +261,45 @@ def collect_statistics(
     statistics = [new_statistics(model, interval, options) for interval in intervals]
     ranks.check_same({"intervals": list(intervals), "options": options})
     sequences = tokens = turn = 0
-
-    def has_no_floor(item: IntervalStatistics) -> bool:
-        return options.token_weight == "capped" and item.energy_floor is None
-
     bar = tqdm(desc="calibrating", unit="tok", unit_scale=True, delay=2.0, disable=not progress)
     with bar:
         for index, batch in enumerate(iterate_batches(ranks.whole_text(batches), device)):
             count = batch.num_tokens
             if count and ranks.is_own(turn):
-
-                def update(
-                    interval: int,
-                    x: Tensor,
-                    y: Tensor,
-                    batch: Batch = batch,
-                    index: int = index,
-                    sequences: int = sequences,
-                ) -> None:
-                    item = statistics[interval]
-                    if has_no_floor(item):  # rank 0 has the text's first batch
-                        item.energy_floor = ranks.from_first(energy_floor(batch, y))
-                    update_statistics(item, batch, index, sequences, options, x, y)
-
+                update = partial(_update, statistics, batch, index, sequences, options)
                 visit_intervals(model, batch, intervals, update, [gap.on(batch) for gap in gaps])
             turn += count > 0
             sequences += len(batch.input_ids)
             tokens += count
             bar.update(count)
     # A rank without a batch of its own; in the order in which a batch visits the intervals.
-    for item in filter(has_no_floor, sorted(statistics, key=lambda item: item.stop)):
-        item.energy_floor = ranks.from_first(item.energy_floor)
+    for item in sorted(statistics, key=lambda item: item.stop):
+        if _has_no_floor(item, options):
+            item.energy_floor = ranks.from_first(item.energy_floor)
     check_enough_tokens(tokens, 2 * size, size)
     for item in statistics:
         item.add_ranks(sequences)
     return statistics
+
+
+def _update(
+    statistics: Sequence[IntervalStatistics],
+    batch: Batch,
+    batch_index: int,
+    sequences: int,
+    options: GhostOptions,
+    interval: int,
+    x: Tensor,
+    y: Tensor,
+) -> None:
+    item = statistics[interval]
+    if _has_no_floor(item, options):  # rank 0 has the text's first batch
+        item.energy_floor = ranks.from_first(energy_floor(batch, y))
+    update_statistics(item, batch, batch_index, sequences, options, x, y)
+
+
+def _has_no_floor(item: IntervalStatistics, options: GhostOptions) -> bool:
+    return options.token_weight == "capped" and item.energy_floor is None
 
 
 def new_statistics(
@@ -333,7 +338,7 @@ def update_statistics(
         NonFiniteError: An activation is NaN or infinite.
     """
     y = y.to(x.device)
-    if options.token_weight == "capped" and item.energy_floor is None:
+    if _has_no_floor(item, options):
         item.energy_floor = energy_floor(batch, y)
     weight = token_weights(x, y, options, item.gram.norm_eps, item.energy_floor)
     weight = weight * batch.attention_mask

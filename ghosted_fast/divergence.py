@@ -228,12 +228,12 @@ class Divergence:
         Args:
             held_out: The states of this rank's text; the mean is that over all ranks.
         """
-        total = sum(
+        found = sum(
             compare(self.dense_logits(item), self.logits(item), item.batch.attention_mask)
             for item in held_out
         )
         tokens = token_count(item.batch for item in held_out)
-        sums = torch.tensor([total, tokens], dtype=torch.float64)
+        sums = torch.tensor([found, tokens], dtype=torch.float64)
         ranks.add_up([sums])
         return float(sums[0] / sums[1])
 

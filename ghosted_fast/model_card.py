@@ -19,9 +19,9 @@ from ghosted_fast.derived import underived
 from ghosted_fast.files import write_whole
 
 CARD = "README.md"
+IMPORTED = "imported"
 _ASIDE = f".{CARD}.kept"
 _log = logging.getLogger(__name__)
-IMPORTED = "imported"
 _MARK = "<!-- Written by ghosted_fast. Remove this line to keep the card as it is. -->"
 # What transformers writes into the card of a repository that has none.
 _PLACEHOLDER = "This model card has been automatically generated."

@@ -75,7 +75,11 @@ def read_operators(path: str | Path) -> dict[str, Tensor]:
 
 def _refuse_our_own(folder: Path) -> None:
     config = folder / "config.json"
-    if config.is_file() and "ghost" in json.loads(config.read_text(encoding="utf-8")):
+    try:
+        ours = config.is_file() and "ghost" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        ours = False  # whatever it is, it is not of our making
+    if ours:
         raise SourceError(
             f"{str(folder)!r} is a ghosted model already: load it with "
             "AutoModelForCausalLM.from_pretrained after import ghosted_fast"

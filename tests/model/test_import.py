@@ -280,6 +280,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
             name = tmp_path / folder / f"gap_{gap}.safetensors"
             save_file({key or f"w{gap}": operator().float()}, name)
     (tmp_path / "apart" / "notes.txt").write_text("not a tensor")
+    (tmp_path / "apart" / "config.json").write_text("not JSON either")
     assert list(read_operators(tmp_path / "apart")) == ["gap_3.weight", "gap_7.weight"]
     assert list(read_operators(tmp_path / "joined")) == ["w3", "w7"]
     torch.save(operator(), tmp_path / "joined" / "x_9.pt")
