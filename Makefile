@@ -111,7 +111,7 @@ test-vllm: wheel .venv-vllm/.installed assets
 	.venv-vllm/bin/python -c 'import vllm'  # else tests are skipped
 	.venv-vllm/bin/pytest --confcutdir=tests/engines tests/engines
 
-# The README's table of engines: build/bench_engines/engines.md. Nothing else should run beside it.
+# The table of engines: build/bench_engines/engines.md. Nothing else should run beside it.
 bench-engines: wheel .venv-engines/.installed .venv-vllm/.installed assets
 	.venv-engines/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)
 	.venv-vllm/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)

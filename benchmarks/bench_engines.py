@@ -5,7 +5,7 @@ environment (`make bench-engines` makes them). Within an engine the three models
 side and measured in turn. That each gives the tokens of transformers is proven by tests/engines,
 not here.
 
-The README's table is `engines.md` in the output folder, `engines.json` holds all that was measured.
+The table is `engines.md` in the output folder, `engines.json` holds all that was measured.
 Both are written after each engine and precision; rows of engines that are not asked for stay.
 """
 

@@ -4,9 +4,9 @@ Two models, SmolLM2-135M-Instruct and Gemma 3 270M in bf16, calibrated on web te
 passages of Wikipedia and of stories. For each: the grid of every criterion with every published
 recovery and with ours; gaps that hold the layer in which massive activations arise; few
 calibration tokens, and text that the model wrote itself. All is fetched; results are kept in
-the output folder, and a run that was stopped goes on. About an hour on two cores.
+the output folder, and a run that was stopped goes on. That takes hours on two cores.
 
-The README's tables are `summary.md` in the output folder.
+The tables are `summary.md` in the output folder.
 """
 
 from __future__ import annotations
