@@ -175,7 +175,7 @@ def correct_ghosts(
         )
         return []
     check_split(train, judges)
-    held_out = [divergence.states(batch) for batch in ranks.own(in_passes(judges))]
+    held_out = divergence.held_out(in_passes(judges))
     per_correction = sequences_for(tokens, train)
     text = cycle(train)
     most = MOST_CORRECTIONS if corrections == "auto" else corrections

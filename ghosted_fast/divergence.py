@@ -33,6 +33,8 @@ from ghosted_fast.registry import is_ghosted, removal_record
 
 # fp32 logits held at once where two distributions are compared: 16 MiB, an outer cache.
 _SLICE_ELEMENTS = 1 << 22
+# Bytes of dense logits that are kept for text that is looked at again and again.
+_KEPT_LOGITS = 1 << 31
 _BY_INVERSE_ENERGY = GhostOptions(token_weight="inverse_energy")
 
 
@@ -45,11 +47,13 @@ class States:
         entry: Hidden states [batch, length, d] at the boundary where the ghosted model is resumed,
             or None where it runs from the tokens.
         exit: Hidden states of the dense model behind its last layer.
+        logits: The dense model's, where they are kept.
     """
 
     batch: Batch
     entry: Tensor | None
     exit: Tensor
+    logits: Tensor | None = None
 
 
 class GhostSlope:
@@ -188,6 +192,7 @@ class Divergence:
             )
         self.device = self.ghosts[0].weight.device
         self._layers = num_layers(dense)
+        self._vocabulary = int(dense.config.vocab_size)
         count, removed = removal_record(ghosted.config)
         same_size = ghosted.config.vocab_size == dense.config.vocab_size
         same_size &= ghosted.config.hidden_size == dense.config.hidden_size
@@ -212,8 +217,24 @@ class Divergence:
         entry = found[self._entry].clone() if self._entry else None
         return States(batch, entry, found[self._layers].clone())
 
+    def held_out(self, batches: Iterable[Batch]) -> list[States]:
+        """Return the states of text that is looked at many times, with logits as far as they fit.
+
+        Args:
+            batches: The text, which the ranks share.
+        """
+        found: list[States] = []
+        room = _KEPT_LOGITS
+        for batch in ranks.own(batches):
+            states = self.states(batch)
+            room -= states.exit.element_size() * batch.input_ids.numel() * self._vocabulary
+            found.append(replace(states, logits=self.dense_logits(states)) if room >= 0 else states)
+        return found
+
     def dense_logits(self, states: States) -> Tensor:
         """Return the dense model's logits [batch, length, vocabulary]."""
+        if states.logits is not None:
+            return states.logits
         with torch.no_grad():
             return _run(self._dense, states.batch, self._layers, states.exit)
 

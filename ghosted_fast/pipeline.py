@@ -109,7 +109,7 @@ def ghost_model(
             "auto"; see `correct_ghosts`.
         refine: Steps of training on the ghosts alone, after the corrections; see `refine_ghosts`.
         refine_state: File that the refinement is kept in, so that it can go on after it was killed.
-        score_tokens: Held-out tokens per candidate of the criterion "ghost".
+        score_tokens: As in `select_layers`.
         memory_budget: Bytes for statistics, see `select_layers`.
         beam: Sets that race in the criterion "ghost-search".
         inplace: Whether to cut the given model. Default: a new one that shares its weights.

@@ -141,7 +141,7 @@ def refine_ghosts(
     text = ranks.whole_text(batches)
     train, judges = split_sequences(text, held_out_tokens, divergence.device)
     check_split(train, judges)
-    held_out = [divergence.states(batch) for batch in ranks.own(in_passes(judges))]
+    held_out = divergence.held_out(in_passes(judges))
     settings = (steps, tokens, held_out_tokens, step_size, seed)
     ranks.check_same({"steps, tokens, held_out_tokens, step_size and seed": settings})
     key = _key(settings, [*train, *judges], divergence.point())

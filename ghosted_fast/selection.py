@@ -73,7 +73,8 @@ def select_layers(
         options: How ghosts are fitted (the ghost criteria), and how many folds there are, the last
             of which is held out.
         score_tokens: Held-out tokens that candidates are scored on (the ghost criteria, `sleb`,
-            `taylor`).
+            `taylor`). Those that may still be the best see up to four times as many where the
+            criterion is `ghost`.
         memory_budget: Bytes that statistics may take (the ghost criteria). Where all candidates
             together need more, several passes are made. Default: half of the free memory.
         beam: How many sets race in the criterion `ghost-search`.

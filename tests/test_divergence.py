@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from ghosted_fast import divergence as divergence_module
 from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.divergence import Divergence
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
@@ -87,6 +88,22 @@ def test_models_are_left_as_they_were() -> None:
         assert torch.equal(old, new.double())
     divergence.move([2.0 * part for part in before])
     assert torch.equal(divergence.parameters[0].double(), 2.0 * before[0])
+
+
+def test_logits_of_held_out_text_are_kept_as_far_as_they_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense = tiny_model("llama")
+    divergence = Divergence(ghosts_in(dense, [2, 3], 1), dense)
+    batches = list(iterate_batches(random_tokens(4, 8).split(2)))
+    computed = [divergence.states(batch) for batch in batches]
+    one = divergence.dense_logits(computed[0]).nbytes
+    monkeypatch.setattr(divergence_module, "_KEPT_LOGITS", one)
+    first, second = divergence.held_out(batches)
+    assert first.logits is not None and first.logits.nbytes == one and second.logits is None
+    for states, same in zip([first, second], computed, strict=True):
+        assert torch.equal(divergence.dense_logits(states), divergence.dense_logits(same))
+    assert divergence.value([first, second]) == divergence.value(computed)
 
 
 def test_gram_of_the_features_is_weighted_by_inverse_energy() -> None:

@@ -18,15 +18,21 @@ from ghosted_fast.fitting import fit_candidates
 from ghosted_fast.memory import default_memory_budget, passes_within
 from ghosted_fast.scoring import held_out_batches, score_intervals
 
+# Most candidates are dropped on the first tokens; the best few are as close as the noise of those.
+_TOKENS_FOR_THE_BEST = 4
+
 
 def by_ghost(request: Request) -> Selection:
-    """Score every interval of the length on held-out tokens, its ghost in place."""
+    """Score every interval of the length on held-out tokens, its ghost in place.
+
+    The candidates race over up to four times `score_tokens`.
+    """
     model, options = request.model, request.options
     intervals = candidate_intervals(request.count, request.layers)
     budget = request.memory_budget or default_memory_budget(next(model.parameters()).device)
     groups = passes_within(intervals, hidden_size(model), options, budget)
     batches = list(iterate_batches(request.batches))
-    held_out = held_out_batches(batches, options, request.score_tokens)
+    held_out = held_out_batches(batches, options, _TOKENS_FOR_THE_BEST * request.score_tokens)
     scores: list[IntervalScore] = []
     best: tuple[float, IntervalStatistics] | None = None
     for group in groups:

@@ -78,7 +78,7 @@ class Request:
         count: How many layers to remove.
         layers: How many the model has.
         options: How ghosts are fitted.
-        score_tokens: Held-out tokens that candidates are scored on.
+        score_tokens: Held-out tokens that candidates are scored on, see `select_layers`.
         memory_budget: Bytes that statistics may take; None for half of the free memory.
         progress: Whether to show progress bars on stderr.
         beam: Sets that `ghost-search` races.
