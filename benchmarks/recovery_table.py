@@ -25,6 +25,7 @@ from ghosted_fast.batches import Batch, iterate_batches
 from ghosted_fast.correction import Corrections
 from ghosted_fast.digests import model_digest, text_digest
 from ghosted_fast.evaluation import perplexity
+from ghosted_fast.files import write_whole
 from ghosted_fast.generation import generate_texts
 from ghosted_fast.grid import Grid, compare_grid, corrected, refined
 from ghosted_fast.grid.state import GridState
@@ -166,41 +167,60 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def _cell(row: dict[str, Any] | None, text: str) -> str:
-    if row is None or row["refused"]:
+def _ratios(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    """Return the perplexity of each text relative to the dense model's."""
+    if row["refused"]:
         return "-"
-    return f"{row['perplexity'][text]['value']:.2f}"
+    values = row["perplexity"]
+    return " / ".join(f"{values[text]['value'] / dense[text]['value']:.2f}" for text in dense)
 
 
-def _grid_summary(grid: Grid) -> str:
-    """Return, for each number of layers, the best published row, the paper's and ours."""
-    dense = {text: grid.dense["perplexity"][text]["value"] for text in grid.texts}
-    best = marked(grid.rows, BEST_PUBLISHED)
+def _grids_summary(named: Sequence[tuple[Study, Grid]]) -> str:
+    """Return a row for each model and number of layers: the best published rows, and ours."""
     lines = []
-    for count in sorted({row["num_layers"] for row in grid.rows}):
-        rows = {
-            (row["criterion"], row["recovery"]): row
-            for row in grid.rows
-            if row["num_layers"] == count
-        }
-        shown = {
-            "streamline, pruned": rows["streamline", "none"],
-            "streamline + ghost-paper": rows["streamline", "ghost-paper"],
-            f"best published: {best[count]['criterion']} + {best[count]['recovery']}": best[count],
-            "ours, no correction": rows["ghost", "ghost"],
-            "**ours**": rows["ghost", OURS.name],
-        }
-        for name, row in shown.items():
-            values = [
-                f"{_cell(row, text)} ({row['perplexity'][text]['value'] / dense[text]:.2f}x)"
-                for text in grid.texts
+    for study, grid in named:
+        dense = grid.dense["perplexity"]
+        best = marked(grid.rows, BEST_PUBLISHED)
+        for count in study.counts:
+            rows = {
+                (row["criterion"], row["recovery"]): row
+                for row in grid.rows
+                if row["num_layers"] == count
+            }
+            shown = [
+                rows[pair]
+                for pair in (
+                    ("streamline", "none"),
+                    ("streamline", "ghost-paper"),
+                    (best[count]["criterion"], best[count]["recovery"]),
+                    ("ghost", "ghost"),
+                    ("ghost", OURS.name),
+                )
             ]
-            lines.append(
-                [str(count), name, layers_as_text(row["removed"]), str(row["corrections"]), *values]
-            )
-    columns = ["removed", "choice + recovery", "layers", "corrections", *grid.texts]
-    head = ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
-    return f"Dense: {head}.\n\n{_table(columns, lines)}"
+            values = [_ratios(row, dense) for row in shown]
+            values[2] += f" ({best[count]['criterion']} + {best[count]['recovery']})"
+            values[4] = f"**{values[4]}** ({shown[4]['corrections']})"
+            removed = f"{count} of {grid.dense['layers']}"
+            lines.append([study.name, removed, *values, layers_as_text(shown[4]["removed"])])
+    columns = [
+        "model",
+        "removed",
+        "streamline, nothing in their place",
+        "streamline + the published ghost",
+        "best published",
+        "ours, no corrections",
+        "ours (corrections)",
+        "our layers",
+    ]
+    texts = " / ".join(named[0][1].texts)
+    heads = "; ".join(
+        f"{study.name} "
+        + " / ".join(f"{value['value']:.2f}" for value in grid.dense["perplexity"].values())
+        for study, grid in named
+    )
+    return f"Perplexity relative to the dense model, {texts}. Dense: {heads}.\n\n" + _table(
+        columns, lines
+    )
 
 
 def _lead(grids: Sequence[Grid]) -> str:
@@ -244,8 +264,11 @@ def _more_summary(found: dict[str, Any], grid: Grid) -> str:
         for gap, rows in found["massive"].items():
             for name, row in rows.items():
                 values = [f"{row[text]:.2f} ({row[text] / dense[text]:.2f}x)" for text in dense]
-                lines.append([gap, name, *values])
-        parts.append(_table(["gap", "recovery", *dense], lines))
+                paper = rows["ghost-paper"]
+                shares = [(row[text] - dense[text]) / (paper[text] - dense[text]) for text in dense]
+                lines.append([gap, name, *values, " / ".join(f"{share:.3f}" for share in shares)])
+        columns = ["gap", "recovery", *dense, "excess relative to ghost-paper's"]
+        parts.append(_table(columns, lines))
     lines = [
         [name, *(f"{row[text]:.2f}" for text in dense)]
         for name, row in found["calibration"].items()
@@ -267,7 +290,8 @@ def main() -> None:
     arguments = parser.parse_args()
     output, assets = arguments.output, fetch_demo_assets()
     files = {"Wikipedia": assets.evaluation, "stories": fetch_stories()}
-    sections, grids = [], []
+    sections: list[str] = []
+    grids: list[tuple[Study, Grid]] = []
     for study in STUDIES:
         if arguments.model and study.folder not in arguments.model:
             continue
@@ -276,24 +300,26 @@ def main() -> None:
         calibration = _batches(tokenizer, assets.calibration, CALIBRATION_TOKENS)
         run = _grids(study, model, calibration, texts, output)
         grid = run(study.counts, criteria=CRITERIA, recoveries=[*RECOVERIES, OURS])
-        grids.append(grid)
+        grids.append((study, grid))
         facts = {
             "model": model_digest(model),
             "texts": {name: text_digest(batches) for name, batches in texts.items()},
         }
         with GridState(output / study.folder / "more", facts) as state:
             found = _more(study, model, tokenizer, calibration, texts, grid, state)
-        parts = [f"## {study.name}\n", _grid_summary(grid), _more_summary(found, grid)]
+        parts = [f"## {study.name}: other gaps and texts\n", _more_summary(found, grid)]
         if study.refined and not arguments.no_refinement:
             recoveries = [*RECOVERIES, OURS, *REFINED]
             refined_grid = run(study.refined, criteria=("ghost",), recoveries=recoveries)
             parts.append(_refined_summary(refined_grid))
             run(study.counts, criteria=CRITERIA, recoveries=[*RECOVERIES, OURS])  # the page
         sections.append("\n".join(parts))
-    summary = "\n".join([*sections, "## Excess perplexity of ours, geometric mean\n", _lead(grids)])
-    (output / "summary.md").write_text(summary)
+    lead = ["## Excess perplexity of ours, geometric mean\n", _lead([grid for _, grid in grids])]
+    summary = "\n".join([_grids_summary(grids), *lead, *sections])
+    write_whole(output / "summary.md", summary)
     print(summary)  # noqa: T201
-    print(f"Pages: {', '.join(str(output / s.folder / 'index.html') for s in STUDIES)}")  # noqa: T201
+    pages = [str(output / study.folder / "index.html") for study, _ in grids]
+    print(f"Pages: {', '.join(pages)}")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ghosted_fast.calibration import GhostOptions, collect_statistics
 from ghosted_fast.correction import correct_ghosts
 from ghosted_fast.evaluation import perplexity
 from ghosted_fast.fitting import fit_ghost
+from ghosted_fast.modules import GhostLinear
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.sources import load_model, load_texts, token_batches
 from ghosted_fast.surgery import prune_model
@@ -88,3 +89,18 @@ def test_ghosts_recover_and_generate(
         tokens = ghosted.generate(**prompt, max_new_tokens=8, do_sample=False)
         uncached = ghosted.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=False)
     assert torch.equal(tokens, uncached)
+
+
+def test_int8_ghosts_cost_a_thousandth(
+    model_and_tokenizer: tuple[Any, Any], calibration: list[torch.Tensor]
+) -> None:
+    model, tokenizer = model_and_tokenizer
+    evaluation = token_batches(tokenizer, load_texts(fetch_demo_assets().evaluation), 2048)
+    ghosted, _ = ghost_model(model, calibration, removed=range(14, 19), corrections=0)
+    before = perplexity(ghosted, evaluation).value
+    ghosts = [module for module in ghosted.modules() if isinstance(module, GhostLinear)]
+    for ghost in ghosts:
+        ghost.quantize("int8")
+    assert ghosts
+    after = perplexity(ghosted, evaluation).value
+    assert 0 < abs(after / before - 1) < 0.002
