@@ -10,6 +10,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu cs
 CLANG_SOURCES = $(SOURCES) $(wildcard tests/*/*.cpp tests/*/*.h benchmarks/*.cpp)
 ENGINES := gguf onnx-ir onnxruntime onnxruntime-genai xllamacpp
 WHEEL = $$(ls -t dist/ghosted_fast-*.whl | head -n 1)
+DEPLOYMENT := bitsandbytes peft torchao 'transformers[serving]'
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 
 .PHONY: setup demo test test-mutants test-engines test-vllm bench-engines lint types format bench cuda wheel clean assets
@@ -43,7 +44,12 @@ demo: setup
 	  $(BIN)/python -m pip install --quiet -c constraints.txt $(NVCC_PACKAGES)
 	touch $@
 
-test: setup .venv/.nvcc
+# What deployments are tested with. transformers imports some of it wherever it finds it.
+.venv/.deployment: constraints.txt | .venv/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(DEPLOYMENT)
+	touch $@
+
+test: setup .venv/.nvcc .venv/.deployment
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-mutants: setup .venv/.nvcc
