@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ghosted_fast import ranks
+from ghosted_fast.alignment import align_weights
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.model_card import CARD, is_ours
 
@@ -20,7 +21,8 @@ def save_model(
 
     The files are written to a temporary folder beside the target, which is renamed at the end. The
     result loads with `AutoModelForCausalLM.from_pretrained` once `ghosted_fast` is imported. In a
-    process group only rank 0 saves, as in transformers; the other ranks return at once.
+    process group only rank 0 saves, as in transformers; the other ranks return at once. Weights are
+    aligned in their files (`align_weights`).
 
     Args:
         model: A transformers model, ghosted or not.
@@ -49,6 +51,7 @@ def save_model(
     try:
         fresh = workspace / "new"
         model.save_pretrained(fresh)
+        align_weights(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         if target.exists():

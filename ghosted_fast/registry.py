@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ghosted_fast import ranks
+from ghosted_fast.alignment import align_weights
 from ghosted_fast.derived import Derived, bases_of, derive, maker, underived
 from ghosted_fast.errors import CheckpointError
 from ghosted_fast.families import (
@@ -174,7 +175,8 @@ class GhostedModel(Derived):
         """Save the model as transformers does, with the ghosts it has now.
 
         A model card is written beside it, unless there is one of somebody else's, and the file that
-        loads the folder where this package is not installed.
+        loads the folder where this package is not installed. Weights are aligned in their files
+        (`align_weights`).
         """
         refresh_record(self)
         save = functools.partial(super().save_pretrained, save_directory, is_main_process)  # type: ignore[misc]
@@ -183,7 +185,9 @@ class GhostedModel(Derived):
             return save(*args, **kwargs)
         _write_companions(self, folder)
         with own_card_kept(folder):
-            return save(*args, **kwargs)
+            found = save(*args, **kwargs)
+        align_weights(folder)
+        return found
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
