@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -249,18 +248,22 @@ def test_a_stopped_run_goes_on(
 def test_a_killed_process_goes_on(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; sys.path[:0] = [sys.argv[2]]\n"
-        "import time; from ghosted_fast.grid.judging import Judge\n"
-        "judge = Judge.__call__\n"
-        "def slow(*args):\n    time.sleep(0.2); return judge(*args)\n"
-        "Judge.__call__ = slow\n"
+        "from ghosted_fast.grid.judging import Judge\n"
+        "judge, turns = Judge.__call__, iter(range(5))\n"
+        "def stopping(*args):\n"
+        "    if next(turns) == 4:\n"
+        "        print('stopped', flush=True); sys.stdin.read()\n"
+        "    return judge(*args)\n"
+        "Judge.__call__ = stopping\n"
         "import test_grid; test_grid.run(Path(sys.argv[1]))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    state, limit = tmp_path / STATE_FILE, time.monotonic() + 120
-    while not state.exists() or state.read_text().count('"cell"') < 3:
-        assert process.poll() is None and time.monotonic() < limit
-        time.sleep(0.02)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    state = tmp_path / STATE_FILE
+    assert process.stdout is not None and process.stdout.readline() == b"stopped\n"
+    assert state.read_text().count('"cell"') >= 3
     with pytest.raises(ArgumentError, match="another run is writing"):
         run(tmp_path)
     process.send_signal(signal.SIGKILL)
