@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
 from ghosted_fast.calibration import GhostOptions, interval_bytes
-from ghosted_fast.criteria import CRITERIA
+from ghosted_fast.criteria import CRITERIA, ghost
 from ghosted_fast.errors import ArgumentError, CalibrationError
 from ghosted_fast.evaluation import perplexity
 from ghosted_fast.families import decoder_layers
+from ghosted_fast.scoring import score_intervals
 from ghosted_fast.selection import select_layers
 from ghosted_fast.surgery import prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
@@ -159,6 +161,18 @@ def test_ghost_criterion_takes_the_lowest_loss_and_keeps_its_statistics() -> Non
     assert chosen.removed == [best.start, best.start + 1]
     assert chosen.statistics is not None
     assert (chosen.statistics.start, chosen.statistics.stop) == (best.start, best.stop)
+
+
+def test_ghost_criterion_sees_four_times_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def counted(model: Any, batches: Any, *rest: Any) -> list[float]:
+        seen.append(sum(batch.num_tokens for batch in batches))
+        return score_intervals(model, batches, *rest)
+
+    monkeypatch.setattr(ghost, "score_intervals", counted)
+    select_layers(tiny_model("llama"), tokens(), 2, score_tokens=30)  # sequences of 24 tokens
+    assert seen == [5 * 24]
 
 
 def test_several_passes_give_the_scores_of_one() -> None:

@@ -18,7 +18,7 @@ from ghosted_fast.fitting import fit_candidates
 from ghosted_fast.memory import default_memory_budget, passes_within
 from ghosted_fast.scoring import held_out_batches, score_intervals
 
-# Most candidates are dropped on the first tokens; the best few are as close as the noise of those.
+# What is left after as many tokens as other criteria use differs by less than the noise of those.
 _TOKENS_FOR_THE_BEST = 4
 
 
