@@ -2,16 +2,17 @@
 
 A safetensors file is mapped into memory as it is, so a tensor lies as the file has it: behind a
 header whose length is only a multiple of 8. Where tensors do not start at cache lines each wide
-load touches two; decoding of a small model loses a tenth of its speed. The format lets the header
-end in spaces, as many as it takes.
+load touches two, and decoding is slower. The format lets the header end in spaces, as many as it
+takes.
 """
 
 from __future__ import annotations
 
 import shutil
 import struct
-import tempfile
 from pathlib import Path
+
+from ghosted_fast.files import whole_file
 
 _CACHE_LINE = 64
 _LENGTH = struct.Struct("<Q")
@@ -24,10 +25,12 @@ def align_weights(folder: Path) -> None:
     A file that is aligned is left alone, any other replaced once the new one is complete.
 
     Args:
-        folder: A folder that transformers has just saved a model to.
+        folder: A folder that transformers has just saved a model to. Only files of the names that
+            it gives to weights are looked at.
     """
-    for path in sorted(folder.glob("model*.safetensors")):
-        _align(path)
+    for name in ("model.safetensors", "model-*-of-*.safetensors"):
+        for path in folder.glob(name):
+            _align(path)
 
 
 def _align(path: Path) -> None:
@@ -36,15 +39,7 @@ def _align(path: Path) -> None:
         missing = -(_LENGTH.size + length) % _CACHE_LINE
         if not missing:
             return
-        with tempfile.NamedTemporaryFile(
-            prefix=f".{path.name}-", dir=path.parent, delete=False
-        ) as fresh:
-            try:
-                fresh.write(_LENGTH.pack(length + missing))
-                fresh.write(file.read(length) + b" " * missing)
-                shutil.copyfileobj(file, fresh, 1 << 24)
-                fresh.flush()
-                shutil.copymode(path, fresh.name)
-                Path(fresh.name).replace(path)
-            finally:
-                Path(fresh.name).unlink(missing_ok=True)
+        with whole_file(path) as fresh:
+            fresh.write(_LENGTH.pack(length + missing))
+            fresh.write(file.read(length) + b" " * missing)
+            shutil.copyfileobj(file, fresh, 1 << 24)

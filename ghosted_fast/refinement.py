@@ -16,9 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import pickle
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from ghosted_fast import ranks
 from ghosted_fast.batches import Batch
 from ghosted_fast.divergence import Divergence, GhostSlope
 from ghosted_fast.errors import ArgumentError, CheckpointError
+from ghosted_fast.files import whole_file
 from ghosted_fast.held_out import check_split, in_passes, sequences_for, split_sequences
 from ghosted_fast.solve import mean_diagonal
 
@@ -264,14 +263,8 @@ def _key(settings: tuple[Any, ...], text: Sequence[Batch], point: Sequence[Tenso
 
 
 def _save(path: Path, run: _Run) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(vars(run), file)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with whole_file(path) as file:
+        torch.save(vars(run), file)
 
 
 def _load(path: Path | None, key: str, device: torch.device) -> _Run | None:

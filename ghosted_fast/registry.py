@@ -195,6 +195,7 @@ class GhostedModel(Derived):
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """Push as transformers does, with our model card in the place of its empty one."""
+        align_weights(Path(working_dir))
         put_card_back(Path(working_dir))
         _write_companions(self, Path(working_dir))  # anew: what is older is not pushed
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]

@@ -47,12 +47,13 @@ def test_files_of_every_header_length(tmp_path: Path, filler: int) -> None:
 
 
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "adapter_model.safetensors"
-    save_file({"a": torch.ones(4)}, path, {"format": "pt"})
-    before = path.read_bytes()
-    assert data_start(path) % 64
+    paths = [tmp_path / f"{name}.safetensors" for name in ("adapter_model", "model_backup")]
+    for path in paths:
+        save_file({"a": torch.ones(4)}, path, {"format": "pt"})
+        assert data_start(path) % 64
+    before = [path.read_bytes() for path in paths]
     align_weights(tmp_path)
-    assert path.read_bytes() == before
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_failure_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

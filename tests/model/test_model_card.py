@@ -125,6 +125,7 @@ class Hub:
     def __init__(self) -> None:
         self.card: str | None = None
         self.pushed: dict[str, str] = {}
+        self.header = b""
 
     def create_repo(self, repo_id: str, **_: Any) -> Any:
         return type("Repository", (), {"repo_id": repo_id})
@@ -132,9 +133,10 @@ class Hub:
     def create_commit(self, operations: Any, **_: Any) -> str:
         for item in operations:
             path = Path(item.path_or_fileobj)
-            self.pushed[item.path_in_repo] = (
-                "" if path.suffix == ".safetensors" else path.read_text()
-            )
+            is_weights = path.suffix == ".safetensors"
+            if is_weights:
+                self.header = path.read_bytes()[:8]
+            self.pushed[item.path_in_repo] = "" if is_weights else path.read_text()
         return "done"
 
 
@@ -165,6 +167,7 @@ def test_push_writes_the_card(tmp_path: Path, online: Hub, way: str) -> None:
     else:
         model.save_pretrained(tmp_path / "ghosted", push_to_hub=True)
     assert {"modeling_ghosted.py", "config.json", "model.safetensors"} <= set(online.pushed)
+    assert (8 + int.from_bytes(online.header, "little")) % 64 == 0  # see test_alignment.py
     if online.card is None:
         assert "4 of the 8 decoder layers" in online.pushed[CARD]
     else:
