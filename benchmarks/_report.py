@@ -14,7 +14,7 @@ from _roofline import Roof
 from rich.console import Console
 from rich.table import Table
 
-from ghosted_fast.machine import machine_facts
+from ghosted_fast.measure.system import machine_facts
 from ghosted_fast.ops import backend_status
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,24 +24,22 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ghosted_fast.assets import fetch_demo_assets
-from ghosted_fast.batches import iterate_batches
-from ghosted_fast.boundaries import visit_boundaries
-from ghosted_fast.calibration import (
-    GhostOptions,
-    collect_statistics,
-    interval_bytes,
-    norm_eps_of,
-    token_weights,
-)
-from ghosted_fast.evaluation import perplexity
-from ghosted_fast.families import hidden_size, num_layers
-from ghosted_fast.fitting import fit_ghost, fit_on_training_folds
-from ghosted_fast.machine import machine_facts
-from ghosted_fast.selection import candidate_intervals, held_out_batches, score_intervals
-from ghosted_fast.sources import cast_parameters, load_model, load_texts, token_batches
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.assets.downloads import fetch_demo_assets
+from ghosted_fast.fit.collect import collect_statistics
+from ghosted_fast.fit.ghosts import fit_ghost, fit_on_training_folds
+from ghosted_fast.measure.perplexity import perplexity
+from ghosted_fast.measure.system import machine_facts
+from ghosted_fast.models.boundaries import visit_boundaries
+from ghosted_fast.models.families import hidden_size, num_layers
+from ghosted_fast.models.loading import cast_parameters, load_model
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.selection.select import candidate_intervals, held_out_batches, score_intervals
+from ghosted_fast.statistics.interval import interval_bytes, norm_eps_of
+from ghosted_fast.statistics.token_weights import token_weights
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import relative_rms
+from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.loading import load_texts, token_batches
 
 RESULTS = Path(__file__).parent / "results" / "bench_calibration.jsonl"
 INTERVAL = (14, 19)

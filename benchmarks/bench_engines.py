@@ -24,15 +24,16 @@ from typing import Any
 
 import torch
 
-from ghosted_fast.assets import fetch_demo_assets
-from ghosted_fast.checkpoint import save_model
+from ghosted_fast._atomic_files import write_whole
+from ghosted_fast.assets.downloads import fetch_demo_assets
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.export.gguf import export_gguf
-from ghosted_fast.files import write_whole
-from ghosted_fast.machine import machine_facts
+from ghosted_fast.measure.speed import Throughput, throughput_of
+from ghosted_fast.measure.system import machine_facts
+from ghosted_fast.models.loading import cast_parameters, load_model
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.sources import cast_parameters, load_model, load_texts, token_batches
-from ghosted_fast.speed import Throughput, throughput_of
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.surgery.cut import prune_model
+from ghosted_fast.text.loading import load_texts, token_batches
 
 ROOT = Path(__file__).parent.parent
 MODEL = "SmolLM2-135M-Instruct"

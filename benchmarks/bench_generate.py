@@ -24,21 +24,16 @@ from _roofline import Roof, measure_roof
 from rich.console import Console
 from torch import Tensor, nn
 
-from ghosted_fast.assets import fetch_demo_assets
-from ghosted_fast.comparison import ModelRow, compare_models, ratio
-from ghosted_fast.families import decoder_layers, final_norm
-from ghosted_fast.machine import machine_facts
-from ghosted_fast.modules import GhostLinear
+from ghosted_fast.assets.downloads import fetch_demo_assets
+from ghosted_fast.measure.models_table import ModelRow, compare_models, ratio
+from ghosted_fast.measure.system import machine_facts
+from ghosted_fast.models.families import decoder_layers, final_norm
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.loading import cast_parameters, load_model, resolve_dtype
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.sources import (
-    cast_parameters,
-    load_model,
-    load_texts,
-    resolve_dtype,
-    token_batches,
-)
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import relative_rms
+from ghosted_fast.text.loading import load_texts, token_batches
 
 RESULTS = Path(__file__).parent / "results" / "bench_generate.jsonl"
 # The criterion "ghost" chooses these of SmolLM2's 30 layers; the speed depends on their number.

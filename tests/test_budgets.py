@@ -7,17 +7,23 @@ import math
 import pytest
 import torch
 
-from ghosted_fast import budgets, pipeline
-from ghosted_fast.batches import iterate_batches
-from ghosted_fast.budgets import _largest, estimated_speedup, fewest_layers_for, most_layers_within
-from ghosted_fast.calibration import GhostOptions
+from ghosted_fast import pipeline
 from ghosted_fast.errors import ArgumentError, BudgetError
-from ghosted_fast.evaluation import perplexity
-from ghosted_fast.families import num_layers
+from ghosted_fast.measure.perplexity import perplexity
+from ghosted_fast.models.families import num_layers
+from ghosted_fast.options import GhostOptions
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.scoring import held_out_batches, training_batches
-from ghosted_fast.selection import select_layers
+from ghosted_fast.selection import how_many
+from ghosted_fast.selection.how_many import (
+    _largest,
+    estimated_speedup,
+    fewest_layers_for,
+    most_layers_within,
+)
+from ghosted_fast.selection.select import select_layers
 from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.folds import held_out_batches, training_batches
 
 
 def spoken(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -100,7 +106,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         measured.append(num_layers(smaller))
         return (2 + num_layers(dense)) / (2 + num_layers(smaller))
 
-    monkeypatch.setattr(budgets, "decode_speedup", speedup)
+    monkeypatch.setattr(how_many, "decode_speedup", speedup)
     monkeypatch.setattr(pipeline, "decode_speedup", speedup)
     return measured
 
@@ -150,4 +156,4 @@ def test_the_estimate_counts_the_bytes_of_a_step(tied: bool) -> None:
 
 def test_the_speed_of_a_real_run_is_a_ratio() -> None:
     model = tiny_model("llama")
-    assert budgets.decode_speedup(model, model) == pytest.approx(1.0, abs=0.9)
+    assert how_many.decode_speedup(model, model) == pytest.approx(1.0, abs=0.9)

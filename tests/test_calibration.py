@@ -5,20 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ghosted_fast.batches import Batch
-from ghosted_fast.boundaries import visit_boundaries
-from ghosted_fast.calibration import (
-    GhostOptions,
-    collect_statistics,
-    interval_bytes,
-    norm_eps_of,
-    token_weights,
-)
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.fitting import FittedGhost, fit_ghost, fit_on_training_folds
-from ghosted_fast.gram import GramAccumulator
+from ghosted_fast.fit.collect import collect_statistics
+from ghosted_fast.fit.ghosts import FittedGhost, fit_ghost, fit_on_training_folds
+from ghosted_fast.models.boundaries import visit_boundaries
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.statistics.gram import GramAccumulator
+from ghosted_fast.statistics.interval import interval_bytes, norm_eps_of
+from ghosted_fast.statistics.token_weights import token_weights
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
+from ghosted_fast.text.batches import Batch
 
 
 def batches() -> list[Batch]:

@@ -10,11 +10,11 @@ import torch
 from tiny_text import TEXT, save_tiny_model, tiny_tokenizer
 
 from ghosted_fast import demo
-from ghosted_fast.assets import DemoAssets
-from ghosted_fast.checkpoint import save_model
+from ghosted_fast.assets.downloads import DemoAssets
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.demo import check_reload, run_demo
 from ghosted_fast.errors import ArgumentError, CheckpointError
-from ghosted_fast.sources import load_model
+from ghosted_fast.models.loading import load_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
 

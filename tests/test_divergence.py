@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from ghosted_fast import divergence as divergence_module
-from ghosted_fast.batches import Batch, iterate_batches
-from ghosted_fast.divergence import Divergence
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
-from ghosted_fast.held_out import check_split, in_passes, split_sequences
-from ghosted_fast.modules import GhostLinear
-from ghosted_fast.surgery import prune_model, remove_layers
+from ghosted_fast.improve import divergence as divergence_module
+from ghosted_fast.improve.divergence import Divergence
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.surgery.cut import prune_model, remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
+from ghosted_fast.text.batches import Batch, iterate_batches
+from ghosted_fast.text.folds import check_split, in_passes, split_sequences
 
 SIZE = 32
 

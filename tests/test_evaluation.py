@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ghosted_fast import evaluation
 from ghosted_fast.errors import ArgumentError, NonFiniteError
-from ghosted_fast.evaluation import cross_entropy_sum, perplexity
+from ghosted_fast.measure import perplexity as evaluation
+from ghosted_fast.measure.perplexity import cross_entropy_sum, perplexity
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 
 

@@ -10,9 +10,9 @@ from tiny_text import tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.generation import generate_texts
-from ghosted_fast.sources import token_batches
 from ghosted_fast.testing import tiny_model
+from ghosted_fast.text.generation import generate_texts
+from ghosted_fast.text.loading import token_batches
 
 
 def words_of(texts: list[str]) -> list[list[int]]:

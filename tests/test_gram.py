@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from ghosted_fast.errors import ArgumentError, NonFiniteError
-from ghosted_fast.gram import GramAccumulator, NormalEquations, mirror_lower, statistics_bytes
+from ghosted_fast.statistics.gram import (
+    GramAccumulator,
+    NormalEquations,
+    mirror_lower,
+    statistics_bytes,
+)
 from ghosted_fast.testing import outlier_activations, relative_rms, scaled_rms
 
 D, T = 24, 700

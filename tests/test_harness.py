@@ -12,11 +12,11 @@ import torch
 from tiny_text import TEXT, save_tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from ghosted_fast import harness
 from ghosted_fast.cli import options
 from ghosted_fast.cli.app import app
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
-from ghosted_fast.harness import LOCAL_TASKS, accuracy, check_tasks, evaluate_tasks
+from ghosted_fast.measure import tasks
+from ghosted_fast.measure.tasks import LOCAL_TASKS, accuracy, check_tasks, evaluate_tasks
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
@@ -39,7 +39,7 @@ def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str
         for text, (one, two), answer in items
     )
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    monkeypatch.setattr(harness, "fetch_questions", lambda: {"quartz": path})
+    monkeypatch.setattr(tasks, "fetch_questions", lambda: {"quartz": path})
     return items
 
 
@@ -115,7 +115,7 @@ def test_data_that_cannot_be_reached() -> None:
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'ghosted_fast\[lm-eval\]'"):
         check_tasks(["local/quartz"])
 

@@ -167,4 +167,4 @@ def test_every_package_is_built() -> None:
         ".".join(path.parent.relative_to(PACKAGE.parent).parts)
         for path in PACKAGE.rglob("__init__.py")
     }
-    assert listed == {*found, "ghosted_fast.kernels", "ghosted_fast.templates"}
+    assert listed == {*found, "ghosted_fast.kernels", "ghosted_fast.reports.templates"}

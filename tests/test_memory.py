@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ghosted_fast.calibration import GhostOptions, interval_bytes
 from ghosted_fast.errors import CalibrationError
-from ghosted_fast.memory import passes_within
+from ghosted_fast.fit.memory_budget import passes_within
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.statistics.interval import interval_bytes
 
 OPTIONS = GhostOptions()
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ghosted_fast.criteria import CRITERIA
 from ghosted_fast.errors import ArgumentError, CalibrationError, UnknownFamilyError
-from ghosted_fast.evaluation import perplexity
-from ghosted_fast.families import decoder_layers
+from ghosted_fast.measure.perplexity import perplexity
+from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.pipeline import ghost_model, statistics_bytes_needed
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.selection.criteria import CRITERIA
+from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ghosted_fast.assets.questions import SETS, Question, read_questions, write_tasks
 from ghosted_fast.errors import SourceError
-from ghosted_fast.questions import SETS, Question, read_questions, write_tasks
 
 RECORDS = {
     "socialiqa": (

@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from ghosted_fast._env import cache_folder
-from ghosted_fast.assets import fetch_demo_assets
-from ghosted_fast.batches import iterate_batches
-from ghosted_fast.boundaries import visit_intervals
-from ghosted_fast.calibration import GhostOptions, collect_statistics
-from ghosted_fast.correction import correct_ghosts
-from ghosted_fast.evaluation import perplexity
-from ghosted_fast.fitting import fit_ghost
-from ghosted_fast.modules import GhostLinear
+from ghosted_fast.assets.downloads import fetch_demo_assets
+from ghosted_fast.fit.collect import collect_statistics
+from ghosted_fast.fit.ghosts import fit_ghost
+from ghosted_fast.improve.correction import correct_ghosts
+from ghosted_fast.measure.perplexity import perplexity
+from ghosted_fast.models.boundaries import visit_intervals
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.loading import load_model
+from ghosted_fast.options import GhostOptions
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.sources import load_model, load_texts, token_batches
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import relative_rms
+from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.loading import load_texts, token_batches
 
 pytestmark = [
     pytest.mark.real_model,

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from ghosted_fast import refinement
-from ghosted_fast.batches import iterate_batches
-from ghosted_fast.divergence import Divergence
 from ghosted_fast.errors import ArgumentError, CalibrationError, CheckpointError
-from ghosted_fast.modules import GhostLinear
+from ghosted_fast.facts import RefinementFacts
+from ghosted_fast.improve import refinement
+from ghosted_fast.improve.divergence import Divergence
+from ghosted_fast.improve.refinement import refine_ghosts
+from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.refinement import RefinementFacts, refine_ghosts
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
+from ghosted_fast.text.batches import iterate_batches
 
 
 def text(count: int = 12) -> list[torch.Tensor]:

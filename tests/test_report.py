@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from html_balance import Balance
 
-from ghosted_fast import report as report_module
-from ghosted_fast.comparison import ModelRow, compare_models, ratio
 from ghosted_fast.errors import ArgumentError, MissingExtraError
-from ghosted_fast.evaluation import Perplexity
-from ghosted_fast.report import render_report, write_report
-from ghosted_fast.speed import Throughput
+from ghosted_fast.measure.models_table import ModelRow, compare_models, ratio
+from ghosted_fast.measure.perplexity import Perplexity
+from ghosted_fast.measure.speed import Throughput
+from ghosted_fast.reports import page as report_module
+from ghosted_fast.reports.page import render_report, write_report
 from ghosted_fast.testing import random_tokens, tiny_model
 
 

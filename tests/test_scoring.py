@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ghosted_fast import scoring
-from ghosted_fast.batches import Batch, iterate_batches
-from ghosted_fast.calibration import GhostOptions, collect_statistics
 from ghosted_fast.errors import CalibrationError
-from ghosted_fast.evaluation import perplexity
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.fitting import FittedGhost, fit_on_training_folds
-from ghosted_fast.gaps import Gap
-from ghosted_fast.scoring import held_out_batches, score_gaps, score_intervals
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.fit import candidates
+from ghosted_fast.fit.candidates import score_gaps, score_intervals
+from ghosted_fast.fit.collect import collect_statistics
+from ghosted_fast.fit.ghosts import FittedGhost, fit_on_training_folds
+from ghosted_fast.measure.perplexity import perplexity
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.gap import Gap
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.text.batches import Batch, iterate_batches
+from ghosted_fast.text.folds import held_out_batches
 
 OPTIONS = GhostOptions()
 
@@ -116,18 +118,18 @@ def test_clearly_worse_candidates_are_dropped_and_still_ranked(
         ghosts[spoilt].weight.copy_(torch.randn(32, 32))
     held_out = held_out_batches(list(iterate_batches(texts)), OPTIONS, 10**6)
     resumed: list[int] = []
-    resume = scoring.resume
+    resume = candidates.resume
 
     def counted(model: object, batch: object, stop: int, *others: object) -> torch.Tensor:
         resumed.append(stop)
         return resume(model, batch, stop, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(scoring, "resume", counted)
-    monkeypatch.setattr(scoring, "_FEWEST_TOKENS_TO_DROP", 10**9)
+    monkeypatch.setattr(candidates, "resume", counted)
+    monkeypatch.setattr(candidates, "_FEWEST_TOKENS_TO_DROP", 10**9)
     whole = score_intervals(model, held_out, intervals, ghosts)
     assert len(resumed) == len(held_out) * len(intervals)
     resumed.clear()
-    monkeypatch.setattr(scoring, "_FEWEST_TOKENS_TO_DROP", 256)
+    monkeypatch.setattr(candidates, "_FEWEST_TOKENS_TO_DROP", 256)
     raced = score_intervals(model, held_out, intervals, ghosts)
     # 252 tokens of four batches do not suffice for a verdict, 315 of five do.
     assert resumed.count(2) == resumed.count(4) == 5
@@ -142,9 +144,9 @@ def test_as_many_as_are_wanted_stay_in_the_race() -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(400, generator=generator, dtype=torch.float64)
     losses = [[base + shift] for shift in (0.0, 0.5, 0.2, 1.0)]
-    assert scoring._still_good(losses, [0, 1, 2, 3], 1) == [0]
-    assert scoring._still_good(losses, [0, 1, 2, 3], 2) == [0, 2]
-    assert scoring._still_good(losses, [1, 3], 2) == [1, 3]
+    assert candidates._still_good(losses, [0, 1, 2, 3], 1) == [0]
+    assert candidates._still_good(losses, [0, 1, 2, 3], 2) == [0, 2]
+    assert candidates._still_good(losses, [1, 3], 2) == [1, 3]
 
 
 def test_held_out_sequences_are_those_of_the_last_fold() -> None:

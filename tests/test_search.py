@@ -8,19 +8,21 @@ import math
 import pytest
 import torch
 
-from ghosted_fast.batches import iterate_batches
-from ghosted_fast.calibration import GhostOptions, interval_bytes
-from ghosted_fast.criteria import search
-from ghosted_fast.criteria.request import Request
-from ghosted_fast.criteria.search import lowest_sums, search_sets
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.evaluation import perplexity
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.fitting import fit_in_sequence
-from ghosted_fast.scoring import dense_loss, held_out_batches, training_batches
-from ghosted_fast.selection import select_layers
-from ghosted_fast.surgery import remove_layers, removed_intervals
+from ghosted_fast.fit.candidates import dense_loss
+from ghosted_fast.fit.ghosts import fit_in_sequence
+from ghosted_fast.measure.perplexity import perplexity
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.selection.criteria import search
+from ghosted_fast.selection.criteria.request import Request
+from ghosted_fast.selection.criteria.search import lowest_sums, search_sets
+from ghosted_fast.selection.select import select_layers
+from ghosted_fast.statistics.interval import interval_bytes
+from ghosted_fast.surgery.cut import remove_layers, removed_intervals
 from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.folds import held_out_batches, training_batches
 
 OPTIONS = GhostOptions()
 

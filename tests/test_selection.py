@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ghosted_fast.calibration import GhostOptions, interval_bytes
-from ghosted_fast.criteria import CRITERIA, ghost
 from ghosted_fast.errors import ArgumentError, CalibrationError
-from ghosted_fast.evaluation import perplexity
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.scoring import score_intervals
-from ghosted_fast.selection import select_layers
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.fit.candidates import score_intervals
+from ghosted_fast.measure.perplexity import perplexity
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.selection.criteria import CRITERIA, ghost
+from ghosted_fast.selection.select import select_layers
+from ghosted_fast.statistics.interval import interval_bytes
+from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
 OPTIONS = GhostOptions()

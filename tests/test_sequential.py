@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ghosted_fast.batches import iterate_batches
-from ghosted_fast.calibration import GhostOptions
-from ghosted_fast.fitting import FittedGhost, fit_in_sequence
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.fit.ghosts import FittedGhost, fit_in_sequence
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
+from ghosted_fast.text.batches import iterate_batches
 
 PLAIN = GhostOptions("hidden", "uniform", "off", damping=1e-3)
 

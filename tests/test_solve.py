@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ghosted_fast.errors import ArgumentError, CalibrationError
-from ghosted_fast.gram import GramAccumulator, mirror_lower
-from ghosted_fast.solve import DAMPING_PATH, mean_diagonal, solve_ghost
+from ghosted_fast.statistics.gram import GramAccumulator, mirror_lower
+from ghosted_fast.statistics.solve import DAMPING_PATH, mean_diagonal, solve_ghost
 from ghosted_fast.testing import relative_rms
 
 D = 20

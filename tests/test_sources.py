@@ -10,15 +10,11 @@ import pytest
 import torch
 from tiny_text import TEXT, save_tiny_model, tiny_tokenizer
 
-from ghosted_fast import sources
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
-from ghosted_fast.sources import (
-    cast_parameters,
-    load_model,
-    load_texts,
-    token_batches,
-)
+from ghosted_fast.models.loading import cast_parameters, load_model
 from ghosted_fast.testing import random_tokens
+from ghosted_fast.text import loading
+from ghosted_fast.text.loading import load_texts, token_batches
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +81,7 @@ def test_load_model_refuses_folders_and_files_without_a_model(tmp_path: Path) ->
 
 def test_gguf_needs_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.gguf").touch()
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'ghosted_fast\[gguf\]'"):
         load_model(tmp_path)
 
@@ -179,7 +175,7 @@ def test_token_batches_begin_with_bos_if_the_tokenizer_adds_it() -> None:
 
 
 def test_token_batches_read_no_more_than_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BLOCK_CHARACTERS", 200)
+    monkeypatch.setattr(loading, "_BLOCK_CHARACTERS", 200)
 
     def texts() -> Iterator[str]:
         for _ in range(6):

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from ghosted_fast import speed
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.speed import compare_throughput, throughput
+from ghosted_fast.measure import speed
+from ghosted_fast.measure.speed import compare_throughput, throughput
 from ghosted_fast.testing import tiny_model
 
 

@@ -26,8 +26,8 @@ def bench(
     """Measure tokens per second of prefill and of decoding, one model after the other in turn."""
     from ghosted_fast.cli.loading import open_models
     from ghosted_fast.cli.tables import model_table
-    from ghosted_fast.comparison import compare_models
-    from ghosted_fast.machine import machine_facts
+    from ghosted_fast.measure.models_table import compare_models
+    from ghosted_fast.measure.system import machine_facts
 
     speed = {
         "prompt_length": prompt_length,

@@ -95,16 +95,16 @@ def compare(
     steps = options.parse_corrections(corrections)
     task_names = None if tasks is None else [name.strip() for name in tasks.split(",")]
 
-    from ghosted_fast.calibration import GhostOptions
     from ghosted_fast.cli.loading import calibration_batches, open_model
-    from ghosted_fast.criteria import CRITERIA
     from ghosted_fast.errors import SourceError
     from ghosted_fast.grid import Variant, compare_grid, corrected, refined
     from ghosted_fast.grid.outputs import full_table
     from ghosted_fast.grid.variants import WITH_OPERATOR
-    from ghosted_fast.harness import accuracy, check_tasks
+    from ghosted_fast.measure.tasks import accuracy, check_tasks
+    from ghosted_fast.options import GhostOptions
     from ghosted_fast.recovery import RECOVERIES
-    from ghosted_fast.sources import load_texts, token_batches
+    from ghosted_fast.selection.criteria import CRITERIA
+    from ghosted_fast.text.loading import load_texts, token_batches
 
     if task_names is not None:
         task_names = check_tasks(task_names)

@@ -41,7 +41,7 @@ def demo(
     if unknown := [name for name in dtype if name not in known]:
         raise usage_error(f"expected one of {', '.join(known)}, got {unknown[0]!r}", "--dtype")
 
-    from ghosted_fast.assets import fetch_demo_assets
+    from ghosted_fast.assets.downloads import fetch_demo_assets
     from ghosted_fast.cli.tables import ghost_table, model_table
     from ghosted_fast.demo import PROMPT, run_demo
 

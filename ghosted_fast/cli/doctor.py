@@ -11,8 +11,8 @@ from ghosted_fast.cli.verb import Result, TextTable
 def doctor() -> Result:
     """Show versions, backends, processor features and supported model families."""
     from ghosted_fast._native import extension
-    from ghosted_fast.families import known_families
-    from ghosted_fast.machine import cpu_features, machine_facts, package_versions
+    from ghosted_fast.measure.system import cpu_features, machine_facts, package_versions
+    from ghosted_fast.models.families import known_families
     from ghosted_fast.ops import backend_status
 
     backends = [

@@ -26,9 +26,9 @@ def evaluate(
     """
     from ghosted_fast.cli.loading import open_models
     from ghosted_fast.cli.tables import accuracy_table, model_table
-    from ghosted_fast.comparison import compare_models
-    from ghosted_fast.harness import check_tasks, evaluate_tasks
-    from ghosted_fast.sources import load_texts, token_batches
+    from ghosted_fast.measure.models_table import compare_models
+    from ghosted_fast.measure.tasks import check_tasks, evaluate_tasks
+    from ghosted_fast.text.loading import load_texts, token_batches
 
     names = [name for name in (tasks or "").split(",") if name.strip()]
     if evaluation is None and tasks is None:

@@ -54,7 +54,7 @@ def export(
         output = Path(f"{stem}-ghosted.gguf" if to == "gguf" else f"{stem}-ort-genai-{chosen}")
 
     from ghosted_fast.cli.loading import check_new
-    from ghosted_fast.sources import load_model
+    from ghosted_fast.models.loading import load_model
 
     check_new(output, overwrite)
     loaded, own = load_model(model, "float32")

@@ -65,8 +65,8 @@ def fit(
     if report is not None and report.suffix not in (".html", ".json"):
         raise usage_error(f"expected a .html or .json file, got {str(report)!r}", "--report")
 
-    from ghosted_fast.calibration import GhostOptions
-    from ghosted_fast.checkpoint import save_model
+    from ghosted_fast.checkpoint.model_card import attach_report, write_card
+    from ghosted_fast.checkpoint.save import save_model
     from ghosted_fast.cli.launch import process_group
     from ghosted_fast.cli.loading import calibration_batches, check_new, open_model
     from ghosted_fast.cli.tables import (
@@ -76,13 +76,13 @@ def fit(
         memory_line,
         model_table,
     )
-    from ghosted_fast.comparison import compare_models
-    from ghosted_fast.machine import machine_facts
-    from ghosted_fast.model_card import attach_report, write_card
+    from ghosted_fast.measure.models_table import compare_models
+    from ghosted_fast.measure.system import machine_facts
+    from ghosted_fast.options import GhostOptions
     from ghosted_fast.pipeline import ghost_model, statistics_bytes_needed
-    from ghosted_fast.report import write_report
-    from ghosted_fast.sources import load_texts, token_batches
-    from ghosted_fast.surgery import prune_model
+    from ghosted_fast.reports.page import write_report
+    from ghosted_fast.surgery.cut import prune_model
+    from ghosted_fast.text.loading import load_texts, token_batches
 
     with process_group(rank_timeout, device) as first:
         if first and not dry_run:

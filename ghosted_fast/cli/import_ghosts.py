@@ -38,12 +38,12 @@ def import_operators(
     """Remove layers and put operators that another code has fitted in their place."""
     layers = options.parse_layers(removed)
 
-    from ghosted_fast.affine import Reading
-    from ghosted_fast.checkpoint import save_model
+    from ghosted_fast.checkpoint.save import save_model
     from ghosted_fast.cli.loading import check_new
-    from ghosted_fast.importing import import_ghosts
-    from ghosted_fast.operator_files import read_operators
-    from ghosted_fast.sources import load_model
+    from ghosted_fast.models.loading import load_model
+    from ghosted_fast.surgery.adopt.from_operators import import_ghosts
+    from ghosted_fast.surgery.adopt.operator_files import read_operators
+    from ghosted_fast.surgery.adopt.readings import Reading
 
     check_new(output, overwrite)
     tensors = read_operators(operators)

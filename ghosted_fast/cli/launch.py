@@ -34,7 +34,7 @@ def process_group(timeout_s: int, device: str) -> Iterator[bool]:
     import torch
     import torch.distributed as dist
 
-    from ghosted_fast import ranks
+    from ghosted_fast import distributed
 
     backend = "gloo"
     if device.startswith("cuda:"):
@@ -55,7 +55,7 @@ def process_group(timeout_s: int, device: str) -> Iterator[bool]:
             backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
-        with ranks.together():
+        with distributed.together():
             yield launch.rank == 0
     finally:
         dist.destroy_process_group()

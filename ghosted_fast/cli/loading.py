@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghosted_fast import ranks
+from ghosted_fast import distributed
 from ghosted_fast.cli.verb import usage_error
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.generation import generate_texts
-from ghosted_fast.sources import SELF, load_model, load_texts, token_batches
+from ghosted_fast.models.loading import load_model
+from ghosted_fast.text.generation import generate_texts
+from ghosted_fast.text.loading import SELF, load_texts, token_batches
 
 
 def open_model(spec: str, dtype: str, device: str) -> tuple[Any, Any]:
@@ -70,7 +71,7 @@ def calibration_batches(
     else:
         texts = load_texts(spec, field, split)
     batches = token_batches(tokenizer, texts, num_tokens, sequence_length, batch_size)
-    return ranks.from_first(batches)
+    return distributed.from_first(batches)
 
 
 def check_new(path: Path | None, overwrite: bool) -> None:

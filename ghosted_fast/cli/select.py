@@ -33,12 +33,12 @@ def select(
     """Score the layers that could be removed, and name the best ones."""
     absolute_damping = options.parse_damping(damping)
 
-    from ghosted_fast.calibration import GhostOptions
     from ghosted_fast.cli.launch import process_group
     from ghosted_fast.cli.loading import calibration_batches, open_model
     from ghosted_fast.cli.tables import memory_line, score_table, set_table
+    from ghosted_fast.options import GhostOptions
     from ghosted_fast.pipeline import statistics_bytes_needed
-    from ghosted_fast.selection import select_layers
+    from ghosted_fast.selection.select import select_layers
 
     ghosts = GhostOptions(input, token_weight, first_state, bias, absolute_damping)
     with process_group(rank_timeout, device) as first:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ghosted_fast.cli.verb import TextTable
-from ghosted_fast.comparison import ModelRow, ratio
-from ghosted_fast.harness import TaskScore
+from ghosted_fast.measure.models_table import ModelRow, ratio
+from ghosted_fast.measure.tasks import TaskScore
 
 
 def model_table(rows: Sequence[ModelRow], title: str | None = None) -> TextTable:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ghosted_fast.errors import ArgumentError, MissingExtraError, UnsupportedModelError
-from ghosted_fast.families import decoder_layers, decoder_of, dense_model_type, final_norm
-from ghosted_fast.ghosted_layers import INPUT, OUTPUT, ghost_of, ghosts_of
-from ghosted_fast.modules import GhostLinear
+from ghosted_fast.models.families import decoder_layers, decoder_of, dense_model_type, final_norm
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.ghosted_layers import INPUT, OUTPUT, ghost_of, ghosts_of
 
 Precision = Literal["f32", "f16", "q8_0"]
 

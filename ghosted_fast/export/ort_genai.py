@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import torch
 
-from ghosted_fast.checkpoint import save_model
-from ghosted_fast.derived import underived
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import ArgumentError, MissingExtraError, UnsupportedModelError
-from ghosted_fast.families import dense_model_type
-from ghosted_fast.ghosted_layers import INPUT, OUTPUT, ghost_of
-from ghosted_fast.modules import GhostLinear
+from ghosted_fast.models.families import dense_model_type
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.ghosted_layers import INPUT, OUTPUT, ghost_of
+from ghosted_fast.models.runtime_classes import underived
 
 Precision = Literal["fp32", "int8", "int4"]
 

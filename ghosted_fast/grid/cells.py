@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ghosted_fast.batches import Batch
-from ghosted_fast.calibration import GhostOptions
 from ghosted_fast.errors import GhostedFastError
-from ghosted_fast.families import decoder_layers, hidden_size
-from ghosted_fast.fitting import fit_in_sequence
+from ghosted_fast.fit.ghosts import fit_in_sequence
+from ghosted_fast.fit.memory_budget import default_memory_budget
 from ghosted_fast.grid.judging import Judge
 from ghosted_fast.grid.plan import Variant
-from ghosted_fast.machine import peak_memory, reset_peak_memory
-from ghosted_fast.memory import default_memory_budget
-from ghosted_fast.modules import GhostLinear
-from ghosted_fast.recovery import RECOVERIES, Job, Patch, fit_patches, put_patches
-from ghosted_fast.surgery import removed_intervals
+from ghosted_fast.measure.system import peak_memory, reset_peak_memory
+from ghosted_fast.models.families import decoder_layers, hidden_size
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.recovery import RECOVERIES, Job, Patch
+from ghosted_fast.recovery.patches import fit_patches, put_patches
+from ghosted_fast.surgery.cut import removed_intervals
+from ghosted_fast.text.batches import Batch
 
 Removed = tuple[int, ...]
 

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.ticker import StrMethodFormatter as Format
 
-from ghosted_fast.figures import ACCENT, FAINT, INK, SECOND, STYLE, svg_of
 from ghosted_fast.grid.summary import PAPER_PAIR
 from ghosted_fast.grid.table import BEST_PUBLISHED, DEFAULT, Grid, marked
 from ghosted_fast.recovery import RECOVERIES
+from ghosted_fast.reports.plots import ACCENT, FAINT, INK, SECOND, STYLE, svg_of
 
 # Perplexities above this many times the dense one leave the plots at the top.
 CUT_OFF = 16

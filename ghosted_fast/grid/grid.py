@@ -11,14 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ghosted_fast import ranks
-from ghosted_fast.batches import iterate_batches
-from ghosted_fast.calibration import GhostOptions
-from ghosted_fast.criteria import CRITERIA
-from ghosted_fast.digests import model_digest, text_digest
+from ghosted_fast import distributed
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.families import find_family
-from ghosted_fast.families import num_layers as layer_count
+from ghosted_fast.fit.candidates import DEFAULT_SCORE_TOKENS
 from ghosted_fast.grid.cells import Cell, Fitting, Removed, run_cells, stand_in
 from ghosted_fast.grid.judging import Judge
 from ghosted_fast.grid.outputs import check_outputs, write_outputs
@@ -26,11 +21,16 @@ from ghosted_fast.grid.plan import Variant, check_plan, variants_of
 from ghosted_fast.grid.state import GridState
 from ghosted_fast.grid.table import Grid, grid_of, speed_key
 from ghosted_fast.grid.variants import corrected
-from ghosted_fast.machine import machine_facts
+from ghosted_fast.measure.speed import compare_throughput
+from ghosted_fast.measure.system import machine_facts
+from ghosted_fast.models.families import find_family
+from ghosted_fast.models.families import num_layers as layer_count
+from ghosted_fast.options import GhostOptions
 from ghosted_fast.recovery import RECOVERIES
-from ghosted_fast.scoring import DEFAULT_SCORE_TOKENS
-from ghosted_fast.selection import select_layers
-from ghosted_fast.speed import compare_throughput
+from ghosted_fast.selection.criteria import CRITERIA
+from ghosted_fast.selection.select import select_layers
+from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.fingerprints import model_digest, text_digest
 
 
 def compare_grid(
@@ -94,10 +94,10 @@ def compare_grid(
         CalibrationError: There is too little text.
         MissingExtraError: The page needs a package of the extra `report`.
     """
-    if ranks.count() > 1:
+    if distributed.count() > 1:
         raise ArgumentError(
             "expected one process, got a process group, whose ranks would write to one folder: "
-            "call this on one rank, within ghosted_fast.ranks.alone()"
+            "call this on one rank, within ghosted_fast.distributed.alone()"
         )
     options = options or GhostOptions()
     texts = {text: list(iterate_batches(batches)) for text, batches in evaluations.items()}

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ghosted_fast.batches import Batch
-from ghosted_fast.boundaries import resume, visit_boundaries
-from ghosted_fast.evaluation import Perplexity, parts_of, perplexity_from
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.modules import GhostLinear
+from ghosted_fast.measure.perplexity import Perplexity, parts_of, perplexity_from
+from ghosted_fast.models.boundaries import resume, visit_boundaries
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.text.batches import Batch
 
 
 class Judge:

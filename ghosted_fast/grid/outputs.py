@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghosted_fast.files import write_whole
+from ghosted_fast._atomic_files import write_whole
 from ghosted_fast.grid.summary import Summary, summaries
 from ghosted_fast.grid.table import BEST_PUBLISHED, DEFAULT, Grid, layers_as_text
-from ghosted_fast.report import page_template
+from ghosted_fast.reports.page import page_template
 
 
 def check_outputs() -> None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ghosted_fast.batches import Batch
-from ghosted_fast.calibration import check_enough_tokens
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.families import hidden_size
-from ghosted_fast.families import num_layers as layer_count
+from ghosted_fast.fit.collect import check_enough_tokens
+from ghosted_fast.models.families import hidden_size
+from ghosted_fast.models.families import num_layers as layer_count
 from ghosted_fast.recovery import RECOVERIES, check_recovery
-from ghosted_fast.selection import CRITERIA, check_layer_count
+from ghosted_fast.selection.select import CRITERIA, check_layer_count
+from ghosted_fast.text.batches import Batch
 
 OUR_CRITERIA = ("ghost", "ghost-search")
 CORRECTED = "corrections"

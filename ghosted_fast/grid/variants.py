@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ghosted_fast.batches import Batch
-from ghosted_fast.correction import Corrections, check_corrections, correct_ghosts
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.grid.plan import CORRECTED, Variant
-from ghosted_fast.refinement import refine_ghosts
+from ghosted_fast.improve.correction import Corrections, check_corrections, correct_ghosts
+from ghosted_fast.improve.refinement import refine_ghosts
+from ghosted_fast.text.batches import Batch
 
 # Recoveries whose operator stands beside the layers, where corrections and refinement can reach it.
 WITH_OPERATOR = ("linearpatch-d", "linearpatch-r", "ghost-paper", "ghost")

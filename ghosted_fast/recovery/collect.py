@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ghosted_fast.batches import Batch, iterate_batches
-from ghosted_fast.boundaries import visit_intervals
-from ghosted_fast.calibration import check_enough_tokens, non_finite
-from ghosted_fast.families import hidden_size
+from ghosted_fast.fit.collect import check_enough_tokens
+from ghosted_fast.models.boundaries import visit_intervals
+from ghosted_fast.models.families import hidden_size
 from ghosted_fast.recovery.collector import Collector, Sample
 from ghosted_fast.recovery.mlp import mlp_output_module
+from ghosted_fast.statistics.interval import non_finite
+from ghosted_fast.text.batches import Batch, iterate_batches
 
 
 def collect(

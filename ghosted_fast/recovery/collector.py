@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ghosted_fast.batches import Batch
-from ghosted_fast.modules import GhostLinear
-from ghosted_fast.solve import GhostSolution
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.statistics.solve import GhostSolution
+from ghosted_fast.text.batches import Batch
 
 
 @dataclass(frozen=True, eq=False)

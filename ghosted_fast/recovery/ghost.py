@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from ghosted_fast.calibration import GhostOptions, new_statistics, update_statistics
-from ghosted_fast.families import hidden_size
-from ghosted_fast.fitting import fit_ghost
+from ghosted_fast.fit.ghosts import fit_ghost
+from ghosted_fast.models.families import hidden_size
+from ghosted_fast.options import GhostOptions
 from ghosted_fast.recovery.collector import Collector, Patch, Sample
+from ghosted_fast.statistics.interval import new_statistics, update_statistics
 
 
 class GhostCollector(Collector):

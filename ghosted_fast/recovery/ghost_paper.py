@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ghosted_fast.families import hidden_size
-from ghosted_fast.modules import GhostLinear
+from ghosted_fast.models.families import hidden_size
+from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.recovery.collector import Collector, Patch, Sample
 from ghosted_fast.recovery.least_squares import PlainEquations
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghosted_fast.derived import bases_of, maker
 from ghosted_fast.errors import UnsupportedModelError
-from ghosted_fast.families import decoder_layers, find_family
-from ghosted_fast.ghosted_layers import swap_class
-from ghosted_fast.modules import GhostLinear
+from ghosted_fast.models.families import decoder_layers, find_family
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.ghosted_layers import swap_class
+from ghosted_fast.models.runtime_classes import bases_of, maker
 
 
 def mlp_output_module(model: Any, layer: int) -> nn.Module:
@@ -25,7 +25,7 @@ def mlp_output_module(model: Any, layer: int) -> nn.Module:
         raise UnsupportedModelError(
             f"the recovery 'replaceme' needs to know what a layer of the family {family.name!r} "
             "adds last: give mlp_output and mlp_projections in its record "
-            "(ghosted_fast.families.register_family), or use another recovery"
+            "(ghosted_fast.models.families.register_family), or use another recovery"
         )
     return decoder_layers(model)[layer].get_submodule(family.mlp_output)
 

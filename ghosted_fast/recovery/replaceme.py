@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import nn
 
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.families import hidden_size
+from ghosted_fast.models.families import hidden_size
 from ghosted_fast.recovery.collector import Collector, Patch, Sample
 from ghosted_fast.recovery.least_squares import PlainEquations
 

@@ -34,11 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ghosted_fast.kernels._gram_rows import (
-    gram_inspect_kernel,
-    gram_moments_kernel,
-    tokens_to_add,
-)
+from ghosted_fast.kernels._gram_rows import gram_inspect_kernel, gram_moments_kernel, tokens_to_add
 from ghosted_fast.kernels._gram_tile import accumulate
 from ghosted_fast.kernels._tuning import GramConfig, architecture, gram_config
 

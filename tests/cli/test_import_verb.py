@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ghosted_fast.cli.app import app
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.sources import load_model
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.loading import load_model
 from ghosted_fast.testing import random_tokens, relative_rms
 
 

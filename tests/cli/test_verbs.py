@@ -11,13 +11,13 @@ import torch
 from tiny_text import save_tiny_model
 from typer.testing import CliRunner
 
-from ghosted_fast import calibration
 from ghosted_fast.cli import options
 from ghosted_fast.cli.app import app
-from ghosted_fast.criteria import CRITERIA
-from ghosted_fast.families import num_layers
+from ghosted_fast.fit import collect
+from ghosted_fast.models.families import num_layers
+from ghosted_fast.models.loading import load_model
 from ghosted_fast.recovery import RECOVERIES
-from ghosted_fast.sources import load_model
+from ghosted_fast.selection.criteria import CRITERIA
 
 SMALL = ["--tokens", "512", "--sequence-length", "32"]
 
@@ -201,6 +201,6 @@ def test_doctor() -> None:
 def test_choices_are_those_of_the_library() -> None:
     assert set(get_args(options.Criterion)) == set(CRITERIA)
     assert set(get_args(options.Recovery)) == set(RECOVERIES)
-    assert options.GhostInput == calibration.Input
-    assert options.FirstState == calibration.FirstState
-    assert options.TokenWeight == calibration.TokenWeight
+    assert options.GhostInput == collect.Input
+    assert options.FirstState == collect.FirstState
+    assert options.TokenWeight == collect.TokenWeight

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from ghosted_fast.assets import fetch_demo_assets
+from ghosted_fast.assets.downloads import fetch_demo_assets
+from ghosted_fast.models.loading import load_model
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.sources import load_model, load_texts, token_batches
+from ghosted_fast.text.loading import load_texts, token_batches
 
 torch.set_num_threads(1)
 REMOVED = range(14, 19)

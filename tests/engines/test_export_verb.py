@@ -9,7 +9,7 @@ import pytest
 from tiny_engines import byte_tokenizer, engine_model, ghosted
 from typer.testing import CliRunner
 
-from ghosted_fast.checkpoint import save_model
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.cli.app import app
 from ghosted_fast.errors import ArgumentError, MissingExtraError, UnsupportedModelError
 from ghosted_fast.export import ort_genai

@@ -17,7 +17,7 @@ from tiny_engines import (
 )
 
 from ghosted_fast._env import cache_folder
-from ghosted_fast.checkpoint import save_model
+from ghosted_fast.checkpoint.save import save_model
 
 pytest.importorskip("vllm")
 from vllm_engine import Vllm

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tiny_engines import byte_tokenizer, engine_model, ghosted, greedy_tokens
 
-from ghosted_fast.checkpoint import save_model
+from ghosted_fast.checkpoint.save import save_model
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")

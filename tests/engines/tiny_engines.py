@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghosted_fast.modules import GhostLinear
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.surgery.cut import remove_layers
 
 VOCABULARY_SIZE = 288
 HIDDEN_SIZE = 64
@@ -95,7 +95,7 @@ def random_ghost(
 
 def ghosted(model: Any, removed: tuple[int, ...], **options: Any) -> Any:
     """Return a model with a random ghost in each gap."""
-    from ghosted_fast.surgery import removed_intervals
+    from ghosted_fast.surgery.cut import removed_intervals
 
     gaps = removed_intervals(removed, model.config.num_hidden_layers)
     size = model.config.hidden_size

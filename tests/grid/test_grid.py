@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from ghosted_fast.batches import Batch
-from ghosted_fast.calibration import GhostOptions
 from ghosted_fast.errors import ArgumentError, CalibrationError
-from ghosted_fast.evaluation import perplexity, perplexity_from
 from ghosted_fast.grid import Variant, cells, compare_grid, corrected, grid, judging, refined
 from ghosted_fast.grid.state import STATE_FILE
+from ghosted_fast.measure.perplexity import perplexity, perplexity_from
+from ghosted_fast.options import GhostOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.recovery import RECOVERIES
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.text.batches import Batch
 
 TEXTS = {"first": [random_tokens(6, 24, 90)], "second": [random_tokens(6, 24, 91)]}
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.modules import GhostLinear
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.ghost_linear import GhostLinear
 
 HIDDEN_SIZE = 32
 # Gaps at the start, in the middle and at the end; the first kept layer has a ghost on each side.

@@ -11,11 +11,11 @@ from hooks_of_others import SIZE, closure, logits, operator, published
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ghosted_fast.checkpoint import save_model
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.surgery import prune_model, remove_layers
-from ghosted_fast.swapping import swap_ghosts
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.surgery.adopt.swap import swap_ghosts
+from ghosted_fast.surgery.cut import prune_model, remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ghosted_fast.alignment import align_weights
-from ghosted_fast.checkpoint import save_model
-from ghosted_fast.surgery import prune_model, remove_layers
+from ghosted_fast.checkpoint.alignment import align_weights
+from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.surgery.cut import prune_model, remove_layers
 from ghosted_fast.testing import tiny_model
 
 
@@ -64,7 +64,7 @@ def test_failure_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("ghosted_fast.alignment.shutil.copyfileobj", full)
+    monkeypatch.setattr("ghosted_fast.checkpoint.alignment.shutil.copyfileobj", full)
     with pytest.raises(OSError, match="no space left"):
         align_weights(tmp_path)
     assert path.read_bytes() == before

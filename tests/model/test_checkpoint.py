@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-from ghosted_fast.checkpoint import save_model
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import ArgumentError, CheckpointError
-from ghosted_fast.surgery import prune_model, remove_layers
+from ghosted_fast.surgery.cut import prune_model, remove_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, tiny_model
 
 WEIGHTS = "model.safetensors"

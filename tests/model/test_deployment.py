@@ -12,11 +12,11 @@ from dense_reference import NUM_LAYERS, REMOVED, random_ghosts
 from torch import nn
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, pipeline
 
-from ghosted_fast.checkpoint import save_model
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.ghosted_layers import ghosts_of
-from ghosted_fast.modules import GhostLinear
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.ghosted_layers import ghosts_of
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms, tiny_model
 
 TOKENS = random_tokens(2, 12)

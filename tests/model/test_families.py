@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig, StableLmConfig
 
-from ghosted_fast import families
 from ghosted_fast.errors import UnknownFamilyError, UnsupportedModelError
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.models import families
+from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, tiny_config, tiny_model
 
 

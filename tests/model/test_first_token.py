@@ -16,9 +16,9 @@ from dense_reference import (
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from ghosted_fast.first_token import first_attended
-from ghosted_fast.modules import GhostLinear
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.models.first_token import first_attended
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms, tiny_model
 
 
@@ -167,7 +167,7 @@ def test_first_tokens_are_sought_once_and_only_if_a_ghost_asks(
         calls.append(first_attended(*args, **kwargs))
         return calls[-1]
 
-    monkeypatch.setattr("ghosted_fast.ghosted_layers.first_attended", counted)
+    monkeypatch.setattr("ghosted_fast.models.ghosted_layers.first_attended", counted)
     dense, model, _ = ghosted("llama")
     model.generate(random_tokens(1, 4), max_new_tokens=3, do_sample=False)
     assert [call is None for call in calls] == [False, True, True]

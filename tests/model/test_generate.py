@@ -9,7 +9,7 @@ import torch
 from dense_reference import INTERVALS, NUM_LAYERS, REMOVED, expected_tokens, random_ghosts
 from torch import Tensor
 
-from ghosted_fast.surgery import prune_model, remove_layers
+from ghosted_fast.surgery.cut import prune_model, remove_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, tiny_model
 
 # Prompt and continuation together are longer than the sliding windows of 16 tokens.

@@ -13,9 +13,9 @@ from hooks_of_others import HOOKS, NAMES, SIZE, closure, logits, operator, publi
 from torch import Tensor, nn
 
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
-from ghosted_fast.ghosted_layers import ghosts_of
-from ghosted_fast.modules import GhostLinear
-from ghosted_fast.swapping import swap_ghosts
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.ghosted_layers import ghosts_of
+from ghosted_fast.surgery.adopt.swap import swap_ghosts
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 
 # What a ghost's output may differ by from the same map in fp64.

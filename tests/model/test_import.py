@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ghosted_fast.checkpoint import save_model
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import ArgumentError, SourceError
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.importing import import_ghosts
-from ghosted_fast.operator_files import operators_of_gaps, read_operators
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.surgery.adopt.from_operators import import_ghosts
+from ghosted_fast.surgery.adopt.operator_files import operators_of_gaps, read_operators
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 
 SIZE = 32

@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 from transformers.utils import hub
 
-from ghosted_fast.checkpoint import save_model
-from ghosted_fast.model_card import CARD, attach_report, model_card, write_card
+from ghosted_fast.checkpoint.model_card import CARD, attach_report, model_card, write_card
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, tiny_model
 
 OWN = "# My model\n"

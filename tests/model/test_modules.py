@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ghosted_fast import _native
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.modules import GhostLinear
-from ghosted_fast.swapping import swap_ghosts
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.surgery.adopt.swap import swap_ghosts
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 
 SIZE = 32

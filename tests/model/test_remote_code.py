@@ -14,9 +14,9 @@ import torch
 from dense_reference import NUM_LAYERS, REMOVED, random_ghosts
 from transformers import AutoModelForCausalLM
 
-from ghosted_fast.checkpoint import save_model
-from ghosted_fast.remote_code import MODULE, remote_code
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.checkpoint.remote_code import MODULE, remote_code
+from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, tiny_model
 
 TOKENS = random_tokens(2, 20)
@@ -172,7 +172,7 @@ def test_package_wins_where_it_is_installed_and_not_imported(tmp_path: Path) -> 
     folder, again = save_model(model, tmp_path / "model"), tmp_path / "again"
     arguments = (NOT_IMPORTED, str(folder), str(again))
     printed = run(*arguments, modules=tmp_path / "modules")
-    assert printed == "ghosted_fast.registry True GhostLinear\n"
+    assert printed == "ghosted_fast.checkpoint.transformers_types True GhostLinear\n"
     files = [
         {path.name: path.read_text() for path in place.glob("*.[jp]*")} for place in (folder, again)
     ]
@@ -194,7 +194,7 @@ def test_file_is_self_contained_and_small(tmp_path: Path) -> None:
 
 
 def test_unknown_name_in_the_file() -> None:
-    import ghosted_fast.modeling_ghosted as module
+    import ghosted_fast.checkpoint.modeling_ghosted as module
 
     with pytest.raises(AttributeError, match="no attribute 'Other'"):
         module.Other  # noqa: B018

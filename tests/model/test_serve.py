@@ -17,8 +17,8 @@ from dense_reference import NUM_LAYERS, REMOVED, random_ghosts
 from tiny_text import tiny_tokenizer
 from transformers.utils.import_utils import is_serve_available
 
-from ghosted_fast.checkpoint import save_model
-from ghosted_fast.surgery import remove_layers
+from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import tiny_model
 
 if not is_serve_available():

@@ -22,16 +22,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
-from ghosted_fast.families import decoder_layers
-from ghosted_fast.modules import GhostLinear
-from ghosted_fast.surgery import prune_model, remove_layers, removed_intervals, share_copy
-from ghosted_fast.testing import (
-    FAMILY_NAMES,
-    random_tokens,
-    relative_rms,
-    tiny_config,
-    tiny_model,
-)
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.surgery.cut import prune_model, remove_layers, removed_intervals, share_copy
+from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms, tiny_config, tiny_model
 
 
 def logits(model: Any, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import ghosted_fast.modeling_ghosted as saved_file
-from ghosted_fast import families, registry, versions
+import ghosted_fast.checkpoint.modeling_ghosted as saved_file
+from ghosted_fast.checkpoint import transformers_types
 from ghosted_fast.errors import VersionError
+from ghosted_fast.models import families, versions
 from ghosted_fast.testing import tiny_model
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -35,7 +36,7 @@ def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch, found: str)
     with pytest.raises(VersionError, match=re.escape(remedy)):
         families.find_family(model)  # before any work
     with pytest.raises(VersionError, match=re.escape(remedy)):
-        registry._ghosted_config_class(type(model.config))  # when a folder is loaded
+        transformers_types._ghosted_config_class(type(model.config))  # when a folder is loaded
     with pytest.raises(ImportError, match=re.escape(remedy)):
         saved_file.GhostedLlamaConfig  # noqa: B018
 

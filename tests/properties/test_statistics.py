@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghosted_fast.calibration import GhostOptions, token_weights
-from ghosted_fast.gram import GramAccumulator, mirror_lower
-from ghosted_fast.solve import solve_ghost
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.statistics.gram import GramAccumulator, mirror_lower
+from ghosted_fast.statistics.solve import solve_ghost
+from ghosted_fast.statistics.token_weights import token_weights
 from ghosted_fast.testing import relative_rms
 
 SETTINGS = settings(max_examples=25, deadline=None)

@@ -16,17 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ghosted_fast import calibration, ranks
-from ghosted_fast.batches import Batch
-from ghosted_fast.calibration import GhostOptions, collect_statistics
-from ghosted_fast.checkpoint import save_model
+from ghosted_fast import distributed
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.cli.app import app
-from ghosted_fast.criteria import CRITERIA
-from ghosted_fast.families import decoder_layers
+from ghosted_fast.fit import collect
+from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.grid import compare_grid
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.options import GhostOptions
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.selection import select_layers
+from ghosted_fast.selection.criteria import CRITERIA
+from ghosted_fast.selection.select import select_layers
+from ghosted_fast.statistics import interval
 from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.text.batches import Batch
 
 
 def be_a_rank(
@@ -71,7 +74,7 @@ def statistics(batches: int, first_state: str) -> list[Tensor]:
     options = GhostOptions(first_state=first_state)  # type: ignore[arg-type]
     intervals = [(1, 3), (4, 6), (0, 3)]
     found: list[Tensor] = []
-    with patch.object(calibration, "_MAX_FIRST_TOKENS", 13):
+    with patch.object(interval, "_MAX_FIRST_TOKENS", 13):
         collected = collect_statistics(tiny_model("llama"), text(batches), intervals, options)
     for item in collected:
         found += [*item.gram.sums, torch.tensor(item.energy_floor)]
@@ -91,7 +94,7 @@ def choices() -> dict[str, tuple[list[int], list[float]]]:
 
 def checkpoints(folder: Path) -> None:
     """Save models whose ghosts were fitted, corrected and refined, and one with a rival."""
-    rank, model = ranks.index(), tiny_model("llama")
+    rank, model = distributed.index(), tiny_model("llama")
     smaller, _ = ghost_model(model, text(9), removed=[1, 3, 4], corrections=2, refine=3,
                              refine_state=folder / f"state{rank}")  # fmt: skip
     patched, _ = ghost_model(model, text(9), 2, recovery="linearpatch-r", criterion="streamline")
@@ -105,7 +108,7 @@ def checkpoints(folder: Path) -> None:
 def poisoned() -> None:
     """Meet NaN on rank 1 alone."""
     model = tiny_model("llama")
-    if ranks.index() == 1:
+    if distributed.index() == 1:
         decoder_layers(model)[2].register_forward_hook(lambda _, __, output: output * float("nan"))
     ghost_model(model, text(9), removed=[2, 3])
 
@@ -117,7 +120,7 @@ def too_little_text() -> None:
 
 def called_differently(what: str) -> None:
     """Give rank 1 other arguments than the others."""
-    odd = ranks.index() == 1
+    odd = distributed.index() == 1
     model = tiny_model("llama", seed=int(odd and what == "model"))
     batches = text(8 if odd and what == "text" else 9)
     if odd and what == "function":
@@ -127,34 +130,34 @@ def called_differently(what: str) -> None:
 
 def leave_in(batches: int, how: Callable[[], None]) -> None:
     """Make this process leave when it has run so many batches of a pass."""
-    visit, left = calibration.visit_intervals, iter(range(batches))
+    visit, left = collect.visit_intervals, iter(range(batches))
 
     def leave(*arguments: Any) -> None:
         if next(left, None) is None:
             how()
         visit(*arguments)
 
-    calibration.visit_intervals = leave
+    collect.visit_intervals = leave
 
 
 def dies(batches: int) -> None:
     """End rank 1 without a word."""
-    if ranks.index() == 1:
+    if distributed.index() == 1:
         leave_in(batches, lambda: os._exit(9))
     ghost_model(tiny_model("llama"), text(9), removed=[2, 3])
 
 
 def falls_silent(seconds: float) -> None:
     """Let rank 1 take longer than the others wait."""
-    if ranks.index() == 1:
+    if distributed.index() == 1:
         leave_in(1, lambda: time.sleep(seconds))
     ghost_model(tiny_model("llama"), text(9), removed=[2, 3])
 
 
 def one_alone(folder: Path) -> list[int]:
     """Work on rank 1 only; then call what does not run in a group."""
-    if ranks.index() == 1:
-        with ranks.alone():
+    if distributed.index() == 1:
+        with distributed.alone():
             return ghost_model(tiny_model("llama"), text(9), removed=[2, 3])[1].removed
     compare_grid(tiny_model("llama"), text(9), {"text": text(2)}, [1], folder / "grid")
     return []

@@ -151,7 +151,7 @@ def test_nobody_is_waited_for_longer_than_the_time_out(tmp_path: Path) -> None:
 
 def test_one_rank_may_work_alone(tmp_path: Path) -> None:
     (name, message), removed = run_ranks(rank_programs.one_alone, 2, tmp_path, tmp_path)
-    assert name == "ArgumentError" and "ghosted_fast.ranks.alone()" in message
+    assert name == "ArgumentError" and "ghosted_fast.distributed.alone()" in message
     assert removed == [2, 3]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from padded_text import dense_states, padded_batches
 
-from ghosted_fast.recovery import fit_patches
+from ghosted_fast.recovery.patches import fit_patches
 from ghosted_fast.testing import relative_rms, tiny_model
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.hadamard import hadamard
+from ghosted_fast.recovery.hadamard import hadamard
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 28, 36, 32, 40, 576, 640, 896, 1152, 2880])

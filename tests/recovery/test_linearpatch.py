@@ -7,8 +7,8 @@ import torch
 from padded_text import dense_states, padded_batches
 from torch import Tensor
 
-from ghosted_fast.hadamard import hadamard
-from ghosted_fast.recovery import fit_patches
+from ghosted_fast.recovery.hadamard import hadamard
+from ghosted_fast.recovery.patches import fit_patches
 from ghosted_fast.testing import tiny_model
 
 

@@ -7,10 +7,11 @@ import torch
 from padded_text import padded_batches
 
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
-from ghosted_fast.families import decoder_layers
+from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.recovery import RECOVERIES, fit_patches
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.recovery import RECOVERIES
+from ghosted_fast.recovery.patches import fit_patches
+from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
 

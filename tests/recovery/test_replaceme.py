@@ -10,10 +10,10 @@ from padded_text import dense_states, padded_batches
 from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
-from ghosted_fast.families import decoder_layers, find_family
-from ghosted_fast.recovery import fit_patches, put_patches
+from ghosted_fast.models.families import decoder_layers, find_family
 from ghosted_fast.recovery.mlp import mlp_output_module
-from ghosted_fast.surgery import prune_model
+from ghosted_fast.recovery.patches import fit_patches, put_patches
+from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import FAMILY_NAMES, relative_rms, tiny_model
 
 BEHIND_NORM = ("gemma2", "gemma3_text", "olmo2")

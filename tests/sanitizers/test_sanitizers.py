@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from ghosted_fast.machine import cpu_features
+from ghosted_fast.measure.system import cpu_features
 
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"

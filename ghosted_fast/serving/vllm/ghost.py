@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 
-from ghosted_fast.derived import derive, maker
+from ghosted_fast.models.runtime_classes import derive, maker
 from ghosted_fast.ops.ghost import ghost_apply
 
 Stream = tuple[Tensor, Tensor]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ghosted_fast.checkpoint.record import check_record
 from ghosted_fast.errors import UnsupportedModelError
-from ghosted_fast.registry import check_record
 from ghosted_fast.serving.vllm import NATIVE, REFUSED, THROUGH_TRANSFORMERS
 
 # vLLM's layers changed what they are handed before; later versions are tried and not refused.

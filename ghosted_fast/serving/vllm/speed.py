@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ghosted_fast import _env
-from ghosted_fast.comparison import ModelRow
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
-from ghosted_fast.sources import resolve_dtype
-from ghosted_fast.speed import throughput_of
+from ghosted_fast.measure.models_table import ModelRow
+from ghosted_fast.measure.speed import throughput_of
+from ghosted_fast.models.loading import resolve_dtype
 
 _CACHE_BYTES = 1 << 28
 # An engine's worker spins for a second after its last step, on a core that the next one needs.

@@ -1,0 +1,107 @@
+"""What was found out: frozen records, as reports and JSON have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class CorrectionFacts:
+    """What one correction did.
+
+    Attributes:
+        before: Held-out divergence before it, nats per token.
+        after: The same after it; as before where it was not accepted.
+        accepted: Whether the ghosts were moved.
+        change: Size of the step: rms change of the ghosts' outputs relative to the outputs.
+        seconds: Wall-clock time.
+    """
+
+    before: float
+    after: float
+    accepted: bool
+    change: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RefinementFacts:
+    """What a refinement did.
+
+    Attributes:
+        before: Held-out divergence before it, nats per token.
+        after: The same at the step that is kept.
+        steps: Steps taken.
+        best_step: The step that is kept; 0 where none was an improvement.
+        seconds: Wall-clock time of this process.
+    """
+
+    before: float
+    after: float
+    steps: int
+    best_step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One number of layers that was tried.
+
+    Attributes:
+        num_layers: Layers removed.
+        value: What the budget bounds, for that number.
+    """
+
+    num_layers: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget, and the number of layers that it led to.
+
+    Attributes:
+        kind: What is bounded: the perplexity on held-out calibration tokens relative to the dense
+            model's, less 1; or the decode tokens per second relative to the dense model's.
+        asked: The bound.
+        num_layers: Layers to remove.
+        reached: What that number gives; of a speed, what the finished model was measured to give.
+        tried: Every number of layers that was looked at, ascending.
+    """
+
+    kind: Literal["max_perplexity_increase", "min_decode_speedup"]
+    asked: float
+    num_layers: int
+    reached: float
+    tried: list[Trial]
+
+
+@dataclass(frozen=True)
+class IntervalScore:
+    """The score of one candidate: lower is better.
+
+    Attributes:
+        start: First removed layer.
+        stop: One past the last removed layer.
+        score: In the unit of the criterion: nats per token for `ghost`, `ghost-search` and `sleb`,
+            1 - cosine for `streamline` and `shortgpt`, half turns for `angular`,
+            |weight x gradient| for `taylor`.
+    """
+
+    start: int
+    stop: int
+    score: float
+
+
+@dataclass(frozen=True)
+class SetScore:
+    """The score of a set of layers, in one piece or several: lower is better.
+
+    Attributes:
+        removed: The layers, ascending.
+        score: Nats per token, all ghosts in place.
+    """
+
+    removed: list[int]
+    score: float

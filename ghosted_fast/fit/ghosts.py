@@ -1,0 +1,232 @@
+"""From an interval's statistics to its ghost: the solve, and the state of the first token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ghosted_fast import distributed
+from ghosted_fast.fit.collect import collect_statistics
+from ghosted_fast.models.gap import Gap
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.statistics.gram import GramAccumulator, NormalEquations
+from ghosted_fast.statistics.interval import FirstTokens, IntervalStatistics
+from ghosted_fast.statistics.solve import GhostSolution, solve_ghost, solve_on_split
+from ghosted_fast.statistics.token_weights import token_weights
+from ghosted_fast.text.batches import Batch
+
+
+@dataclass(frozen=True)
+class FittedGhost:
+    """A ghost's operator and its first-token state, before they are cast to the model's dtype.
+
+    Attributes:
+        weight: M [d, d] fp64.
+        bias: b [d] fp64, or None.
+        first_state: [d] fp64, or None.
+        norm_eps: Epsilon of the rms for a normed ghost, else None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    first_state: Tensor | None
+    norm_eps: float | None
+
+    @property
+    def has_first_state(self) -> bool:
+        """Whether the first attended token gets a constant state."""
+        return self.first_state is not None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the linear map's output for rows x [n, d], in fp64; no row counts as first."""
+        x = x.double()
+        features = x
+        if self.norm_eps is not None:
+            features = x / (x.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()
+        y = x + features @ self.weight.mT
+        return y if self.bias is None else y + self.bias
+
+    def to_module(self, dtype: torch.dtype, device: torch.device | str) -> GhostLinear:
+        """Return the ghost as a module of the model's dtype, on its device."""
+        module = GhostLinear(
+            len(self.weight),
+            bias=self.bias is not None,
+            norm_eps=self.norm_eps,
+            first_state=self.first_state is not None,
+            device=device,
+            dtype=dtype,
+        )
+        with torch.no_grad():
+            module.weight.copy_(self.weight)
+            if self.bias is not None and module.bias is not None:
+                module.bias.copy_(self.bias)
+            if self.first_state is not None and module.first_state is not None:
+                module.first_state.copy_(self.first_state)
+        return module.requires_grad_(False)
+
+
+def fit_ghost(
+    statistics: IntervalStatistics, options: GhostOptions
+) -> tuple[FittedGhost, GhostSolution]:
+    """Fit a ghost on all tokens. The statistics are used up: first tokens may be added to the sums.
+
+    Returns:
+        The ghost, and the solution with its errors and condition.
+    """
+    first = statistics.first
+    first_state = None
+    if first is not None and first.count:
+        if (
+            options.first_state == "on"
+            or fit_on_training_folds(statistics, options).has_first_state
+        ):
+            first_state = first.mean()
+        else:
+            _include_first_tokens(statistics, first, options)
+            statistics.first = None
+    solution = solve_ghost(statistics.gram, options.damping, options.bias)
+    ghost = FittedGhost(solution.weight, solution.bias, first_state, statistics.gram.norm_eps)
+    return ghost, solution
+
+
+def fit_ghosts(
+    statistics: Sequence[IntervalStatistics], options: GhostOptions
+) -> list[tuple[FittedGhost, GhostSolution]]:
+    """Fit a ghost on each of several statistics, see `fit_ghost`; the ranks share the solves."""
+    device = statistics[0].gram.device
+    return distributed.spread(statistics, partial(fit_ghost, options=options), device)
+
+
+def fit_in_sequence(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    intervals: Sequence[tuple[int, int]],
+    options: GhostOptions,
+    progress: bool = False,
+    gaps: Sequence[Gap] = (),
+) -> list[tuple[FittedGhost, GhostSolution]]:
+    """Fit the ghosts of several gaps one after the other, each on what it will really be given.
+
+    The states that enter a gap come from the model with the ghosts of the gaps below it; those that
+    should leave it come from the dense model. So a ghost also mends what the ones below it left.
+    There is one pass over the text for each gap, with the statistics of one gap in memory.
+
+    Args:
+        model: The dense model.
+        batches: Calibration tokens.
+        intervals: The gaps (start, stop), ascending, at least one layer apart.
+        options: How the ghosts are fitted.
+        progress: Whether to show progress bars on stderr.
+        gaps: Gaps below all of these that have their ghosts already.
+
+    Returns:
+        The ghosts, in the order of the gaps, with their solutions.
+
+    Raises:
+        CalibrationError: There are fewer than 2 x hidden_size tokens.
+        NonFiniteError: An activation is NaN or infinite; the message names boundary and batch.
+
+    Source: ours.
+    """
+    parameter = next(model.parameters())
+    gaps = list(gaps)
+    fits: list[tuple[FittedGhost, GhostSolution]] = []
+    for interval in intervals:
+        statistics = collect_statistics(model, batches, [interval], options, progress, gaps)
+        fits += fit_ghosts(statistics, options)
+        gaps.append(Gap(*interval, fits[-1][0].to_module(parameter.dtype, parameter.device)))
+    return fits
+
+
+def fit_candidates(
+    model: nn.Module,
+    statistics: Sequence[IntervalStatistics],
+    options: GhostOptions,
+    progress: bool = False,
+) -> list[GhostLinear]:
+    """Fit the ghost of each candidate on the training folds; the ranks share the solves.
+
+    Args:
+        model: The model that gives the ghosts their dtype and device.
+        statistics: Those of each candidate.
+        options: How the ghosts are fitted.
+        progress: Whether to show a progress bar on stderr.
+    """
+    parameter = next(model.parameters())
+    total = len(list(distributed.own(statistics)))
+    with tqdm(desc="fitting", total=total, delay=2.0, disable=not progress) as bar:
+
+        def fit(item: IntervalStatistics) -> GhostLinear:
+            ghost = fit_on_training_folds(item, options)
+            bar.update()
+            return ghost.to_module(parameter.dtype, parameter.device)
+
+        return distributed.spread(statistics, fit, parameter.device)
+
+
+def fit_on_training_folds(statistics: IntervalStatistics, options: GhostOptions) -> FittedGhost:
+    """Fit a ghost on all folds but the last, to be judged on the last.
+
+    With `first_state="auto"` the ghost gets a constant state for the first token where the mean of
+    the training folds predicts the held-out first tokens better than the linear map does. A linear
+    map fails where the removed layers give the first token a large activation that its input does
+    not have yet.
+    """
+    train, held_out = statistics.split()
+    first, eps = statistics.first, statistics.gram.norm_eps
+    first_state = None
+    if first is not None and first.count:
+        first_state = first.mean()
+        if options.first_state == "auto":
+            solution, bias, _ = solve_on_split(
+                train + _first_sums(statistics, first, options),
+                held_out,
+                options.damping,
+                options.bias,
+            )
+            mapped = FittedGhost(solution.mT.contiguous(), bias, None, eps)
+            if not _constant_is_better(first, statistics.gram.folds - 1, mapped):
+                return mapped
+    solution, bias, _ = solve_on_split(train, held_out, options.damping, options.bias)
+    return FittedGhost(solution.mT.contiguous(), bias, first_state, eps)
+
+
+def _constant_is_better(first: FirstTokens, held_out_fold: int, ghost: FittedGhost) -> bool:
+    x, y, folds = first.rows()
+    judged = folds == held_out_fold
+    known = ~judged
+    if not (judged.any() and known.any()):
+        judged = known = torch.ones_like(judged)
+    x, target = x[judged].double(), y[judged].double()
+    error_of_map = (target - ghost.apply(x)).square().sum()
+    error_of_constant = (target - y[known].double().mean(0)).square().sum()
+    return bool(error_of_constant < error_of_map)
+
+
+def _first_sums(
+    statistics: IntervalStatistics, first: FirstTokens, options: GhostOptions
+) -> NormalEquations:
+    """Return the sums over the first tokens of the training folds."""
+    gram, floor = statistics.gram, statistics.energy_floor
+    x, y, folds = first.rows()
+    known = folds != gram.folds - 1
+    x, y = x[known], y[known]
+    sums = GramAccumulator(gram.hidden_size, 1, gram.norm_eps, gram.device)
+    return sums.update(x, y, token_weights(x, y, options, gram.norm_eps, floor)).total()
+
+
+def _include_first_tokens(
+    statistics: IntervalStatistics, first: FirstTokens, options: GhostOptions
+) -> None:
+    gram, floor = statistics.gram, statistics.energy_floor
+    x, y, folds = first.rows()
+    weight = token_weights(x, y, options, gram.norm_eps, floor)
+    for fold in range(gram.folds):
+        rows = folds == fold
+        gram.update(x[rows], y[rows], weight[rows], fold)

@@ -1,0 +1,1 @@
+"""Ghosts moved towards the dense model's predictions: closed-form corrections, and training."""

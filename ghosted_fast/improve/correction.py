@@ -1,0 +1,336 @@
+"""Corrections: steps of fitted ghosts towards the dense model's predictions, in closed form.
+
+The least-squares fit makes a ghost's output close to the dense state; what counts is that the
+predictions are close. A correction takes the gradient of the divergence at each ghost's output and
+solves, with the features' Gram as the curvature,
+
+    (G + damping) dM^T = sum f(x_t) g_t^T
+
+then moves the ghosts in the span of -dM, of -S^-1 dM with S the damped Gram of the gradients, and
+of the correction before. S makes up for outputs that differ much in how sensitive the predictions
+are to them, as in models where a few dimensions hold most of the state; where it misleads, the span
+gives it no share. How far is decided on held-out tokens: one forward pass per direction gives the
+change of the logits, and with it the Gauss-Newton optimum of the divergence in that span. A step
+that raises the held-out divergence is never taken. Nothing is random: the same text gives the same
+ghosts.
+
+Source: ours. G and S are the two factors of Martens and Grosse, arXiv 1503.05671 (K-FAC). The span
+of new directions and the last one is that of conjugate gradients (Hestenes and Stiefel, 1952); the
+curvature of the divergence by logits z is the covariance of z under softmax(z).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import cycle, islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ghosted_fast import distributed
+from ghosted_fast.errors import ArgumentError
+from ghosted_fast.facts import CorrectionFacts
+from ghosted_fast.improve.divergence import (
+    Divergence,
+    GhostSlope,
+    States,
+    compare,
+    row_slices,
+    total,
+    wide_rows,
+)
+from ghosted_fast.statistics.solve import mean_diagonal, solve_equations
+from ghosted_fast.text.folds import (
+    check_split,
+    in_passes,
+    sequences_for,
+    split_sequences,
+    token_count,
+)
+
+_LOGGER = logging.getLogger(__name__)
+Corrections = int | Literal["auto"]
+
+MOST_CORRECTIONS = 8
+DEFAULT_DAMPING = 0.1
+DEFAULT_TOKENS = 8192
+DEFAULT_HELD_OUT_TOKENS = 4096
+# "auto" stops after a correction that lowers the held-out divergence by less than this share.
+_LEAST_GAIN = 0.003
+_FEWEST_FOR_AUTO = 2048
+# Size of the first trial: rms change of the ghosts' outputs relative to the outputs. Large beside
+# bf16 rounding. Where a few dimensions or tokens hold most of a state's energy, good steps are far
+# smaller, and a trial of this size says nothing about them: trials shorten until the step is no
+# less than half of them, at most tenfold each.
+_TRIAL_CHANGE = 0.02
+_MOST_TRIALS = 4
+_RIDGE = 1e-3
+# Damping of the gradients' Gram, relative to the mean of its diagonal.
+_OUTPUT_DAMPING = 1.0
+# Shares of the Gauss-Newton step that are tried, one after the other, until one is an improvement.
+_SHARES = (1.0, 0.5, 0.25)
+
+
+def check_corrections(corrections: Any) -> None:
+    """Raise unless a number of corrections is an int >= 0 or "auto".
+
+    Raises:
+        ArgumentError: It is not.
+    """
+    is_count = isinstance(corrections, int) and not isinstance(corrections, bool)
+    if corrections != "auto" and not (is_count and corrections >= 0):
+        raise ArgumentError(
+            f'expected corrections to be an int >= 0 or "auto", got {corrections!r}'
+        )
+
+
+@distributed.together()
+def correct_ghosts(
+    ghosted: Any,
+    dense: Any,
+    batches: Iterable[Any],
+    corrections: Corrections = "auto",
+    *,
+    damping: float = DEFAULT_DAMPING,
+    tokens: int = DEFAULT_TOKENS,
+    held_out_tokens: int = DEFAULT_HELD_OUT_TOKENS,
+    progress: bool = False,
+) -> list[CorrectionFacts]:
+    """Move a model's ghosts, in place, so that its predictions come closer to the dense model's.
+
+    In a process group the ranks share the text, and end with the same ghosts, those of rank 0.
+
+    Args:
+        ghosted: A model with ghosts, of any fit; all of them are corrected together.
+        dense: The dense model that it comes from, in the same dtype.
+        batches: Text, see `iterate_batches`; every fourth sequence is held out.
+        corrections: How many to make; "auto" for at most `MOST_CORRECTIONS`, as long as they help,
+            and none, with a warning, where the text is too short to judge them.
+        damping: Relative to the mean of G's diagonal, > 0.
+        tokens: Tokens of each correction. Corrections take turns with the text, from the start
+            again where it ends.
+        held_out_tokens: Tokens that steps are decided on.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        What each correction did.
+
+    Raises:
+        ArgumentError: An argument is out of range, or the models do not fit each other.
+        CalibrationError: There is too little text to hold any out.
+        NonFiniteError: A state or a gradient is NaN or infinite.
+        RankError: Another rank failed, or is gone.
+    """
+    check_corrections(corrections)
+    if not damping > 0 or tokens < 1 or held_out_tokens < 1:
+        raise ArgumentError(
+            "expected damping > 0, tokens >= 1 and held_out_tokens >= 1, got "
+            f"{damping}, {tokens} and {held_out_tokens}"
+        )
+    if corrections == 0:
+        return []
+    distributed.check_same(
+        {
+            "corrections": corrections,
+            "damping": damping,
+            "tokens": tokens,
+            "held_out_tokens": held_out_tokens,
+        }
+    )
+    divergence = Divergence(ghosted, dense)
+    whole = distributed.whole_text(batches)
+    train, judges = split_sequences(whole, held_out_tokens, divergence.device)
+    found, needed = token_count(judges), min(held_out_tokens, _FEWEST_FOR_AUTO)
+    if corrections == "auto" and found < needed:
+        _LOGGER.warning(
+            "ghosts are not corrected: %d tokens of the text can be held out, and fewer than %d "
+            "are no judge of a step; give more text, or a number of corrections",
+            found,
+            needed,
+        )
+        return []
+    check_split(train, judges)
+    held_out = divergence.held_out(in_passes(judges))
+    per_correction = sequences_for(tokens, train)
+    text = cycle(train)
+    most = MOST_CORRECTIONS if corrections == "auto" else corrections
+    facts: list[CorrectionFacts] = []
+    last: list[Tensor] | None = None
+    size = _TRIAL_CHANGE
+    for _ in tqdm(range(most), desc="correcting", delay=2.0, disable=not progress):
+        began = time.perf_counter()
+        slopes = divergence.slopes(in_passes(islice(text, per_correction)))
+        directions = distributed.on_first(
+            partial(_directions, slopes, damping, last), divergence.device
+        )
+        step, change, before, after = _best_step(divergence, held_out, slopes, directions, size)
+        if step is not None:
+            last, size = step, min(change, _TRIAL_CHANGE)
+        facts.append(
+            CorrectionFacts(
+                before=before,
+                after=after,
+                accepted=step is not None,
+                change=change,
+                seconds=time.perf_counter() - began,
+            )
+        )
+        _LOGGER.info("held-out divergence %.5f -> %.5f", before, after)
+        if corrections == "auto" and before - after < _LEAST_GAIN * before:
+            break
+    divergence.agree()
+    return facts
+
+
+def _descent(slopes: Sequence[GhostSlope], damping: float) -> list[Tensor]:
+    """Return the solution of the damped equations, downhill, as a direction of all parameters."""
+    direction: list[Tensor] = []
+    for slope in slopes:
+        equations = slope.equations()
+        absolute = damping * mean_diagonal(equations)
+        solution, offset, _ = solve_equations(equations, absolute, slope.has_bias)
+        direction.append(-solution.mT)
+        if offset is not None:
+            direction.append(-offset)
+    return direction
+
+
+def _output_scaled(slopes: Sequence[GhostSlope], direction: Sequence[Tensor]) -> list[Tensor]:
+    """Return S^-1 times the direction, S the damped Gram of the gradients at the outputs."""
+    parts = iter(direction)
+    return [
+        slope.output_scaled(next(parts), _OUTPUT_DAMPING)
+        for slope in slopes
+        for _ in range(1 + slope.has_bias)
+    ]
+
+
+def _relative_change(slopes: Sequence[GhostSlope], direction: Sequence[Tensor]) -> float:
+    """Return the rms change of the ghosts' outputs, relative to the outputs.
+
+    It has three digits: the last bits of a product in fp64 may depend on where its operands lie in
+    memory, and directions are scaled by this number.
+    """
+    parts = iter(direction)
+    energy = tokens = 0.0
+    for slope in slopes:
+        weight = next(parts)
+        bias = next(parts) if slope.has_bias else None
+        energy += slope.relative_energy(weight, bias)
+        tokens += slope.num_tokens
+    return float(f"{math.sqrt(max(energy, 0.0) / max(tokens, 1.0)):.2e}")
+
+
+def _directions(
+    slopes: Sequence[GhostSlope], damping: float, last: list[Tensor] | None
+) -> list[list[Tensor]]:
+    """Return the directions that may lead downhill, each of a relative change of 1."""
+    descent = _descent(slopes, damping)
+    found = [descent, _output_scaled(slopes, descent), *([] if last is None else [last])]
+    changes = [_relative_change(slopes, direction) for direction in found]
+    return [
+        [part / change for part in direction]
+        for direction, change in zip(found, changes, strict=True)
+        if change > 0.0
+    ]
+
+
+def _best_step(
+    divergence: Divergence,
+    held_out: Sequence[States],
+    slopes: Sequence[GhostSlope],
+    directions: Sequence[Sequence[Tensor]],
+    size: float,
+) -> tuple[list[Tensor] | None, float, float, float]:
+    """Move the ghosts by the best step in the span of some directions, if it is an improvement.
+
+    Args:
+        divergence: Of the ghosts.
+        held_out: What the step is decided on.
+        slopes: What relative changes are measured with.
+        directions: Each of a relative change of 1.
+        size: Relative change of the first trial.
+
+    Returns:
+        The step, or None; its relative change; and the held-out divergence before and after.
+    """
+    if not directions:
+        value = divergence.value(held_out)
+        return None, 0.0, value, value
+    point = divergence.point()
+    for _ in range(_MOST_TRIALS):
+        trials = [[size * part for part in direction] for direction in directions]
+        before, slope, curvature = _local_model(divergence, held_out, point, trials)
+        ridge = _RIDGE * curvature.diagonal().diag()
+        amounts = -torch.linalg.lstsq(curvature + ridge, slope[:, None]).solution[:, 0]
+        step = _combined(amounts, trials)
+        change = distributed.on_first(partial(_relative_change, slopes, step))
+        if change >= 0.5 * size:
+            break
+        size = max(change, 0.1 * size)
+    for share in _SHARES:
+        shorter = [share * part for part in step]
+        divergence.move([old + part for old, part in zip(point, shorter, strict=True)])
+        after = divergence.value(held_out)
+        if after < before:
+            return shorter, share * change, before, after
+    divergence.move(point)
+    return None, 0.0, before, before
+
+
+def _local_model(
+    divergence: Divergence,
+    held_out: Sequence[States],
+    point: Sequence[Tensor],
+    directions: Sequence[Sequence[Tensor]],
+) -> tuple[float, Tensor, Tensor]:
+    """Return the divergence, its slope [k] and its Gauss-Newton curvature [k, k], k directions.
+
+    The slope and the curvature are those of the line through the point and the direction's end:
+    differences of logits, not derivatives. The ghosts are left at the point.
+    """
+    count = len(directions)
+    slope = torch.zeros(count, dtype=torch.float64)
+    curvature = torch.zeros(count, count, dtype=torch.float64)
+    value = 0.0
+    for states in held_out:
+        dense, mask = divergence.dense_logits(states), states.batch.attention_mask
+        moved = []
+        for direction in directions:
+            divergence.move([old + change for old, change in zip(point, direction, strict=True)])
+            moved.append(divergence.logits(states))
+        divergence.move(point)
+        base = divergence.logits(states)
+        value += compare(dense, base, mask)
+        for rows in row_slices(base, mask):
+            here = wide_rows(base, rows)
+            q = here.softmax(-1)
+            away = q - wide_rows(dense, rows).softmax(-1)
+            changes = [wide_rows(logits, rows) - here for logits in moved]
+            changes = [change - (q * change).sum(-1, keepdim=True) for change in changes]
+            for i, change in enumerate(changes):
+                slope[i] += total(away * change)
+                weighted = q * change
+                for j in range(i + 1):
+                    curvature[i, j] += total(weighted * changes[j])
+    counts = torch.tensor(
+        [value, token_count(states.batch for states in held_out)], dtype=torch.float64
+    )
+    distributed.add_up([slope, curvature, counts])
+    curvature = curvature.tril() + curvature.tril(-1).mT
+    return float(counts[0] / counts[1]), slope / counts[1], curvature / counts[1]
+
+
+def _combined(amounts: Tensor, directions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the sum of directions, each times its amount."""
+    scaled = [
+        [float(amount) * part for part in direction]
+        for amount, direction in zip(amounts, directions, strict=True)
+    ]
+    return [torch.stack(parts).sum(0) for parts in zip(*scaled, strict=True)]

@@ -1,0 +1,388 @@
+"""How far a ghosted model's predictions are from the dense model's, and what each ghost can do.
+
+The divergence is the mean over attended tokens of KL(dense || ghosted) of the next-token
+distributions. With g_t its gradient at a ghost's output for token t, the gradient by the ghost's
+operator is the sum of g_t f(x_t)^T: one forward and backward pass through the surviving layers
+above the first gap, in which no parameter needs a gradient.
+
+Source: ours; KL(p || q) of softmax logits has the gradient q - p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghosted_fast import distributed
+from ghosted_fast.checkpoint.record import is_ghosted, removal_record
+from ghosted_fast.errors import ArgumentError, NonFiniteError
+from ghosted_fast.models.boundaries import leaving_out, visit_boundaries
+from ghosted_fast.models.families import decoder_layers, num_layers
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.ghosted_layers import ghosts_of
+from ghosted_fast.ops import gram_update
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.statistics.gram import NormalEquations
+from ghosted_fast.statistics.token_weights import token_weights
+from ghosted_fast.text.batches import Batch
+from ghosted_fast.text.folds import token_count
+
+# fp32 logits held at once where two distributions are compared: 16 MiB, an outer cache.
+_SLICE_ELEMENTS = 1 << 22
+# Bytes of dense logits that are kept for text that is looked at again and again.
+_KEPT_LOGITS = 1 << 31
+_BY_INVERSE_ENERGY = GhostOptions(token_weight="inverse_energy")
+
+
+@dataclass(frozen=True)
+class States:
+    """What is kept of a dense forward pass: little, and all that a comparison needs.
+
+    Attributes:
+        batch: The tokens.
+        entry: Hidden states [batch, length, d] at the boundary where the ghosted model is resumed,
+            or None where it runs from the tokens.
+        exit: Hidden states of the dense model behind its last layer.
+        logits: The dense model's, where they are kept.
+    """
+
+    batch: Batch
+    entry: Tensor | None
+    exit: Tensor
+    logits: Tensor | None = None
+
+
+class GhostSlope:
+    """Sums over tokens, of one ghost: gradients of the divergence, their Gram and the features'.
+
+    The Gram weighs tokens by 1 / mean(y^2): behind the ghost the state is normalised, so that the
+    curvature of the divergence falls with the square of the state's size.
+
+    Args:
+        ghost: The ghost.
+
+    Attributes:
+        has_bias: Whether the ghost has a bias.
+        num_tokens: Tokens that were added.
+    """
+
+    def __init__(self, ghost: GhostLinear) -> None:
+        size, device = ghost.hidden_size, ghost.weight.device
+        self.has_bias = ghost.bias is not None
+        self.num_tokens = 0
+        self._norm_eps = ghost.norm_eps
+        self._gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._cross = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._gradient_gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._moments = torch.zeros(3, size, dtype=torch.float64, device=device)
+        self._gradient_sum = torch.zeros(size, dtype=torch.float64, device=device)
+        self._weight_sum = 0.0
+
+    def add(self, x: Tensor, y: Tensor, gradient: Tensor, counted: Tensor) -> None:
+        """Add the tokens of a batch.
+
+        Args:
+            x: States that enter the ghost [..., d].
+            y: Its outputs [..., d].
+            gradient: Gradient of the summed divergence by y [..., d].
+            counted: [...] bool; the other tokens are not looked at.
+
+        Raises:
+            NonFiniteError: A state or a gradient is NaN or infinite.
+        """
+        eps = self._norm_eps
+        weight = (token_weights(x, y, _BY_INVERSE_ENERGY, eps) * counted).flatten()
+        rows, changes = x.flatten(0, -2), gradient.flatten(0, -2)
+        try:
+            gram_update(
+                rows, token_weight=weight, norm_eps=eps, gram=self._gram, moments=self._moments
+            )
+            ones = counted.flatten().float()
+            gram_update(rows, changes, ones, norm_eps=eps, cross=self._cross)
+            gram_update(changes, token_weight=ones, gram=self._gradient_gram)
+        except RuntimeError as error:
+            raise NonFiniteError(
+                f"expected finite states and gradients at the ghost, got NaN or infinity ({error}):"
+                " check the models in this dtype, or leave that text out"
+            ) from error
+        self._gradient_sum += changes[counted.flatten()].double().sum(0)
+        self._weight_sum += float(weight.double().sum())
+        self.num_tokens += int(counted.sum())
+
+    def add_ranks(self) -> None:
+        """Add what the other ranks have summed, so that all have the sums of all tokens."""
+        counts = torch.tensor([self._weight_sum, self.num_tokens], dtype=torch.float64)
+        sums = [self._gram, self._cross, self._gradient_gram, self._moments, self._gradient_sum]
+        distributed.add_up([*sums, counts])
+        self._weight_sum, self.num_tokens = float(counts[0]), int(counts[1])
+
+    def gradient(self, tokens: int) -> list[Tensor]:
+        """Return the gradient of the mean over `tokens` by weight [d, d] (and bias [d]), fp64."""
+        found = [self._cross.mT / tokens]
+        return [*found, self._gradient_sum / tokens] if self.has_bias else found
+
+    def relative_energy(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Return the sum over tokens of mean(c^2) / mean(y^2), c the change of the output y.
+
+        Args:
+            weight: Change of the weight [d, d], fp64.
+            bias: Change of the bias [d], fp64, or None.
+        """
+        still = replace(
+            self.equations(),
+            cross=torch.zeros_like(self._cross),
+            delta_sum=torch.zeros_like(self._gradient_sum),
+        )
+        return still.error_change(weight.mT, bias) / len(weight)
+
+    def output_scaled(self, changes: Tensor, damping: float) -> Tensor:
+        """Return (S + damping)^-1 times changes of the output, S the Gram of the gradients.
+
+        Args:
+            changes: Of a weight [d, d] or of a bias [d], fp64.
+            damping: Relative to the mean of S's diagonal, > 0.
+        """
+        gram = self._gradient_gram.tril() + self._gradient_gram.tril(-1).mT
+        gram.diagonal().add_(damping * float(gram.diagonal().mean()) or 1.0)
+        columns = changes.reshape(len(changes), -1)
+        return torch.cholesky_solve(columns, torch.linalg.cholesky(gram)).reshape(changes.shape)
+
+    def equations(self) -> NormalEquations:
+        """Return the damped step's equations: (G + damping) dM^T = sum f g^T."""
+        return NormalEquations(
+            self._gram,
+            self._cross,
+            self._moments[0],
+            self._gradient_sum,
+            0.0,
+            self._weight_sum,
+            self.num_tokens,
+        )
+
+
+class Divergence:
+    """Compares a ghosted model with the dense model that it comes from.
+
+    Args:
+        ghosted: The model with ghosts.
+        dense: The dense model, of the same vocabulary and dtype.
+
+    Attributes:
+        ghosts: The ghosts, in the order of the model's modules.
+        device: Where tokens go.
+        parameters: Weight, and bias where there is one, of each ghost in turn.
+
+    Raises:
+        ArgumentError: The first model has no ghost, or an int8 one, or does not come from the
+            second.
+    """
+
+    def __init__(self, ghosted: Any, dense: Any) -> None:
+        self._ghosted, self._dense = ghosted, dense
+        self.ghosts = [m for m in ghosted.modules() if isinstance(m, GhostLinear)]
+        if not self.ghosts:
+            raise ArgumentError("expected a model with ghosts, got one without: nothing to correct")
+        if any(ghost.quantization for ghost in self.ghosts):
+            raise ArgumentError(
+                "expected floating-point ghosts, got int8: quantize them afterwards"
+            )
+        self.device = self.ghosts[0].weight.device
+        self._layers = num_layers(dense)
+        self._vocabulary = int(dense.config.vocab_size)
+        count, removed = removal_record(ghosted.config)
+        same_size = ghosted.config.vocab_size == dense.config.vocab_size
+        same_size &= ghosted.config.hidden_size == dense.config.hidden_size
+        if not same_size or (is_ghosted(ghosted.config) and count != self._layers):
+            raise ArgumentError(
+                f"expected the dense model that the ghosted one comes from ({count} layers), got "
+                f"another, of {self._layers} layers"
+            )
+        # Below the first removed layer both models are the same, and so is what they compute.
+        placed = [index for index, _, _ in ghosts_of(decoder_layers(ghosted))]
+        self._entry = min([*placed[:1], *removed[:1]]) if placed and removed else 0
+        self.parameters: list[Tensor] = []
+        for ghost in self.ghosts:
+            self.parameters += [ghost.weight] if ghost.bias is None else [ghost.weight, ghost.bias]
+
+    def states(self, batch: Batch) -> States:
+        """Run the dense model on a batch and keep what a comparison needs."""
+        found: dict[int, Tensor] = {}
+        wanted = [self._layers] if self._entry == 0 else [self._entry, self._layers]
+        visit_boundaries(self._dense, batch, wanted, found.__setitem__)
+        # Copies made out of inference mode, which autograd can take.
+        entry = found[self._entry].clone() if self._entry else None
+        return States(batch, entry, found[self._layers].clone())
+
+    def held_out(self, batches: Iterable[Batch]) -> list[States]:
+        """Return the states of text that is looked at many times, with logits as far as they fit.
+
+        Args:
+            batches: The text, which the ranks share.
+        """
+        found: list[States] = []
+        room = _KEPT_LOGITS
+        for batch in distributed.own(batches):
+            states = self.states(batch)
+            room -= states.exit.element_size() * batch.input_ids.numel() * self._vocabulary
+            found.append(replace(states, logits=self.dense_logits(states)) if room >= 0 else states)
+        return found
+
+    def dense_logits(self, states: States) -> Tensor:
+        """Return the dense model's logits [batch, length, vocabulary]."""
+        if states.logits is not None:
+            return states.logits
+        with torch.no_grad():
+            return _run(self._dense, states.batch, self._layers, states.exit)
+
+    def logits(self, states: States) -> Tensor:
+        """Return the ghosted model's logits [batch, length, vocabulary], without gradients."""
+        with torch.inference_mode():
+            return _run(self._ghosted, states.batch, self._entry, states.entry)
+
+    def value(self, held_out: Sequence[States]) -> float:
+        """Return the mean divergence per attended token, nats.
+
+        Args:
+            held_out: The states of this rank's text; the mean is that over all ranks.
+        """
+        found = sum(
+            compare(self.dense_logits(item), self.logits(item), item.batch.attention_mask)
+            for item in held_out
+        )
+        tokens = token_count(item.batch for item in held_out)
+        sums = torch.tensor([found, tokens], dtype=torch.float64)
+        distributed.add_up([sums])
+        return float(sums[0] / sums[1])
+
+    def slopes(self, batches: Iterable[Batch]) -> list[GhostSlope]:
+        """Sum the gradients at the ghosts over batches, which the ranks share.
+
+        Returns:
+            The sums of each ghost.
+
+        Raises:
+            NonFiniteError: A state or a gradient is NaN or infinite.
+        """
+        slopes = [GhostSlope(ghost) for ghost in self.ghosts]
+        for batch in distributed.own(batches):
+            states = self.states(batch)
+            with _watched(self._ghosted, self.ghosts) as seen:
+                logits = _run(self._ghosted, batch, self._entry, states.entry)
+            away = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+            dense = self.dense_logits(states)
+            compare(dense, logits.detach(), batch.attention_mask, away)
+            outputs = [seen[ghost][1] for ghost in self.ghosts]
+            gradients = torch.autograd.grad(logits, outputs, away)
+            attended = batch.attention_mask.bool()
+            for ghost, slope, gradient in zip(self.ghosts, slopes, gradients, strict=True):
+                x, y = seen[ghost]
+                mapped = attended
+                if ghost.first_state is not None:  # the first token's output is a constant
+                    mapped = attended & ~batch.is_first
+                slope.add(x, y.detach(), gradient, mapped)
+        for slope in slopes:
+            slope.add_ranks()
+        return slopes
+
+    def point(self) -> list[Tensor]:
+        """Return copies of the ghosts' parameters, fp64."""
+        return [parameter.detach().double() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def move(self, point: Sequence[Tensor]) -> None:
+        """Set the ghosts' parameters, rounded to their dtype."""
+        for parameter, value in zip(self.parameters, point, strict=True):
+            parameter.copy_(value)
+
+    def agree(self) -> None:
+        """Give all ranks the ghosts of rank 0, to the bit."""
+        if distributed.count() > 1:
+            self.move(distributed.from_first(self.point(), self.device))
+
+
+def _run(model: Any, batch: Batch, boundary: int, hidden: Tensor | None) -> Tensor:
+    """Return a model's logits, given the states at a boundary unless it is 0; autograd may look."""
+    gaps = [] if hidden is None else [(0, boundary, lambda _: hidden)]
+    with leaving_out(model, gaps):
+        output = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return output.logits
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, ghosts: Sequence[GhostLinear]
+) -> Iterator[dict[GhostLinear, tuple[Tensor, Tensor]]]:
+    """Record each ghost's input and output, and let autograd start at the outputs, nowhere else."""
+    seen: dict[GhostLinear, tuple[Tensor, Tensor]] = {}
+
+    def hook(ghost: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        seen[ghost] = (args[0].detach(), output)
+        return output
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = [ghost.register_forward_hook(hook) for ghost in ghosts]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield seen
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
+
+
+def row_slices(logits: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+    """Return the indices of the attended rows, in slices whose fp32 copy stays small.
+
+    Args:
+        logits: [batch, length, vocabulary].
+        attention_mask: [batch, length]; 0 marks padding, whose logits may be anything.
+    """
+    step = max(1, _SLICE_ELEMENTS // logits.shape[-1])
+    return attention_mask.flatten().nonzero()[:, 0].split(step)
+
+
+def wide_rows(logits: Tensor, rows: Tensor) -> Tensor:
+    """Return some rows of logits [batch, length, vocabulary] as fp32 [rows, vocabulary]."""
+    return logits.flatten(0, 1)[rows].float()
+
+
+def total(values: Tensor) -> float:
+    """Return the sum of fp32 values [rows, columns].
+
+    Along a row torch sums pairwise, which is as exact as is needed and, on a processor, eighty
+    times as fast as its sum in fp64; rows are added in fp64.
+    """
+    return float(values.sum(-1).double().sum())
+
+
+def compare(
+    dense: Tensor, ghosted: Tensor, attention_mask: Tensor, gradient: Tensor | None = None
+) -> float:
+    """Return the sum over attended tokens of KL(dense || ghosted), nats.
+
+    Args:
+        dense: Logits [batch, length, vocabulary].
+        ghosted: Likewise.
+        attention_mask: [batch, length]; 0 marks padding.
+        gradient: Zeros like the logits; if given, attended rows get the gradient of the sum by the
+            ghosted logits, softmax(ghosted) - softmax(dense).
+    """
+    found = 0.0
+    for rows in row_slices(dense, attention_mask):
+        log_p = wide_rows(dense, rows).log_softmax(-1)
+        log_q = wide_rows(ghosted, rows).log_softmax(-1)
+        p = log_p.exp()
+        found += total(p * (log_p - log_q))
+        if gradient is not None:
+            gradient.view(-1, gradient.shape[-1])[rows] = (log_q.exp() - p).to(gradient.dtype)
+    return found

@@ -1,0 +1,91 @@
+"""One table of models: size, perplexity and speed side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ghosted_fast.measure.perplexity import Perplexity, perplexity
+from ghosted_fast.measure.speed import Throughput, compare_throughput
+from ghosted_fast.models.families import num_layers
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """What is known of one model.
+
+    Attributes:
+        name: What the table calls it.
+        dtype: Dtype of its weights, without the prefix "torch.".
+        layers: Decoder layers.
+        parameters: Parameters, tied ones counted once.
+        perplexity: Its perplexity, if measured.
+        throughput: Its speed, if measured.
+    """
+
+    name: str
+    dtype: str
+    layers: int
+    parameters: int
+    perplexity: Perplexity | None = None
+    throughput: Throughput | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return asdict(self)
+
+
+def compare_models(
+    models: Mapping[str, Any],
+    evaluation: Iterable[Any] | None = None,
+    speed: Mapping[str, int] | None = None,
+    progress: bool = False,
+    seed: int = 0,
+) -> list[ModelRow]:
+    """Measure models on the same tokens and, in turn, for speed.
+
+    Args:
+        models: The models by name.
+        evaluation: Batches for the perplexity, read once for each model; `None` leaves it out.
+        speed: Arguments of `compare_throughput`, for example `{"repeats": 3}`; `None` leaves the
+            speed out.
+        progress: Show progress bars on stderr.
+        seed: Of the perplexity's bootstrap.
+
+    Returns:
+        A row for each model, in the order given.
+    """
+    batches = None if evaluation is None else list(evaluation)
+    losses = {
+        name: None if batches is None else perplexity(model, batches, seed=seed, progress=progress)
+        for name, model in models.items()
+    }
+    speeds: Mapping[str, Throughput] = {}
+    if speed is not None:
+        speeds = compare_throughput(models, **speed)
+    return [
+        ModelRow(
+            name=name,
+            dtype=str(model.dtype).removeprefix("torch."),
+            layers=num_layers(model),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            perplexity=losses[name],
+            throughput=speeds.get(name),
+        )
+        for name, model in models.items()
+    ]
+
+
+def ratio(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], speed: str) -> float | None:
+    """Return a row's speed divided by the dense model's of the same dtype.
+
+    Args:
+        row: A `ModelRow` as a dict.
+        rows: All rows; the first of the row's dtype is the dense model.
+        speed: "prefill_tokens_per_s" or "decode_tokens_per_s".
+    """
+    dense = next(other for other in rows if other["dtype"] == row["dtype"])
+    if not (row.get("throughput") and dense.get("throughput")):
+        return None
+    return float(row["throughput"][speed]) / float(dense["throughput"][speed])

@@ -1,0 +1,111 @@
+"""What a measurement was made with: processor, versions, backends."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from ghosted_fast.ops import backend_status
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+_EXTRAS = ("gguf", "accelerate", "pyarrow", "datasets", "matplotlib", "jinja2", "triton")
+_CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+    "i8mm",
+    "sve",
+)
+
+
+def machine_facts() -> dict[str, str]:
+    """Return processor, threads, system and versions as label and value, for tables and reports."""
+    facts = {
+        "processor": processor_name(),
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        facts["accelerator"] = torch.cuda.get_device_name()
+    facts["ghosted_fast"] = importlib.metadata.version("ghosted_fast")
+    facts.update((name, package_version(name)) for name in ("torch", "transformers"))
+    usable = [name for name, available, _ in backend_status() if available]
+    facts["backends"] = ", ".join(usable)
+    return facts
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes held at once since `reset_peak_memory`, or None if unknown.
+
+    On an accelerator they are its tensors, else all of the process that is in memory (Linux).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def package_versions() -> dict[str, str]:
+    """Return the version of each required and optional package, or "absent"."""
+    return {name: package_version(name) for name in (*_PACKAGES, *_EXTRAS)}
+
+
+def package_version(name: str) -> str:
+    """Return the version of an installed package, or "absent"."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def processor_name() -> str:
+    """Return what the processor calls itself."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Return those of the processor's vector and matrix extensions that matter here."""
+    flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
+    return [name for name in _CPU_FEATURES if name in flags]
+
+
+def _cpuinfo(key: str) -> str | None:
+    """Return the first value of a key in Linux's own description of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return None

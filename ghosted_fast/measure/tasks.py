@@ -1,0 +1,234 @@
+"""Accuracy on tasks of lm-evaluation-harness, for model objects; some tasks need no hub.
+
+Source: lm-evaluation-harness (PyPI `lm_eval`), which scores; the offline sets are those of
+`questions`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import functools
+import importlib.util
+import io
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ghosted_fast.assets.downloads import fetch_questions
+from ghosted_fast.assets.questions import PREFIX, SETS, write_tasks
+from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
+from ghosted_fast.text.readers import first_line
+
+LOCAL_TASKS = tuple(PREFIX + name for name in SETS)
+# Where a task has several metrics, the first of these that it has is reported.
+_METRICS = ("acc_norm", "acc", "exact_match")
+# fp32 log-probabilities that one call of the model may make: 1 GiB, for texts of 256 tokens.
+_CALL_ELEMENTS = 1 << 28
+_USUAL_LENGTH = 256
+_MOST_ROWS = 16
+# For the standard error of metrics that are no means.
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A model's score on a task.
+
+    Attributes:
+        task: Its name.
+        metric: lm-eval's name of the metric: "acc" (the answer of the highest log-likelihood is
+            right), "acc_norm" (that of the highest per character), or what the task has.
+        value: The mean over the samples.
+        stderr: Standard error of it; None where lm-eval gives none.
+        num_samples: Samples.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    num_samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return asdict(self)
+
+
+def evaluate_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str] = LOCAL_TASKS,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> list[TaskScore]:
+    """Score a model on tasks of lm-evaluation-harness, without examples in the prompt.
+
+    Args:
+        model: A transformers causal language model: dense, pruned or ghosted.
+        tokenizer: Its tokenizer.
+        tasks: Names: those of `LOCAL_TASKS`, which need no hub, or lm-eval's own. A group is one
+            score if lm-eval aggregates it, else one for each of its tasks.
+        limit: How many samples of each task, the first ones; None for all.
+        batch_size: Texts at a time; None chooses by the size of the vocabulary.
+        progress: Show lm-eval's progress bars on stderr.
+
+    Returns:
+        The scores, in the order of the tasks.
+
+    Raises:
+        MissingExtraError: Package lm_eval is absent.
+        ArgumentError: A task is unknown, there is none, or a number is below 1.
+        SourceError: A task's data cannot be read or reached.
+    """
+    names = check_tasks(tasks)
+    for name, number in (("limit", limit), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise ArgumentError(f"expected {name} >= 1, got {number}")
+    if batch_size is None:
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        batch_size = max(1, min(_MOST_ROWS, _CALL_ELEMENTS // (vocabulary * _USUAL_LENGTH)))
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    training = model.training
+    with _task_manager(names) as manager, _quiet(progress):
+        try:
+            # It sets a padding token on the tokenizer that it is given.
+            scored = HFLM(model, "causal", tokenizer=copy.copy(tokenizer), batch_size=batch_size)
+            found = simple_evaluate(
+                scored,
+                tasks=names,
+                num_fewshot=0,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+                bootstrap_iters=_RESAMPLES,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
+        finally:
+            model.train(training)
+    counts = found["n-samples"]
+    return [
+        _score(name, values, counts.get(name, {}).get("effective"))
+        for name, values in found["results"].items()
+        if _metric(values)
+    ]
+
+
+def accuracy(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str] = LOCAL_TASKS,
+    limit: int | None = None,
+    batch_size: int | None = None,
+) -> dict[str, float]:
+    """Return the score of each task, as `evaluate_tasks` gives it, without errors or counts."""
+    return {
+        score.task: score.value
+        for score in evaluate_tasks(model, tokenizer, tasks, limit, batch_size)
+    }
+
+
+def check_tasks(tasks: Sequence[str]) -> list[str]:
+    """Return the names of tasks, each once, after checking that they can be used.
+
+    Raises:
+        MissingExtraError: Package lm_eval is absent.
+        ArgumentError: There is no task, or lm-eval does not know one.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("tasks need lm_eval: pip install 'ghosted_fast[lm-eval]'")
+    names = list(dict.fromkeys(tasks))
+    if not names:
+        raise ArgumentError(f"expected tasks, got none: {', '.join(LOCAL_TASKS)}, or lm-eval's own")
+    others = [name for name in names if name not in LOCAL_TASKS]
+    if others:
+        known = _lm_eval_tasks()
+        for name in others:
+            if name not in known:
+                near = difflib.get_close_matches(name, [*LOCAL_TASKS, *sorted(known)], n=5)
+                raise ArgumentError(
+                    f"there is no task {name!r}. Without the hub there are "
+                    f"{', '.join(LOCAL_TASKS)}; lm-eval has {len(known)} more"
+                    + (f", of which {', '.join(near)} are like it" if near else "")
+                )
+    return names
+
+
+@functools.cache
+def _lm_eval_tasks() -> frozenset[str]:
+    """Return the names that lm-eval itself knows; it reads 14 thousand files for them."""
+    from lm_eval.tasks import TaskManager
+
+    return frozenset(TaskManager().all_tasks)
+
+
+@contextmanager
+def _task_manager(names: Sequence[str]) -> Iterator[Any]:
+    """Yield lm-eval's manager, which knows its own tasks if need be, and those without the hub."""
+    from lm_eval.tasks import TaskManager
+
+    class Manager(TaskManager):
+        def load(self, task_list: Any) -> Any:
+            try:
+                return super().load(task_list)
+            except (OSError, ValueError, RuntimeError, ImportError) as error:
+                raise SourceError(
+                    f"cannot read the data of {', '.join(names)}: {first_line(error)}. Without "
+                    f"the hub there are {', '.join(LOCAL_TASKS)}"
+                ) from error
+
+    local = [name for name in names if name in LOCAL_TASKS]
+    files = fetch_questions() if local else {}
+    with tempfile.TemporaryDirectory(prefix="ghosted-fast-tasks-") as temporary:
+        folder = Path(temporary)
+        sets = [name.removeprefix(PREFIX) for name in local]
+        write_tasks(folder, {name: files[name] for name in sets})
+        yield Manager(include_path=folder, include_defaults=len(local) < len(names))
+
+
+@contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    """Keep lm-eval's notes off stderr, and its progress bars too unless they are wanted."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _metric(values: dict[str, Any]) -> str | None:
+    """Return the key, such as "acc,none", of the metric to report; None where there is none."""
+    numbers = [
+        key
+        for key, value in values.items()
+        if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    ]
+    preferred = [key for name in _METRICS for key in numbers if key.partition(",")[0] == name]
+    return next(iter([*preferred, *numbers]), None)
+
+
+def _score(name: str, values: dict[str, Any], count: int | None) -> TaskScore:
+    key = _metric(values)
+    assert key is not None
+    metric, _, kind = key.partition(",")
+    error = values.get(f"{metric}_stderr,{kind}")
+    return TaskScore(
+        task=name,
+        metric=metric,
+        value=float(values[key]),
+        stderr=float(error) if isinstance(error, int | float) else None,
+        num_samples=int(count if count is not None else values.get("sample_len", 0)),
+    )

@@ -1,0 +1,174 @@
+"""Hidden states at layer boundaries: capture them in a forward pass, resume a pass from them.
+
+Boundary b is the input of layer b; boundary `num_layers` is the output of the last layer, which the
+final norm takes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.text.batches import Batch
+
+# Maps hidden states [batch, length, hidden_size] to others.
+Operator = Callable[[Tensor], Tensor]
+# Layers that are left out, (start, stop, operator): the operator maps the states that enter layer
+# `start` to those that enter `stop`; None leaves them as they are.
+LeftOut = tuple[int, int, Operator | None]
+
+
+class _LastBoundaryReached(Exception):
+    """Ends a forward pass whose remaining layers nobody looks at."""
+
+
+def visit_boundaries(
+    model: nn.Module,
+    batch: Batch,
+    boundaries: Sequence[int],
+    visit: Callable[[int, Tensor], None],
+) -> None:
+    """Run the layers on a batch and hand over the hidden states at some boundaries, in order.
+
+    The pass ends at the last of the boundaries: later layers and the head are not computed.
+
+    Args:
+        model: A causal language model or its base model.
+        batch: The tokens.
+        boundaries: Boundaries to visit, each in 0..num_layers.
+        visit: Called with the boundary and the hidden states [batch, length, hidden_size].
+    """
+    layers = decoder_layers(model)
+    wanted, last = frozenset(boundaries), max(boundaries)
+
+    def reached(boundary: int, hidden: Tensor) -> None:
+        if boundary in wanted:
+            visit(boundary, hidden)
+        if boundary == last:
+            raise _LastBoundaryReached
+
+    def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached(0, args[0] if args else kwargs["hidden_states"])
+
+    def after(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            reached(index + 1, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+    handles += [layer.register_forward_hook(after(i)) for i, layer in enumerate(layers)]
+    base = getattr(model, "base_model", model)
+    try:
+        with torch.inference_mode():
+            base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    except _LastBoundaryReached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def visit_intervals(
+    model: nn.Module,
+    batch: Batch,
+    intervals: Sequence[tuple[int, int]],
+    visit: Callable[[int, Tensor, Tensor], None],
+    gaps: Sequence[LeftOut] = (),
+) -> None:
+    """Run the layers on a batch and hand over both ends of each interval.
+
+    A hidden state is held only until the last interval that starts there is served.
+
+    Args:
+        model: A causal language model or its base model.
+        batch: The tokens.
+        intervals: Pairs of boundaries (start, stop), start < stop.
+        visit: Called with the interval's index and the states at its start and its stop.
+        gaps: Layers that are left out on the way to the starts; the stops are those of the whole
+            model all the same. Each ends below every start.
+    """
+    last_stop = {start: max(e for s, e in intervals if s == start) for start, _ in intervals}
+    states: dict[int, Tensor] = {}
+    if gaps:
+        with leaving_out(model, gaps):
+            visit_boundaries(model, batch, list(last_stop), states.__setitem__)
+
+    def reached(boundary: int, hidden: Tensor) -> None:
+        for index, (start, stop) in enumerate(intervals):
+            if stop == boundary:
+                visit(index, states[start], hidden)
+        for start in [start for start in states if last_stop[start] <= boundary]:
+            del states[start]
+        if boundary in last_stop and not gaps:
+            states[boundary] = hidden
+
+    wanted = [stop for _, stop in intervals] if gaps else [b for pair in intervals for b in pair]
+    visit_boundaries(model, batch, wanted, reached)
+
+
+class _PassThrough(nn.Module):
+    """Stands in for a layer that is not computed; answers for its attributes."""
+
+    def __init__(self, layer: nn.Module, operator: Operator | None = None) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)
+        self._operator = operator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states if self._operator is None else self._operator(hidden_states)
+
+
+def resume(
+    model: nn.Module,
+    batch: Batch,
+    boundary: int,
+    hidden: Tensor,
+    gaps: Sequence[LeftOut] = (),
+) -> Tensor:
+    """Return the logits that follow from given hidden states at a boundary.
+
+    Only the layers from the boundary on, the final norm and the head are computed.
+
+    Args:
+        model: A causal language model.
+        batch: The tokens that the hidden states belong to (for masks and positions).
+        boundary: In 1..num_layers.
+        hidden: [batch, length, hidden_size], in the model's dtype.
+        gaps: Layers above the boundary that are left out.
+
+    Returns:
+        Logits [batch, length, vocabulary], in the model's dtype.
+    """
+    with leaving_out(model, [(0, boundary, lambda _: hidden), *gaps]), torch.inference_mode():
+        output = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return output.logits
+
+
+@contextmanager
+def leaving_out(model: nn.Module, gaps: Sequence[LeftOut]) -> Iterator[None]:
+    """Run the model without some of its layers, which are put back afterwards.
+
+    Args:
+        model: A causal language model or its base model.
+        gaps: The layers that are left out.
+    """
+    layers = decoder_layers(model)
+    originals = {index: layers[index] for start, stop, _ in gaps for index in range(start, stop)}
+    try:
+        for start, stop, operator in gaps:
+            for index in range(start, stop):
+                last = index == stop - 1
+                layers[index] = _PassThrough(originals[index], operator if last else None)
+        yield
+    finally:
+        for index, module in originals.items():
+            layers[index] = module

@@ -1,0 +1,292 @@
+"""Where each model family keeps its decoder layers, its final norm and its per-layer settings.
+
+One frozen record per family. A model of a family that is not in the table is searched: a decoder
+has exactly one `nn.ModuleList` as long as `config.num_hidden_layers`, with a norm beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ghosted_fast.errors import UnknownFamilyError, UnsupportedModelError
+from ghosted_fast.models.versions import check_transformers
+
+GHOSTED_PREFIX = "ghosted_"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A configuration value under which layers cannot be removed.
+
+    Args:
+        attribute: Name of the configuration attribute.
+        required: The only value that can be served.
+        reason: Why any other value is refused, as the end of a sentence.
+    """
+
+    attribute: str
+    required: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps what surgery has to touch.
+
+    Args:
+        name: `config.model_type` of the dense model.
+        owner: Path from `model.base_model` to the module that runs the layers; "" is itself.
+        layers: Attribute of the owner that holds the `nn.ModuleList` of decoder layers.
+        final_norm: Attribute of the owner that holds the norm after the last layer.
+        per_layer_lists: Configuration attributes with one entry per layer; they are sliced.
+        layer_index_lists: Configuration attributes that list layer indices; they are remapped.
+        refusals: Configuration values under which layers cannot be removed.
+        make_explicit: Turns settings that depend on a layer's index into lists, in place.
+        mlp_output: Path in a layer of the module whose output the layer adds last; "" if unknown.
+        mlp_projections: Paths of the linear layers (or stacked weights [experts, d, in]) of which
+            one makes that output; none where a norm stands behind it.
+    """
+
+    name: str
+    owner: str = ""
+    layers: str = "layers"
+    final_norm: str = "norm"
+    per_layer_lists: tuple[str, ...] = ("layer_types", "mlp_layer_types")
+    layer_index_lists: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    make_explicit: Callable[[Any], None] | None = None
+    mlp_output: str = "mlp"
+    mlp_projections: tuple[str, ...] = ("mlp.down_proj", "mlp.experts.down_proj")
+
+
+def _with_norm_behind_mlp(name: str) -> Family:
+    return Family(name, mlp_output="post_feedforward_layernorm", mlp_projections=())
+
+
+def _list_dense_layers(config: Any) -> None:
+    """Replace Qwen3-MoE's `decoder_sparse_step` by the list of the layers it leaves dense."""
+    step = config.decoder_sparse_step
+    listed = set(config.mlp_only_layers)
+    config.mlp_only_layers = [
+        i for i in range(config.num_hidden_layers) if i in listed or (i + 1) % step
+    ]
+    config.decoder_sparse_step = 1
+
+
+_FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("llama"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("mistral"),
+        _with_norm_behind_mlp("gemma2"),
+        _with_norm_behind_mlp("gemma3_text"),
+        Family("phi3"),
+        _with_norm_behind_mlp("olmo2"),
+        Family("mixtral"),
+        Family(
+            "qwen3_moe",
+            layer_index_lists=("mlp_only_layers",),
+            make_explicit=_list_dense_layers,
+        ),
+        Family(
+            "gpt2",
+            layers="h",
+            final_norm="ln_f",
+            mlp_projections=("mlp.c_proj",),
+            refusals=(
+                Refusal(
+                    "scale_attn_by_inverse_layer_idx",
+                    False,
+                    "each layer's attention is scaled by its index, which removal would change",
+                ),
+            ),
+        ),
+        Family(
+            "opt",
+            owner="decoder",
+            final_norm="final_layer_norm",
+            mlp_output="fc2",
+            mlp_projections=("fc2",),
+            refusals=(
+                Refusal(
+                    "do_layer_norm_before",
+                    True,
+                    "its layers end with a norm, and ghosts need a pre-norm model",
+                ),
+                Refusal("_remove_final_layer_norm", False, "it has no norm after the last layer"),
+            ),
+        ),
+        Family(
+            "gpt_neox",
+            final_norm="final_layer_norm",
+            mlp_projections=("mlp.dense_4h_to_h",),
+        ),
+    )
+}
+
+
+def register_family(family: Family) -> None:
+    """Add a family to the table, or replace its record.
+
+    Args:
+        family: The record. Saved models of the family load again once it has been registered.
+    """
+    _FAMILIES[family.name] = family
+
+
+def known_families() -> tuple[str, ...]:
+    """Return the names of the families in the table."""
+    return tuple(_FAMILIES)
+
+
+def dense_model_type(config: Any) -> str:
+    """Return `config.model_type` without the prefix that ghosted models carry."""
+    return str(config.model_type).removeprefix(GHOSTED_PREFIX)
+
+
+def find_family(model: Any) -> Family:
+    """Return the record of a model's family, from the table or by looking at the model.
+
+    Args:
+        model: A transformers decoder-only model, with or without its language model head.
+
+    Returns:
+        The record. For a ghosted model it is that of the dense family.
+
+    Raises:
+        VersionError: The installed transformers is too old or too new.
+        TypeError: `model` is no transformers model.
+        UnsupportedModelError: The family is known, but not in this configuration.
+        UnknownFamilyError: The family is unknown and its layers could not be found.
+    """
+    check_transformers()
+    config = _config_of(model)
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an encoder and a decoder: expected a decoder-only model"
+        )
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {config.model_type!r}) is a multimodal model: "
+            "expected a text decoder. Load its text part by itself, as "
+            "AutoModelForCausalLM.from_pretrained(..., config=config.get_text_config()) does."
+        )
+    family = _FAMILIES.get(dense_model_type(config)) or _family_by_structure(model)
+    for refusal in family.refusals:
+        value = getattr(config, refusal.attribute, refusal.required)
+        if value != refusal.required:
+            raise UnsupportedModelError(
+                f"layers cannot be removed from this {family.name} model: expected "
+                f"config.{refusal.attribute} = {refusal.required}, got {value}, where "
+                f"{refusal.reason}"
+            )
+    return family
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """Return the module that owns and runs the decoder layers."""
+    return _owner(model, find_family(model))
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """Return the list of decoder layers."""
+    family = find_family(model)
+    layers = getattr(_owner(model, family), family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def final_norm(model: Any) -> nn.Module:
+    """Return the norm after the last decoder layer."""
+    family = find_family(model)
+    norm = getattr(_owner(model, family), family.final_norm)
+    assert isinstance(norm, nn.Module)
+    return norm
+
+
+def hidden_size(model: Any) -> int:
+    """Return the width of the hidden state between two decoder layers."""
+    return int(_config_of(model).hidden_size)
+
+
+def num_layers(model: Any) -> int:
+    """Return the number of decoder layers that the model has now."""
+    return len(decoder_layers(model))
+
+
+def _config_of(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
+        raise TypeError(
+            f"expected a transformers model (a PreTrainedModel), got {type(model).__name__}. "
+            "Unwrap a compiled, parallel or adapter model first."
+        )
+    return config
+
+
+def _owner(model: Any, family: Family) -> nn.Module:
+    base: nn.Module = model.base_model
+    return base.get_submodule(family.owner)
+
+
+def _family_by_structure(model: Any) -> Family:
+    """Find the layers of a model whose family is not in the table."""
+    config = model.config
+    base: nn.Module = model.base_model
+    count = config.num_hidden_layers
+    candidates = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(candidates) != 1:
+        raise _unknown(
+            model, f"expected one module list of {count} layers, found {candidates or 'none'}"
+        )
+    owner_path, _, layers = candidates[0].rpartition(".")
+    siblings = list(base.get_submodule(owner_path).named_children())
+    position = [name for name, _ in siblings].index(layers)
+    norms = [name for name, module in siblings[position + 1 :] if "Norm" in type(module).__name__]
+    if len(norms) != 1:
+        raise _unknown(model, f"expected one norm after {candidates[0]!r}, found {norms or 'none'}")
+    per_layer, indices = _list_attributes(config, count)
+    if indices:
+        raise _unknown(model, f"the configuration lists layer indices in {indices}")
+    return Family(
+        dense_model_type(config),
+        owner=owner_path,
+        layers=layers,
+        final_norm=norms[0],
+        per_layer_lists=tuple(per_layer),
+        mlp_output="",
+    )
+
+
+def _list_attributes(config: Any, count: int) -> tuple[list[str], list[str]]:
+    """Return the names of the lists with an entry per layer, and of those that hold indices."""
+    per_layer, indices = [], []
+    for name, value in vars(config).items():
+        if not isinstance(value, list) or not value:
+            continue
+        if len(value) == count:
+            per_layer.append(name)
+        elif "layer" in name and all(isinstance(entry, int) for entry in value):
+            indices.append(name)
+    return per_layer, indices
+
+
+def _unknown(model: Any, found: str) -> UnknownFamilyError:
+    name = dense_model_type(model.config)
+    return UnknownFamilyError(
+        f"the family {name!r} ({type(model).__name__}) is not in the table, and its layers could "
+        f"not be found by structure: {found}. Add a record: "
+        f"ghosted_fast.models.families.register_family(Family({name!r}, owner=<path of the module "
+        'with the layers, from model.base_model>, layers="layers", final_norm="norm")). '
+        f"Known families: {', '.join(_FAMILIES)}."
+    )

@@ -1,0 +1,144 @@
+"""Models from the hub, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
+from ghosted_fast.text.loading import is_hub_id
+from ghosted_fast.text.readers import (
+    first_line,
+)
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the torch dtype that a name means; `None` and "auto" mean the checkpoint's own.
+
+    Raises:
+        ArgumentError: The dtype is not one that the kernels take.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in _DTYPES.values():
+        raise ArgumentError(
+            f"expected dtype to be one of auto, {', '.join(_DTYPES)}, got {dtype!r}"
+        )
+    return found
+
+
+def load_model(
+    spec: str | Path, dtype: str | torch.dtype | None = None, gguf_file: str | None = None
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer, in evaluation mode.
+
+    Args:
+        spec: A hub id, a local folder, or the path of a GGUF file.
+        dtype: Weights' dtype, by name ("bfloat16", "bf16", ...) or as torch has it; `None` or
+            "auto" keeps the checkpoint's own.
+        gguf_file: Name of the GGUF file inside `spec`, where `spec` is a folder or a hub id.
+
+    Returns:
+        The model (`transformers.PreTrainedModel`) and the tokenizer.
+
+    Raises:
+        SourceError: There is no such file, folder or hub model, or it cannot be loaded.
+        MissingExtraError: A GGUF file was named and package gguf or accelerate is absent.
+        ArgumentError: The dtype is unknown.
+    """
+    wanted = resolve_dtype(dtype)
+    name, gguf_file = _locate_model(str(spec), gguf_file)
+    if gguf_file is not None:
+        _require_gguf()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted or "auto", **options, **_unpacked(gguf_file)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"cannot load the model {str(spec)!r}: {first_line(error)}") from error
+    return model.eval(), tokenizer
+
+
+def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """Cast a model's parameters in place, as loading it in that dtype does.
+
+    `model.to` would round the buffer of rotary frequencies as well, and the model would differ from
+    the same one loaded from a checkpoint.
+
+    Args:
+        model: The model.
+        dtype: What its parameters become.
+
+    Returns:
+        The model.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _locate_model(spec: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """Return what transformers calls the model, and its GGUF file if it is one."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise SourceError(
+                f"expected a hub id, a folder or a .gguf file, got a file of another kind: {spec!r}"
+            )
+        return str(path.parent), path.name
+    if path.is_dir():
+        if gguf_file is not None or (path / "config.json").is_file():
+            return str(path), gguf_file
+        candidates = sorted(file.name for file in path.glob("*.gguf"))
+        if len(candidates) == 1:
+            return str(path), candidates[0]
+        held = (
+            f"several GGUF files ({', '.join(candidates)}): name one"
+            if candidates
+            else ("neither config.json nor a .gguf file")
+        )
+        raise SourceError(f"the folder {spec!r} holds {held}")
+    if not is_hub_id(spec, (".gguf",)):
+        raise SourceError(
+            f"there is no folder or file {spec!r}; give an existing path, or a hub id such as "
+            "'HuggingFaceTB/SmolLM2-135M-Instruct'"
+        )
+    return spec, gguf_file
+
+
+def _unpacked(gguf_file: str | None) -> dict[str, Any]:
+    """Return the options that make plain weights of a GGUF file's blocks.
+
+    Newer versions of transformers keep the blocks packed where they have a kernel for them.
+    """
+    import transformers
+
+    if gguf_file is None or not hasattr(transformers, "GgufConfig"):
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+def _require_gguf() -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"a GGUF model needs {' and '.join(missing)}: pip install 'ghosted_fast[gguf]'"
+        )

@@ -1,0 +1,140 @@
+"""What `ghost_model` did: as data, as JSON, or as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ghosted_fast._atomic_files import write_whole
+from ghosted_fast.errors import ArgumentError, MissingExtraError
+from ghosted_fast.measure.models_table import ratio
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(
+    path: str | Path, report: Mapping[str, Any], title: str | None = None, overwrite: bool = False
+) -> Path:
+    """Write a report.
+
+    Args:
+        path: The file to write: JSON if its name ends in .json, else an HTML page. It appears
+            whole or not at all.
+        report: What `GhostReport.to_dict()` returns. Three more keys are shown where present:
+            `models` (a list of `ModelRow.to_dict()`, the dense model of each dtype first),
+            `samples` (a list of dicts with name, prompt, text), `checks` (a list of dicts with
+            label, passed and detail) and `machine` (label to value). Every key may be absent.
+        title: The page's heading; by default the model's name.
+        overwrite: Whether an existing file may be replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArgumentError: The file exists and `overwrite` is false.
+        MissingExtraError: The page needs jinja2 or matplotlib, which is absent.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ArgumentError(f"expected a new file for the report, got {str(path)!r}, which exists")
+    if path.suffix == ".json":
+        page = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    else:
+        page = render_report(report, title)
+    write_whole(path, page)
+    return path
+
+
+def render_report(report: Mapping[str, Any], title: str | None = None) -> str:
+    """Return the page's HTML; see `write_report`."""
+    page = page_template("report.html")
+    from ghosted_fast.reports.plots import selection_figure, speed_figure
+
+    rows = report.get("models") or []
+    return page.render(
+        title=title or report.get("model") or "Ghosted model",
+        report=report,
+        intervals=_intervals(report.get("removed") or []),
+        rows=[_with_ratios(row, rows) for row in rows],
+        headline=_headline(rows),
+        selection_svg=selection_figure(
+            report.get("scores") or [], report.get("removed") or [], report.get("criterion")
+        ),
+        speed_svg=speed_figure(rows),
+    )
+
+
+def page_template(name: str) -> Any:
+    """Return a page's jinja2 template, with the filters for numbers.
+
+    Raises:
+        MissingExtraError: Package jinja2 or matplotlib, for the plots, is absent.
+    """
+    try:
+        import matplotlib  # noqa: F401
+        from jinja2 import Environment, FileSystemLoader
+    except ImportError as error:
+        raise MissingExtraError(
+            f"a report needs {error.name}: pip install 'ghosted_fast[report]'"
+        ) from error
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(number=_number, short=_short, scientific=_scientific)
+    return environment.get_template(name)
+
+
+def _with_ratios(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        **row,
+        "prefill_ratio": ratio(row, rows, "prefill_tokens_per_s"),
+        "decode_ratio": ratio(row, rows, "decode_tokens_per_s"),
+    }
+
+
+def _headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return the two or three figures that a reader looks for first."""
+    figures: list[tuple[str, str]] = []
+    if len(rows) < 2:
+        return figures
+    dense = rows[0]
+    last = [row for row in rows if row["dtype"] == dense["dtype"]][-1]
+    saved = 1 - last["parameters"] / dense["parameters"]
+    figures.append((f"{saved:.0%}", "fewer parameters"))
+    if dense.get("perplexity") and last.get("perplexity"):
+        figures.append(
+            (
+                f"{dense['perplexity']['value']:.1f} → {last['perplexity']['value']:.1f}",
+                f"perplexity, {dense['name']} → {last['name']}",
+            )
+        )
+    decode = ratio(last, rows, "decode_tokens_per_s")
+    if decode is not None:
+        figures.append((f"{decode:.2f} times", f"decode speed of {dense['name']}"))
+    return figures
+
+
+def _intervals(removed: Sequence[int]) -> list[str]:
+    """Return the runs of removed layers as mathematics writes them: [14, 19)."""
+    gone = set(removed)
+    starts = [layer for layer in sorted(gone) if layer - 1 not in gone]
+    stops = [layer + 1 for layer in sorted(gone) if layer + 1 not in gone]
+    return [f"[{start}, {stop})" for start, stop in zip(starts, stops, strict=True)]
+
+
+def _number(value: Any, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _scientific(value: Any) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _short(value: Any) -> str:
+    """Return a count with a unit: 134.5 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return str(value)

@@ -1,0 +1,106 @@
+"""What every criterion is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ghosted_fast.facts import IntervalScore, SetScore
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.statistics.interval import IntervalStatistics
+
+DEFAULT_BEAM = 16
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers a criterion chose.
+
+    Attributes:
+        removed: Layers to remove, ascending.
+        scores: Every candidate that was looked at: intervals, or single layers for the criteria
+            that choose layer by layer.
+        criterion: The name of the criterion.
+        choices: The choice for each number of layers that the same work has settled, this one
+            included: all for `shortgpt` and `taylor`, all up to this one for `sleb`.
+        loss: The held-out loss of the ghosted model, where the criterion measured it, else None.
+        statistics: The winner's statistics where the criterion gathered them, else None.
+        sets: The sets that `ghost-search` raced, the best first.
+    """
+
+    removed: list[int]
+    scores: list[IntervalScore]
+    criterion: str
+    choices: dict[int, list[int]] = field(default_factory=dict)
+    loss: float | None = None
+    statistics: IntervalStatistics | None = field(default=None, repr=False, compare=False)
+    sets: list[SetScore] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked call of `select_layers`.
+
+    Attributes:
+        model: The dense model.
+        batches: Calibration tokens, see `iterate_batches`.
+        count: How many layers to remove.
+        layers: How many the model has.
+        options: How ghosts are fitted.
+        score_tokens: Held-out tokens that candidates are scored on, see `select_layers`.
+        memory_budget: Bytes that statistics may take; None for half of the free memory.
+        progress: Whether to show progress bars on stderr.
+        beam: Sets that `ghost-search` races.
+        also: Other numbers of layers, to be settled too where that takes no pass of its own.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    count: int
+    layers: int
+    options: GhostOptions
+    score_tokens: int
+    memory_budget: int | None = None
+    progress: bool = False
+    beam: int = DEFAULT_BEAM
+    also: tuple[int, ...] = ()
+
+
+def candidate_intervals(count: int, layers: int) -> list[tuple[int, int]]:
+    """Return every interval of `count` layers, the first and the last layer included."""
+    return [(start, start + count) for start in range(layers - count + 1)]
+
+
+def wanted_intervals(request: Request) -> list[tuple[int, int]]:
+    """Return every interval of every number of layers that is asked for."""
+    counts = sorted({request.count, *request.also})
+    return [pair for count in counts for pair in candidate_intervals(count, request.layers)]
+
+
+def best_interval(request: Request, scores: Sequence[IntervalScore], criterion: str) -> Selection:
+    """Return the selection of the interval with the lowest score of those of its length."""
+    choices: dict[int, list[int]] = {}
+    for count in {request.count, *request.also}:
+        rivals = [item for item in scores if item.stop - item.start == count]
+        best = min(rivals, key=lambda item: item.score)
+        choices[count] = list(range(best.start, best.stop))
+    return Selection(choices[request.count], list(scores), criterion, choices)
+
+
+def in_order(
+    order: Sequence[int], scores: Sequence[float], count: int, criterion: str
+) -> Selection:
+    """Return the selection of a criterion that removes one layer after the other.
+
+    Args:
+        order: Layers, the first to be removed first.
+        scores: The score of every layer.
+        count: How many to remove.
+        criterion: The criterion's name.
+    """
+    choices = {n: sorted(order[:n]) for n in range(1, min(len(order), len(scores) - 1) + 1)}
+    singles = [IntervalScore(layer, layer + 1, score) for layer, score in enumerate(scores)]
+    return Selection(choices[count], singles, criterion, choices)

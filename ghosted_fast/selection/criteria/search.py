@@ -1,0 +1,188 @@
+"""The set of layers, in one piece or several, whose ghosted model has the lowest loss.
+
+1. Every interval of up to n layers is scored alone, with its ghost in place; within a length the
+   clearly worse are dropped early.
+2. Where gaps lie apart, what they cost nearly adds up. So the sets of n layers with the lowest sums
+   are found exactly, by dynamic programming over the layers: as many in one piece as in two and in
+   three, since sums promise the more too much the more pieces there are.
+3. These, `beam` in all, race with all their ghosts in place, each fitted by itself.
+4. The finalists' ghosts are fitted in sequence, and the last race decides.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from ghosted_fast.facts import IntervalScore, SetScore
+from ghosted_fast.fit.candidates import dense_loss, score_gaps
+from ghosted_fast.fit.collect import collect_statistics
+from ghosted_fast.fit.ghosts import fit_candidates, fit_in_sequence
+from ghosted_fast.fit.memory_budget import default_memory_budget, passes_within
+from ghosted_fast.models.families import hidden_size
+from ghosted_fast.models.gap import Gap
+from ghosted_fast.selection.criteria.request import Request, Selection, candidate_intervals
+from ghosted_fast.text.batches import Batch, iterate_batches
+from ghosted_fast.text.folds import held_out_batches, training_batches
+
+Interval = tuple[int, int]
+
+# Ghosts that one model may get: each costs time at every token.
+MOST_GAPS = 3
+FINALISTS = 4
+# Ghosts of candidates are fitted on this many tokens for each of their inputs.
+_TOKENS_PER_INPUT = 24
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """An interval's ghost, and the loss with it.
+
+    Attributes:
+        gap: The interval with its ghost; without it where the race was lost early.
+        loss: Nats per token.
+    """
+
+    gap: Gap
+    loss: float
+
+
+def by_ghost_search(request: Request) -> Selection:
+    """Search for the set with the lowest loss on held-out tokens, the ghosts in place."""
+    return search_sets(request, [request.count])[request.count]
+
+
+def search_sets(request: Request, counts: Iterable[int]) -> dict[int, Selection]:
+    """Search for the best sets of several sizes; the intervals are scored once for all.
+
+    Args:
+        request: The model and the text; its count is not looked at.
+        counts: Numbers of layers to remove.
+
+    Returns:
+        The selection of each count.
+    """
+    counts = sorted(set(counts))
+    batches = list(iterate_batches(request.batches))
+    held_out = held_out_batches(batches, request.options, request.score_tokens)
+    size = _TOKENS_PER_INPUT * hidden_size(request.model)
+    batches = _first_tokens(batches, size * request.options.folds // (request.options.folds - 1))
+    dense = dense_loss(request.model, held_out)
+    scored = _score_intervals(request, batches, held_out, counts[-1])
+    costs = {pair: item.loss - dense for pair, item in scored.items() if item.gap.ghost is not None}
+    training = training_batches(batches, request.options)
+    scores = [IntervalScore(*pair, item.loss) for pair, item in scored.items()]
+    selections = {}
+    for count in counts:
+        each = -(-request.beam // MOST_GAPS)
+        sets = [
+            pairs
+            for pieces in range(1, MOST_GAPS + 1)
+            for pairs in lowest_sums(costs, count, request.layers, each, pieces)
+        ]
+        ranked = _race(request, held_out, [[scored[pair].gap for pair in pairs] for pairs in sets])
+        finalists = [_refit(request, training, gaps) for _, gaps in ranked[:FINALISTS]]
+        final = _race(request, held_out, finalists, keep=1)
+        removed = _layers(final[0][1])
+        found = [SetScore(_layers(gaps), loss) for loss, gaps in final]
+        found += [SetScore(_layers(gaps), loss) for loss, gaps in ranked[FINALISTS:]]
+        kept = [item for item in scores if item.stop - item.start <= count]
+        selections[count] = Selection(removed, kept, "ghost-search", {count: removed}, sets=found)
+    return selections
+
+
+def lowest_sums(
+    costs: Mapping[Interval, float], count: int, layers: int, number: int, pieces: int
+) -> list[tuple[Interval, ...]]:
+    """Return the sets of intervals that lie apart with the lowest sums of costs, the lowest first.
+
+    Args:
+        costs: The cost of each interval (start, stop) that may be used.
+        count: Layers of each set.
+        layers: Layers of the model.
+        number: How many sets to return, at most.
+        pieces: Intervals in a set.
+    """
+
+    @cache
+    def best(start: int, left: int, gaps: int) -> list[tuple[float, tuple[Interval, ...]]]:
+        """Return the lowest sums over layers from `start` on."""
+        if not left and not gaps:
+            return [(0.0, ())]
+        if gaps > left or left > layers - start or not gaps:
+            return []
+        found = list(best(start + 1, left, gaps))
+        for length in range(1, left + 1):
+            pair = (start, start + length)
+            if pair in costs:
+                # The layer behind a gap is kept, or it would be one gap with the next.
+                rest = best(min(pair[1] + 1, layers), left - length, gaps - 1)
+                found += [(costs[pair] + total, (pair, *others)) for total, others in rest]
+        return sorted(found)[:number]
+
+    return [pairs for _, pairs in best(0, count, pieces)]
+
+
+def _score_intervals(
+    request: Request, batches: Sequence[Batch], held_out: Sequence[Batch], longest: int
+) -> dict[Interval, _Scored]:
+    """Score every interval of up to `longest` layers alone, its ghost in place."""
+    model, options = request.model, request.options
+    budget = request.memory_budget or default_memory_budget(next(model.parameters()).device)
+    lengths = [candidate_intervals(n, request.layers) for n in range(1, longest + 1)]
+    intervals = [pair for pairs in lengths for pair in pairs]
+    gaps: dict[Interval, Gap] = {}
+    for group in passes_within(intervals, hidden_size(model), options, budget):
+        statistics = collect_statistics(model, batches, group, options, request.progress)
+        ghosts = fit_candidates(model, statistics, options, request.progress)
+        for pair, ghost in zip(group, ghosts, strict=True):
+            gaps[pair] = Gap(*pair, ghost)
+    scored: dict[Interval, _Scored] = {}
+    for pairs in lengths:
+        candidates = [[gaps.pop(pair)] for pair in pairs]
+        keep = max(1, request.beam // 2)
+        losses = score_gaps(model, held_out, candidates, keep, request.progress)
+        last = sorted(losses)[min(keep, len(losses)) - 1]
+        for pair, (gap,), loss in zip(pairs, candidates, losses, strict=True):
+            scored[pair] = _Scored(gap if loss <= last else replace(gap, ghost=None), loss)
+    return scored
+
+
+def _race(
+    request: Request,
+    held_out: Sequence[Batch],
+    candidates: Sequence[list[Gap]],
+    keep: int = FINALISTS,
+) -> list[tuple[float, list[Gap]]]:
+    """Return the candidates with their losses, the lowest first."""
+    losses = score_gaps(request.model, held_out, candidates, keep, request.progress)
+    order = sorted(range(len(losses)), key=losses.__getitem__)
+    return [(losses[index], candidates[index]) for index in order]
+
+
+def _refit(request: Request, training: Sequence[Batch], gaps: list[Gap]) -> list[Gap]:
+    """Return the gaps with the ghosts behind the first one fitted in sequence."""
+    intervals = [(gap.start, gap.stop) for gap in gaps[1:]]
+    parameter = next(request.model.parameters())
+    fits = fit_in_sequence(
+        request.model, training, intervals, request.options, request.progress, gaps[:1]
+    )
+    ghosts = [fitted.to_module(parameter.dtype, parameter.device) for fitted, _ in fits]
+    return [gaps[0], *(Gap(*pair, ghost) for pair, ghost in zip(intervals, ghosts, strict=True))]
+
+
+def _layers(gaps: Sequence[Gap]) -> list[int]:
+    return [layer for gap in gaps for layer in range(gap.start, gap.stop)]
+
+
+def _first_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Return the first batches that hold a number of tokens, or all."""
+    taken: list[Batch] = []
+    for batch in batches:
+        if sum(item.num_tokens for item in taken) >= tokens:
+            break
+        taken.append(batch)
+    return taken

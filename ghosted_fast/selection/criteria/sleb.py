@@ -1,0 +1,41 @@
+"""Greedy: again and again the layer without which the loss is lowest, with nothing in its place.
+
+Source: Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of
+Transformer Blocks", arXiv 2402.09025, algorithm 1 with metric 3 (equation 4): the loss of the model
+as it has become, without the candidate.
+"""
+
+from __future__ import annotations
+
+from ghosted_fast.fit.candidates import score_intervals
+from ghosted_fast.selection.criteria.request import (
+    Request,
+    Selection,
+    candidate_intervals,
+    in_order,
+)
+from ghosted_fast.surgery.cut import prune_model
+from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.folds import held_out_batches
+
+
+def by_sleb(request: Request) -> Selection:
+    """Choose layers one after the other by the loss on held-out tokens.
+
+    A layer's score is its loss when it was last a candidate: the loss after its removal, or what
+    its removal would have led to in the last turn.
+    """
+    batches = list(iterate_batches(request.batches))
+    held_out = held_out_batches(batches, request.options, request.score_tokens)
+    model = request.model
+    alive = list(range(request.layers))
+    order: list[int] = []
+    scores = [0.0] * request.layers
+    for _ in range(request.count):
+        singles = candidate_intervals(1, len(alive))
+        losses = score_intervals(model, held_out, singles, [None] * len(alive), request.progress)
+        for layer, loss in zip(alive, losses, strict=True):
+            scores[layer] = loss
+        order.append(alive.pop(min(range(len(alive)), key=losses.__getitem__)))
+        model = prune_model(request.model, order)
+    return in_order(order, scores, request.count, "sleb")

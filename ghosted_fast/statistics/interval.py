@@ -1,0 +1,212 @@
+"""The statistics of one interval: sums over all tokens, and the first tokens apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghosted_fast import distributed
+from ghosted_fast.errors import NonFiniteError
+from ghosted_fast.models.families import hidden_size
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.statistics.gram import (
+    GramAccumulator,
+    NormalEquations,
+    statistics_bytes,
+)
+from ghosted_fast.statistics.token_weights import energy_floor, token_weights
+from ghosted_fast.text.batches import Batch
+
+# First tokens kept apart to decide whether a ghost needs a state for them: enough for the decision
+# and for a fit that includes them, and small beside the statistics.
+_MAX_FIRST_TOKENS = 1024
+
+
+_DEFAULT_NORM_EPS = 1e-6
+
+
+@dataclass
+class FirstTokens:
+    """The first attended tokens of the sequences, kept apart from the sums.
+
+    Those of so many sequences are kept as they are, in fp32; the sum of y runs over all.
+    """
+
+    y_sum: Tensor
+    folds: int
+    count: int = 0
+    x: list[Tensor] = field(default_factory=list)
+    y: list[Tensor] = field(default_factory=list)
+    sequences: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor, y: Tensor, sequences: Tensor) -> None:
+        """Add rows x, y [n, d] of the sequences [n], by their numbers."""
+        self.y_sum += y.double().sum(0)
+        self.count += len(y)
+        kept = sequences < _MAX_FIRST_TOKENS
+        self.x.append(x[kept].float())
+        self.y.append(y[kept].float())
+        self.sequences.append(sequences[kept])
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the kept rows: x [n, d], y [n, d], folds [n]."""
+        return torch.cat(self.x), torch.cat(self.y), torch.cat(self.sequences) % self.folds
+
+    def placed(self, num_sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows in their places among those of all sequences, zeros in the others.
+
+        Args:
+            num_sequences: Sequences of the whole text.
+
+        Returns:
+            x [n, d], y [n, d], and 1 where there is a row [n]; all fp32.
+        """
+        places = min(num_sequences, _MAX_FIRST_TOKENS)
+        x, y = self.y_sum.new_zeros(2, places, len(self.y_sum), dtype=torch.float32)
+        present = x.new_zeros(places)
+        for rows, targets, sequences in zip(self.x, self.y, self.sequences, strict=True):
+            x[sequences], y[sequences], present[sequences] = rows, targets, 1.0
+        return x, y, present
+
+    def mean(self) -> Tensor:
+        """Return the mean y [d], fp64."""
+        return self.y_sum / max(self.count, 1)
+
+
+@dataclass
+class IntervalStatistics:
+    """All that the fit of the ghost in place of layers [start, stop) needs to know.
+
+    Attributes:
+        start: First removed layer.
+        stop: The layer that the ghost's output enters.
+        gram: Sums over the tokens; without the first of each sequence if `first` is given.
+        first: The first tokens, where they are kept apart.
+        energy_floor: For "capped" weights, the energy up to which tokens count alike; known from
+            the first sequence on, 0 if that has none.
+    """
+
+    start: int
+    stop: int
+    gram: GramAccumulator
+    first: FirstTokens | None
+    energy_floor: float | None = None
+
+    def split(self) -> tuple[NormalEquations, NormalEquations]:
+        """Return the equations of all folds but the last, and those of the last."""
+        held_out = self.gram.fold(self.gram.folds - 1)
+        return self.gram.total() - held_out, held_out
+
+    def add_ranks(self, num_sequences: int) -> None:
+        """Add what the other ranks have gathered, so that all have the sums of the whole text.
+
+        Args:
+            num_sequences: Sequences of the whole text.
+        """
+        if distributed.count() == 1:
+            return
+        if self.first is None:
+            distributed.add_up(self.gram.sums)
+            return
+        first = self.first
+        count, (x, y, present) = torch.tensor([first.count]), first.placed(num_sequences)
+        distributed.add_up([*self.gram.sums, first.y_sum, count, x, y, present])
+        kept = present.nonzero()[:, 0]
+        first.count = int(count)
+        first.x, first.y, first.sequences = [x[kept]], [y[kept]], [kept]
+
+
+def norm_eps_of(model: nn.Module, options: GhostOptions) -> float | None:
+    """Return the epsilon of the ghosts' rms: the model's own, which engines know."""
+    if options.input == "hidden":
+        return None
+    config: Any = model.config
+    return float(getattr(config, "rms_norm_eps", None) or _DEFAULT_NORM_EPS)
+
+
+def interval_bytes(size: int, options: GhostOptions) -> int:
+    """Return the bytes of one interval's statistics, at most.
+
+    Args:
+        size: The model's hidden size.
+        options: How the ghosts are fitted.
+    """
+    first = 0 if options.first_state == "off" else _MAX_FIRST_TOKENS * 2 * 4 * size + 8 * size
+    return statistics_bytes(size, options.folds) + first
+
+
+def _has_no_floor(item: IntervalStatistics, options: GhostOptions) -> bool:
+    return options.token_weight == "capped" and item.energy_floor is None
+
+
+def new_statistics(
+    model: nn.Module, interval: tuple[int, int], options: GhostOptions
+) -> IntervalStatistics:
+    """Return the statistics of no token yet, for one interval of a model."""
+    size, device = hidden_size(model), next(model.parameters()).device
+    first = None
+    if options.first_state != "off":
+        first = FirstTokens(torch.zeros(size, dtype=torch.float64, device=device), options.folds)
+    gram = GramAccumulator(size, options.folds, norm_eps_of(model, options), device)
+    return IntervalStatistics(*interval, gram, first)
+
+
+def update_statistics(
+    item: IntervalStatistics,
+    batch: Batch,
+    batch_index: int,
+    sequences: int,
+    options: GhostOptions,
+    x: Tensor,
+    y: Tensor,
+) -> None:
+    """Add a batch to an interval's statistics.
+
+    Args:
+        item: The statistics, changed in place.
+        batch: The tokens.
+        batch_index: Number of the batch, for error messages.
+        sequences: Sequences in the batches before; they decide the folds.
+        options: How the ghost will be fitted.
+        x: States that enter the gap [batch, length, d].
+        y: States that leave it [batch, length, d].
+
+    Raises:
+        NonFiniteError: An activation is NaN or infinite.
+    """
+    y = y.to(x.device)
+    if _has_no_floor(item, options):
+        item.energy_floor = energy_floor(batch, y)
+    weight = token_weights(x, y, options, item.gram.norm_eps, item.energy_floor)
+    weight = weight * batch.attention_mask
+    rows_of_text = torch.arange(len(x), device=x.device) + sequences
+    if item.first is not None:
+        is_first = batch.is_first
+        weight = weight.masked_fill(is_first, 0.0)
+        x_first, y_first = x[is_first], y[is_first]
+        _check_first(x_first, y_first, item, batch_index)
+        item.first.add(x_first, y_first, rows_of_text[is_first.nonzero()[:, 0]])
+    for row in range(min(options.folds, len(x))):
+        rows, fold = slice(row, None, options.folds), (sequences + row) % options.folds
+        try:
+            item.gram.update(x[rows], y[rows], weight[rows], fold=fold)
+        except NonFiniteError as error:
+            raise non_finite(item.start, item.stop, batch_index, str(error)) from error
+
+
+def _check_first(x: Tensor, y: Tensor, item: IntervalStatistics, batch_index: int) -> None:
+    if not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
+        detail = "the first token of a sequence is not finite"
+        raise non_finite(item.start, item.stop, batch_index, detail)
+
+
+def non_finite(start: int, stop: int, batch_index: int, detail: str) -> NonFiniteError:
+    """Return the error for activations of a gap that are NaN or infinite."""
+    return NonFiniteError(
+        f"expected finite activations at boundaries {start} and {stop}, got NaN or "
+        f"infinity in calibration batch {batch_index} ({detail}): check the model in this dtype, "
+        "or leave that text out"
+    )

@@ -1,0 +1,318 @@
+"""Cut layers out of a model, put ghosts into the gaps, and make the rest agree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from operator import index as as_index
+from typing import Any
+
+from torch import nn
+
+from ghosted_fast.checkpoint.model_card import IMPORTED, attach_report
+from ghosted_fast.checkpoint.record import is_ghosted, refresh_record, removal_record
+from ghosted_fast.checkpoint.transformers_types import make_ghosted
+from ghosted_fast.errors import ArgumentError, UnsupportedModelError
+from ghosted_fast.models.families import (
+    Family,
+    decoder_layers,
+    decoder_of,
+    find_family,
+    hidden_size,
+)
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.ghosted_layers import (
+    INPUT,
+    OUTPUT,
+    attach_ghosts,
+    check_swappable,
+    ghost_of,
+)
+
+
+def removed_intervals(removed: Iterable[int], num_layers: int) -> list[tuple[int, int]]:
+    """Return the gaps that removing layers leaves.
+
+    Args:
+        removed: Indices of the layers to remove, in any order.
+        num_layers: Number of layers of the model.
+
+    Returns:
+        The maximal runs [start, stop) of removed layers, sorted.
+
+    Raises:
+        TypeError: An index is no integer.
+        ArgumentError: No layer is removed or none is kept, or an index is out of range or given
+            twice.
+    """
+    given = list(removed)
+    if any(isinstance(layer, bool) or not hasattr(layer, "__index__") for layer in given):
+        raise TypeError(f"expected the indices of layers to remove as integers, got {given}")
+    layers = sorted(as_index(layer) for layer in given)
+    if not layers:
+        raise ArgumentError("expected at least one layer to remove, got none")
+    if layers[0] < 0 or layers[-1] >= num_layers:
+        raise ArgumentError(
+            f"expected layers in 0..{num_layers - 1} (the model has {num_layers}), got {layers}"
+        )
+    if len(set(layers)) != len(layers):
+        raise ArgumentError(f"expected each layer once, got {layers}")
+    if len(layers) == num_layers:
+        raise ArgumentError(f"expected at least one of the {num_layers} layers to be kept")
+    intervals: list[tuple[int, int]] = []
+    for layer in layers:
+        if intervals and intervals[-1][1] == layer:
+            intervals[-1] = (intervals[-1][0], layer + 1)
+        else:
+            intervals.append((layer, layer + 1))
+    return intervals
+
+
+def prune_model(model: Any, removed: Iterable[int], inplace: bool = False) -> Any:
+    """Remove layers and put nothing in their place.
+
+    Args:
+        model: A transformers decoder-only model.
+        removed: Indices of the layers to remove.
+        inplace: Whether to change `model` itself; otherwise a copy that shares its weights.
+
+    Returns:
+        The pruned model, an ordinary model of its family.
+    """
+    return remove_layers(model, removed, inplace=inplace)
+
+
+def remove_layers(
+    model: Any,
+    removed: Iterable[int],
+    ghosts: Sequence[GhostLinear | None] | None = None,
+    inplace: bool = False,
+) -> Any:
+    """Remove layers and put a ghost into each gap.
+
+    The ghost of a gap lives in the kept layer before it, as `ghost`; that of a gap at the start in
+    the first kept layer, as `input_ghost`. The layers that are kept are renumbered, and the
+    configuration follows. A model that already has ghosts keeps them, except those of the layers
+    that are removed.
+
+    Args:
+        model: A transformers decoder-only model, ghosted or not.
+        removed: Indices of the layers to remove.
+        ghosts: One ghost or None for each gap, in the order of `removed_intervals`; None for no
+            ghost at all. They become part of the model, moved and cast as its layers are.
+        inplace: Whether to change `model` itself; otherwise a copy that shares its weights.
+
+    Returns:
+        The model: `ghosted_<family>` if it has a ghost, else an ordinary model of its family.
+
+    Raises:
+        TypeError: `model` is no transformers model, or a ghost no `GhostLinear`.
+        ArgumentError: Layers or ghosts do not fit the model, or a gap starts where a ghost already
+            stands.
+        UnknownFamilyError, UnsupportedModelError: See `find_family`.
+    """
+    family = find_family(model)
+    count = len(decoder_layers(model))
+    intervals = removed_intervals(removed, count)
+    placed = _place_ghosts(model, intervals, ghosts)
+    _check_lists(model.config, family, count)
+    if placed:
+        for module in (model, decoder_of(model), *decoder_layers(model)):
+            check_swappable(module)
+    if not inplace:
+        model = share_copy(model)
+    config = _own_config(model)
+    dropped = {layer for start, stop in intervals for layer in range(start, stop)}
+    kept = [layer for layer in range(count) if layer not in dropped]
+
+    dense_count, dense_removed = removal_record(config)
+    dense_kept = [layer for layer in range(dense_count) if layer not in dense_removed]
+    layers = decoder_layers(model)
+    remaining = [layers[layer] for layer in kept]
+    decoder = decoder_of(model)
+    _cut_config(config, decoder, family, kept)
+    _replace_entries(layers, remaining)
+    if placed or is_ghosted(config):
+        make_ghosted(
+            model,
+            removed=sorted([*dense_removed, *(dense_kept[layer] for layer in dropped)]),
+            num_hidden_layers=dense_count,
+        )
+        for index, _, ghost in placed:
+            ghost.to(device=next(layers[index].parameters()).device, dtype=model.dtype)
+        attach_ghosts(decoder, layers, placed)
+        refresh_record(model)
+    _drop_gguf_marks(model)
+    return model
+
+
+def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int]) -> None:
+    """Make a ghosted model, in place, of one that somebody else took layers out of.
+
+    The layers are numbered anew, and the configuration follows if it still describes all layers.
+    The ghosts themselves are put in afterwards.
+
+    Args:
+        model: A transformers decoder-only model without some of its layers.
+        removed: Indices of these, in the dense model.
+        boundaries: Where ghosts will stand: the number of layers that the model has before each.
+
+    Raises:
+        ArgumentError: `removed` does not fit the number of layers, a boundary is at no gap, or the
+            model is ghosted already.
+        UnsupportedModelError: See `find_family` and `check_swappable`.
+    """
+    family, layers, decoder = find_family(model), decoder_layers(model), decoder_of(model)
+    given, described = list(removed), model.config.num_hidden_layers
+    count = len(layers) + len(given)
+    intervals = removed_intervals(given, count)
+    dropped = {layer for start, stop in intervals for layer in range(start, stop)}
+    kept = [layer for layer in range(count) if layer not in dropped]
+    gaps = [sum(layer < start for layer in kept) for start, _ in intervals]
+    if not set(boundaries) <= set(gaps):
+        raise ArgumentError(
+            f"expected ghosts behind as many layers as are kept before the gaps {intervals}, "
+            f"{gaps}, got ghosts behind {sorted(boundaries)} layers"
+        )
+    if is_ghosted(model.config):
+        raise ArgumentError("expected a model without a record of removed layers, got one")
+    if described not in (count, len(layers)):
+        raise ArgumentError(
+            f"expected config.num_hidden_layers to be {len(layers)}, the layers that the model "
+            f"has, or {count}, with the {len(given)} removed ones, got {described}"
+        )
+    # The lists must fit now, so that they fit when they are cut.
+    _check_lists(model.config, family, described)
+    for module in (model, decoder, *layers):
+        check_swappable(module)
+    config = _own_config(model)
+    _cut_config(config, decoder, family, kept if described == count else [*range(len(layers))])
+    _replace_entries(layers, list(layers))
+    make_ghosted(model, removed=sorted(dropped), num_hidden_layers=count)
+    name = getattr(config, "_name_or_path", "") or type(model).__name__
+    attach_report(config, {"model": name, "recovery": IMPORTED})
+
+
+def share_copy(model: Any) -> Any:
+    """Return a copy of a model's structure that shares the memory of its parameters and buffers.
+
+    Layers can be taken out of the copy, and it can be cast or moved, without touching the original.
+    A value written into a shared weight shows in both.
+
+    Args:
+        model: Any module.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        shared = parameter
+        if type(parameter) is nn.Parameter:
+            # An object of its own: casting a module replaces the data of its parameter objects.
+            shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            vars(shared).update(vars(parameter))
+        memo[id(parameter)] = shared
+    memo.update({id(buffer): buffer for buffer in model.buffers()})
+    return copy.deepcopy(model, memo)
+
+
+def _place_ghosts(
+    model: Any, intervals: list[tuple[int, int]], ghosts: Sequence[GhostLinear | None] | None
+) -> list[tuple[int, str, GhostLinear]]:
+    """Return the new layer index, side and module of each ghost, checked against the model."""
+    if ghosts is None:
+        return []
+    if len(ghosts) != len(intervals):
+        raise ArgumentError(
+            f"expected {len(intervals)} ghosts (or None), one for each of the gaps {intervals}, "
+            f"got {len(ghosts)}"
+        )
+    layers, width = decoder_layers(model), hidden_size(model)
+    placed: list[tuple[int, str, GhostLinear]] = []
+    dropped = 0
+    for (start, stop), ghost in zip(intervals, ghosts, strict=True):
+        if ghost is not None:
+            if not isinstance(ghost, GhostLinear):
+                raise TypeError(f"expected a GhostLinear or None, got {type(ghost).__name__}")
+            if ghost.hidden_size != width:
+                raise ArgumentError(
+                    f"expected ghosts of hidden_size {width}, as the model's, "
+                    f"got {ghost.hidden_size}"
+                )
+            if start > 0 and ghost_of(layers[start - 1], OUTPUT) is not None:
+                raise ArgumentError(
+                    f"the gap {start, stop} starts where a ghost already stands: fit one ghost "
+                    "for the whole gap from the dense model instead"
+                )
+            first = start == 0
+            placed.append((0 if first else start - 1 - dropped, INPUT if first else OUTPUT, ghost))
+        dropped += stop - start
+    return placed
+
+
+def _check_lists(config: Any, family: Family, count: int) -> None:
+    """Raise unless the configuration has an entry per layer wherever it has any."""
+    if getattr(config, "is_heterogeneous", False):
+        raise UnsupportedModelError(
+            "expected one configuration for all layers, got config.per_layer_config"
+        )
+    if config.num_hidden_layers != count:
+        raise UnsupportedModelError(
+            f"expected config.num_hidden_layers = {count}, the number of layers that the model "
+            f"has, got {config.num_hidden_layers}"
+        )
+    for name in family.per_layer_lists:
+        entries = getattr(config, name, None)
+        if entries is not None and len(entries) != count:
+            raise UnsupportedModelError(
+                f"expected config.{name} to have one entry for each of the {count} layers, "
+                f"got {len(entries)}"
+            )
+
+
+def _own_config(model: Any) -> Any:
+    """Give a model a configuration that it shares with no other model, and return it."""
+    memo: dict[int, Any] = {}
+    old, new = model.config, copy.deepcopy(model.config, memo)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) is type(old) and id(value) in memo:
+                vars(module)[name] = memo[id(value)]
+    return new
+
+
+def _cut_config(config: Any, decoder: Any, family: Family, kept: list[int]) -> None:
+    """Make a configuration, and what the decoder took from it, describe the kept layers only."""
+    if family.make_explicit is not None:
+        family.make_explicit(config)
+    for name in family.layer_index_lists:
+        indices = getattr(config, name, None)
+        if indices is not None:
+            setattr(config, name, [kept.index(layer) for layer in indices if layer in kept])
+    for name in family.per_layer_lists:
+        entries = getattr(config, name, None)
+        if entries is not None:
+            setattr(config, name, [entries[layer] for layer in kept])
+    config.num_hidden_layers = len(kept)
+    if hasattr(decoder, "has_sliding_layers"):
+        vars(decoder)["has_sliding_layers"] = "sliding_attention" in config.layer_types
+
+
+def _replace_entries(layers: nn.ModuleList, kept: list[nn.Module]) -> None:
+    """Leave the kept layers in the list, numbered anew."""
+    del layers[:]
+    layers.extend(kept)
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                setattr(module, "layer_idx", index)  # noqa: B010
+
+
+def _drop_gguf_marks(model: Any) -> None:
+    """Remove the marks of a GGUF file whose weights are unpacked: they forbid saving."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or getattr(quantizer, "packed_modules", None):
+        return
+    method = getattr(quantizer.quantization_config, "quant_method", None)
+    if getattr(method, "value", method) != "gguf":
+        return
+    model.hf_quantizer = None
+    quantizer.remove_quantization_config(model)

@@ -1,0 +1,1 @@
+"""Calibration and evaluation text: read, tokenised, batched, split into folds."""
