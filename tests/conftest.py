@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 
 def pytest_configure() -> None:
-    # The workers share the cores, and tiny models run slower on two threads than on one. Tests of
-    # threads set their number themselves.
     torch.set_num_threads(1)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Start on one thread: the workers share the cores, and tiny models are slower on two.
+
+    Tests of threads set their number themselves.
+    """
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_toolchain import find_nvcc
+from support.cuda_toolchain import find_nvcc
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 # Kept between runs: the objects are only compiled again where their sources changed.
 FOLDER = ROOT / "build" / "cuda_build_test"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_text import TEXT, save_tiny_model, tiny_tokenizer
+from support.tiny_text import TEXT, save_tiny_model, tiny_tokenizer
 
 from ghosted_fast import demo
 from ghosted_fast.assets.downloads import DemoAssets

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_text import TEXT, save_tiny_model
+from support.tiny_text import TEXT, save_tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tiny_text import save_tiny_model
+from support.tiny_text import save_tiny_model
 from typer.testing import CliRunner
 
 from ghosted_fast.cli import options

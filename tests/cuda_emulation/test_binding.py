@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from emulator import build_binding, unavailable
-from gram_sums import assert_close, exact_sums, make_sums, make_weights
+from support.gram_sums import assert_close, exact_sums, make_sums, make_weights
 from torch import Tensor
 
 from ghosted_fast.ops import gram_update as _gram_update  # noqa: F401  (defines the fallback)

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from emulator import NO_TOKEN, emulate, unavailable
-from gram_sums import assert_close, exact_sums, make_sums, make_weights
+from support.gram_sums import assert_close, exact_sums, make_sums, make_weights
 from torch import Tensor
 
 from ghosted_fast.testing import outlier_activations, relative_rms

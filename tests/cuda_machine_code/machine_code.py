@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuda_toolchain import find_nvcc, find_tool
+from support.cuda_toolchain import find_nvcc, find_tool
 
 ROOT = Path(__file__).parent.parent.parent
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)

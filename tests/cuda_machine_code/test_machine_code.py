@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from cuda_toolchain import missing_tools
 from machine_code import Kernel, compile_kernels
+from support.cuda_toolchain import missing_tools
 
 pytestmark = [
     pytest.mark.skipif(bool(missing_tools()), reason=missing_tools()),

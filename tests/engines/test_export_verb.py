@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from tiny_engines import byte_tokenizer, engine_model, ghosted
+from support.tiny_engines import byte_tokenizer, engine_model, ghosted
 from typer.testing import CliRunner
 
 from ghosted_fast.checkpoint.save import save_model

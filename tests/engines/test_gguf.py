@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engines import VOCABULARY_SIZE, byte_tokenizer, engine_model, ghosted
+from support.tiny_engines import VOCABULARY_SIZE, byte_tokenizer, engine_model, ghosted
 
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError, UnsupportedModelError
 from ghosted_fast.export import gguf as export_module

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_engines import (
+from support.tiny_engines import (
     VOCABULARY_SIZE,
     byte_tokenizer,
     engine_model,
@@ -20,7 +20,7 @@ from ghosted_fast._env import cache_folder
 from ghosted_fast.export.gguf import export_gguf
 
 pytest.importorskip("xllamacpp")
-from llamacpp_engine import LlamaCpp
+from support.llamacpp_engine import LlamaCpp
 
 EPS = 1e-6
 PROMPT = [1, 50, 90, 177, 30, 44]

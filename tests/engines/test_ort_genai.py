@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_engines import (
+from support.tiny_engines import (
     byte_tokenizer,
     engine_model,
     ghosted,
@@ -20,7 +20,7 @@ from ghosted_fast._env import cache_folder
 from ghosted_fast.export.ort_genai import export_ort_genai
 
 pytest.importorskip("onnxruntime_genai")
-from ort_engine import OrtGenAI
+from support.ort_engine import OrtGenAI
 
 PROMPT = [1, 50, 90, 177, 30, 44]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_engines import (
+from support.tiny_engines import (
     byte_tokenizer,
     engine_model,
     ghosted,
@@ -20,7 +20,7 @@ from ghosted_fast._env import cache_folder
 from ghosted_fast.checkpoint.save import save_model
 
 pytest.importorskip("vllm")
-from vllm_engine import Vllm
+from support.vllm_engine import Vllm
 
 PROMPT = [1, 50, 90, 177, 30, 44]
 GEMMA = {"sliding_window": 16, "tie_word_embeddings": True}

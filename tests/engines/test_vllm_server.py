@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tiny_engines import byte_tokenizer, engine_model, ghosted, greedy_tokens
+from support.tiny_engines import byte_tokenizer, engine_model, ghosted, greedy_tokens
 
 from ghosted_fast.checkpoint.save import save_model
 

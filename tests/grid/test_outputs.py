@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from html_balance import Balance
+from support.html_balance import Balance
 
 from ghosted_fast.errors import MissingExtraError
 from ghosted_fast.grid.outputs import check_outputs, markdown, page, write_outputs

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gram_sums import assert_close, exact_sums, make_sums, make_weights
+from support.gram_sums import assert_close, exact_sums, make_sums, make_weights
 from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError, BackendError

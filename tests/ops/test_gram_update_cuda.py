@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from gram_sums import assert_close, exact_sums, make_sums, make_weights
+from support.gram_sums import assert_close, exact_sums, make_sums, make_weights
 from torch import Tensor
 
 from ghosted_fast import _native

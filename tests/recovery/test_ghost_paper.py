@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from padded_text import dense_states, padded_batches
+from support.padded_text import dense_states, padded_batches
 
 from ghosted_fast.recovery.patches import fit_patches
 from ghosted_fast.testing import relative_rms, tiny_model

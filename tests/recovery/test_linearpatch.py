@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from padded_text import dense_states, padded_batches
+from support.padded_text import dense_states, padded_batches
 from torch import Tensor
 
 from ghosted_fast.recovery.hadamard import hadamard

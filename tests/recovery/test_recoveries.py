@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from padded_text import padded_batches
+from support.padded_text import padded_batches
 
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
 from ghosted_fast.models.families import decoder_layers

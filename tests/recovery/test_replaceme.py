@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from padded_text import dense_states, padded_batches
+from support.padded_text import dense_states, padded_batches
 from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hooks_of_others import HOOKS, NAMES, SIZE, closure, logits, operator, published
+from support.hooks_of_others import HOOKS, NAMES, SIZE, closure, logits, operator, published
 from torch import Tensor, nn
 
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_reference import (
+from support.dense_reference import (
     INTERVALS,
     KEPT,
     NUM_LAYERS,

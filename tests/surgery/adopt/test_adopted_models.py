@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hooks_of_others import SIZE, closure, logits, operator, published
+from support.hooks_of_others import SIZE, closure, logits, operator, published
 from torch import nn
 from transformers import AutoModelForCausalLM
 

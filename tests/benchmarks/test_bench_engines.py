@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,17 +9,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from support.benchmark_module import load_benchmark
 
 from ghosted_fast.measure.speed import Throughput
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "bench_engines.py"
-    spec = importlib.util.spec_from_file_location("bench_engines", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_benchmark("bench_engines", monkeypatch)
     monkeypatch.setattr(module, "make_models", lambda folder: folder.mkdir(parents=True))
     monkeypatch.setattr(module, "version_of", lambda engine, folder: "1.0")
     return module

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_reference import ghost_formula, random_ghost
+from support.dense_reference import ghost_formula, random_ghost
 from torch import Tensor, nn
 
 from ghosted_fast import _native

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_text import tiny_tokenizer
+from support.tiny_text import tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 from ghosted_fast.errors import ArgumentError

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from dense_reference import random_ghost
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.dense_reference import random_ghost
 from transformers import AutoModelForCausalLM
 
 from ghosted_fast.checkpoint.alignment import align_weights

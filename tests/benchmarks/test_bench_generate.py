@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from tiny_text import TEXT, save_tiny_model
+from support.benchmark_module import load_benchmark
+from support.tiny_text import TEXT, save_tiny_model
 
 from ghosted_fast.assets.downloads import DemoAssets
 from ghosted_fast.models.ghost_linear import GhostLinear
@@ -20,12 +20,7 @@ from ghosted_fast.text import loading
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "bench_generate.py"
-    monkeypatch.syspath_prepend(path.parent)
-    spec = importlib.util.spec_from_file_location("bench_generate", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_benchmark("bench_generate", monkeypatch)
     monkeypatch.setattr(module, "REMOVED", (2, 3))
     return module
 

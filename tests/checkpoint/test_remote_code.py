@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_reference import NUM_LAYERS, REMOVED, random_ghosts
+from support.dense_reference import NUM_LAYERS, REMOVED, random_ghosts
 from transformers import AutoModelForCausalLM
 
 from ghosted_fast.checkpoint.remote_code import MODULE, remote_code

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_reference import INTERVALS, NUM_LAYERS, REMOVED, expected_tokens, random_ghosts
+from support.dense_reference import INTERVALS, NUM_LAYERS, REMOVED, expected_tokens, random_ghosts
 from torch import Tensor
 
 from ghosted_fast.surgery.cut import prune_model, remove_layers

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from dense_reference import NUM_LAYERS, REMOVED, random_ghost, random_ghosts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.dense_reference import NUM_LAYERS, REMOVED, random_ghost, random_ghosts
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from ghosted_fast.checkpoint.save import save_model

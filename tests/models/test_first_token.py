@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_reference import (
+from support.dense_reference import (
     INTERVALS,
     NUM_LAYERS,
     REMOVED,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from html_balance import Balance
+from support.html_balance import Balance
 
 from ghosted_fast.errors import ArgumentError, MissingExtraError
 from ghosted_fast.measure.models_table import ModelRow, compare_models, ratio

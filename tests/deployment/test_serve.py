@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dense_reference import NUM_LAYERS, REMOVED, random_ghosts
-from tiny_text import tiny_tokenizer
+from support.dense_reference import NUM_LAYERS, REMOVED, random_ghosts
+from support.tiny_text import tiny_tokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from ghosted_fast.checkpoint.save import save_model

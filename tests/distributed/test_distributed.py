@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rank_programs
 import torch
 from safetensors.torch import load_file
-from tiny_text import TEXT, save_tiny_model
+from support import rank_programs
+from support.tiny_text import TEXT, save_tiny_model
 
 from ghosted_fast.cli.app import app
 from ghosted_fast.errors import CalibrationError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_reference import NUM_LAYERS, REMOVED, random_ghosts
+from support.dense_reference import NUM_LAYERS, REMOVED, random_ghosts
 from torch import nn
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, pipeline
 
@@ -37,7 +37,7 @@ def generated(model: Any, **options: Any) -> torch.Tensor:
 
 
 def test_text_generation_pipeline(tmp_path: Path) -> None:
-    from tiny_text import TEXT, tiny_tokenizer
+    from support.tiny_text import TEXT, tiny_tokenizer
 
     model, tokenizer = ghosted(), tiny_tokenizer()
     folder = save_model(model, tmp_path / "model", tokenizer)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_text import TEXT, save_tiny_model, tiny_tokenizer
+from support.tiny_text import TEXT, save_tiny_model, tiny_tokenizer
 
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
 from ghosted_fast.models.loading import cast_parameters, load_model

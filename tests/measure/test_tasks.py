@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_text import TEXT, save_tiny_model, tiny_tokenizer
+from support.tiny_text import TEXT, save_tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from ghosted_fast.cli import options

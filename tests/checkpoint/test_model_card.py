@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dense_reference import NUM_LAYERS, REMOVED, random_ghosts
 from huggingface_hub import ModelCard
+from support.dense_reference import NUM_LAYERS, REMOVED, random_ghosts
 from transformers import AutoModelForCausalLM
 from transformers.utils import hub
 
