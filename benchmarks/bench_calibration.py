@@ -25,20 +25,23 @@ import torch
 from rich.console import Console
 
 from ghosted_fast.assets.downloads import fetch_demo_assets
+from ghosted_fast.fit.candidates import score_intervals
 from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.fit.ghosts import fit_ghost, fit_on_training_folds
 from ghosted_fast.measure.perplexity import perplexity
 from ghosted_fast.measure.system import machine_facts
 from ghosted_fast.models.boundaries import visit_boundaries
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.families import hidden_size, num_layers
 from ghosted_fast.models.loading import cast_parameters, load_model
 from ghosted_fast.options import GhostOptions
-from ghosted_fast.selection.select import candidate_intervals, held_out_batches, score_intervals
-from ghosted_fast.statistics.interval import interval_bytes, norm_eps_of
+from ghosted_fast.selection.criteria.request import candidate_intervals
+from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.statistics.token_weights import token_weights
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import relative_rms
 from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.folds import held_out_batches
 from ghosted_fast.text.loading import load_texts, token_batches
 
 RESULTS = Path(__file__).parent / "results" / "bench_calibration.jsonl"
@@ -73,7 +76,7 @@ def gate(model: Any, batch: torch.Tensor) -> float:
     collected = collect_statistics(model, [batch], [INTERVAL], OPTIONS)[0].gram.total()
     states = model(batch, output_hidden_states=True).hidden_states
     x, y = states[start], states[stop]
-    eps = norm_eps_of(model, OPTIONS)
+    eps = Decoder.of(model).norm_eps
     weight = token_weights(x, y, OPTIONS, eps).double()[..., None]
     x64 = x.double()
     features = x64 if eps is None else x64 / (x64.square().mean(-1, keepdim=True) + eps).sqrt()

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
-from ghosted_fast._atomic_files import write_whole
+from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.assets.downloads import fetch_demo_assets
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.export.gguf import export_gguf
 from ghosted_fast.measure.speed import Throughput, throughput_of
 from ghosted_fast.measure.system import machine_facts
 from ghosted_fast.models.loading import cast_parameters, load_model
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.text.loading import load_texts, token_batches
@@ -68,8 +69,8 @@ def make_models(folder: Path) -> None:
         tokenizer, load_texts(fetch_demo_assets().calibration), CALIBRATION_TOKENS
     )
     # The form that every engine has a place for.
-    form: dict[str, Any] = {"input": "normed", "first_state": "off", "corrections": 0}
-    ghosted, _ = ghost_model(dense, batches, removed=REMOVED, **form)
+    options, run = GhostOptions(first_state="off"), RunOptions(corrections=0)
+    ghosted, _ = ghost_model(dense, batches, removed=REMOVED, options=options, run=run)
     models = {"dense": dense, "pruned": prune_model(dense, REMOVED), "ghosted": ghosted}
     for name, model in models.items():
         for kind in ENGINES["llama.cpp"]:
@@ -89,7 +90,7 @@ def measure(engine: str, kind: str, folder: Path, given: argparse.Namespace) -> 
     """
     python = _python(engine)
     if engine in ("transformers", "vllm"):
-        command = [python, "-m", "ghosted_fast.cli", "bench", "--engine", engine, "--json"]
+        command = [python, "-m", "ghosted_fast", "bench", "--engine", engine, "--json"]
         for name in NAMES:
             command += ["--model", folder / f"{name}-{kind}"]
         command += ["--prompt-length", given.prompt_length, "--new-tokens", given.new_tokens]
@@ -106,7 +107,7 @@ def measure(engine: str, kind: str, folder: Path, given: argparse.Namespace) -> 
         for name, path in zip(NAMES, paths, strict=True):
             if not path.exists():
                 source = folder / f"{name}-fp32"
-                _run([python, "-m", "ghosted_fast.cli", "export", source, "--to", engine,
+                _run([python, "-m", "ghosted_fast", "export", source, "--to", engine,
                       "--precision", kind, "--output", path], folder, given.threads)  # fmt: skip
     vocabulary = json.loads((folder / "dense-fp32" / "config.json").read_text())["vocab_size"]
     command = [python, Path(__file__).parent / "_engines.py", engine, "--paths", *paths]
@@ -175,8 +176,8 @@ def write(output: Path, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     """Write `engines.json` and `engines.md`, each whole or not at all."""
     order = [(engine, kind) for engine, kinds in ENGINES.items() for kind in kinds]
     kept = [rows[key] for key in order if key in rows]
-    write_whole(output / "engines.json", json.dumps(kept, indent=2) + "\n")
-    write_whole(output / "engines.md", markdown(kept))
+    write_atomically(output / "engines.json", json.dumps(kept, indent=2) + "\n")
+    write_atomically(output / "engines.md", markdown(kept))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -30,6 +30,7 @@ from ghosted_fast.measure.system import machine_facts
 from ghosted_fast.models.families import decoder_layers, final_norm
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.loading import cast_parameters, load_model, resolve_dtype
+from ghosted_fast.options import RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import relative_rms
@@ -187,7 +188,7 @@ def main() -> None:
     roof = measure_roof()
     for dtype in options.dtype:
         dense = cast_parameters(copy.deepcopy(source), resolve_dtype(dtype) or torch.float32)
-        ghosted, _ = ghost_model(dense, batches, removed=REMOVED, corrections=0)
+        ghosted, _ = ghost_model(dense, batches, removed=REMOVED, run=RunOptions(corrections=0))
         errors = gate(dense, ghosted, batches[0][:2, :GATE_TOKENS], dtype)
         models = {"dense": dense, "pruned": prune_model(dense, REMOVED), "ghosted": ghosted}
         rows = compare_models(models, speed=speed)

@@ -17,6 +17,7 @@ from _harness import main
 from torch import Tensor
 
 from ghosted_fast.ops import gram_update
+from ghosted_fast.ops.operands import GramOperands
 from ghosted_fast.ops.reference import gram_update_reference
 from ghosted_fast.testing import relative_rms
 
@@ -84,7 +85,8 @@ def _case(hidden_size: int, num_tokens: int, dtype: torch.dtype, wanted: str, fo
             tensor.zero_()
         update(0)
         gram, cross = exact.get("gram"), exact.get("cross")
-        gram_update_reference(x, outputs, None, norm_eps, normed, gram, cross, None)
+        operands = GramOperands(x, outputs, None, norm_eps, normed, gram, cross)
+        gram_update_reference(operands)
         return max(relative_rms(sums[name], exact[name]) for name in sums) / BOUND
 
     def rival(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor], _: int) -> None:

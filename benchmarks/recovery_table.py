@@ -20,16 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ghosted_fast._atomic_files import write_whole
+from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.assets.downloads import fetch_demo_assets, fetch_gemma3, fetch_stories
-from ghosted_fast.grid import Grid, compare_grid, corrected, refined
+from ghosted_fast.facts import layers_as_text
+from ghosted_fast.grid import Grid, GridPlan, corrected, refined, run_grid
 from ghosted_fast.grid.state import GridState
 from ghosted_fast.grid.summary import summaries
-from ghosted_fast.grid.table import BEST_PUBLISHED, layers_as_text, marked
-from ghosted_fast.improve.correction import Corrections
+from ghosted_fast.grid.table import BEST_PUBLISHED, marked
 from ghosted_fast.improve.refinement import DEFAULT_STEPS
 from ghosted_fast.measure.perplexity import perplexity
 from ghosted_fast.models.loading import load_model
+from ghosted_fast.options import Corrections, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.surgery.cut import prune_model
@@ -97,15 +98,19 @@ def _grids(
     study: Study, model: Any, calibration: list[Batch], texts: Texts, output: Path
 ) -> Callable[..., Grid]:
     """Return what runs a part of the model's grid, or finds it done: all parts in one folder."""
-    return partial(
-        compare_grid,
-        model,
-        calibration,
-        texts,
-        output=output / study.folder,
-        name=study.name,
-        progress=True,
-    )
+
+    def run_part(counts: Sequence[int], **plan: Any) -> Grid:
+        return run_grid(
+            model,
+            calibration,
+            texts,
+            counts,
+            output / study.folder,
+            plan=GridPlan(name=study.name, **plan),
+            run=RunOptions(progress=True),
+        )
+
+    return run_part
 
 
 def _more(
@@ -131,8 +136,8 @@ def _more(
         recovery: str = "ghost",
         corrections: Corrections = 0,
     ) -> Any:
-        settings: dict[str, Any] = {"recovery": recovery, "corrections": corrections}
-        return ghost_model(model, batches, removed=removed, **settings)[0]
+        run = RunOptions(corrections=corrections if recovery == "ghost" else 0)
+        return ghost_model(model, batches, removed=removed, recovery=recovery, run=run)[0]
 
     found: dict[str, Any] = {"massive": {}, "calibration": {}}
     for start, stop in study.massive_gaps:
@@ -143,11 +148,11 @@ def _more(
             rows[recovery] = judged(recovery, start, stop, fit=fit)
         fit = partial(ghosted, calibration, removed, "ghost", "auto")
         rows[OURS.name] = judged(OURS.name, start, stop, fit=fit)
-        found["massive"][f"[{start}, {stop})"] = rows
+        found["massive"][layers_as_text(range(start, stop))] = rows
     (chosen,) = [
         item["removed"]
         for item in grid.selections
-        if (item["criterion"], item["num_layers"]) == ("ghost", study.robust)
+        if (item["criterion"], item["remove"]) == ("ghost", study.robust)
     ]
     for tokens in (FEW_TOKENS, CALIBRATION_TOKENS, MANY_TOKENS):
         fit = partial(ghosted, _batches(tokenizer, web, tokens), chosen)
@@ -186,7 +191,7 @@ def _grids_summary(named: Sequence[tuple[Study, Grid]]) -> str:
             rows = {
                 (row["criterion"], row["recovery"]): row
                 for row in grid.rows
-                if row["num_layers"] == count
+                if row["remove"] == count
             }
             shown = [
                 rows[pair]
@@ -236,7 +241,7 @@ def _lead(grids: Sequence[Grid]) -> str:
                 for item in summaries(grid)
                 if (item.criterion, item.recovery) == ("ghost", recovery)
             ]
-            cells = len(grid.texts) * len({row["num_layers"] for row in grid.rows})
+            cells = len(grid.texts) * len({row["remove"] for row in grid.rows})
             for value, logs in ((own.to_best_published, best), (own.to_paper, paper)):
                 logs += [math.log(value) if value else math.nan] * cells
         means = [f"{math.exp(sum(logs) / len(logs)):.2f}" for logs in (best, paper)]
@@ -252,7 +257,7 @@ def _refined_summary(grid: Grid) -> str:
             values = [f"{1 + row['excess'][text]:.3f}x" for text in grid.texts]
             seconds = f"{row['seconds']['recover']:.0f}"
             lines.append(
-                [str(row["num_layers"]), row["recovery"], str(row["corrections"]), *values, seconds]
+                [str(row["remove"]), row["recovery"], str(row["corrections"]), *values, seconds]
             )
     return _table(["removed", "recovery", "corrections", *grid.texts, "seconds"], lines)
 
@@ -317,7 +322,7 @@ def main() -> None:
         sections.append("\n".join(parts))
     lead = ["## Excess perplexity of ours, geometric mean\n", _lead([grid for _, grid in grids])]
     summary = "\n".join([_grids_summary(grids), *lead, *sections])
-    write_whole(output / "summary.md", summary)
+    write_atomically(output / "summary.md", summary)
     print(summary)  # noqa: T201
     pages = [str(output / study.folder / "index.html") for study, _ in grids]
     print(f"Pages: {', '.join(pages)}")  # noqa: T201

@@ -11,11 +11,10 @@
 #include "cuda/operators.h"
 #endif
 
-// The schemas are defined in ghosted_fast/ops/_schemas.py.
+// The schemas are defined in ghosted_fast/ops, in the file of each operator.
 STABLE_TORCH_LIBRARY_IMPL(ghosted_fast, CPU, m) {
   m.impl("gram_update", TORCH_BOX(&ghosted_fast::gram_update_cpu));
   m.impl("ghost_apply", TORCH_BOX(&ghosted_fast::ghost_apply_cpu));
-  m.impl("ghost_apply_rms_norm", TORCH_BOX(&ghosted_fast::ghost_apply_rms_norm_cpu));
   m.impl("ghost_solve", TORCH_BOX(&ghosted_fast::ghost_solve_cpu));
 }
 

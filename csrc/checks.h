@@ -1,5 +1,5 @@
-// What the operators demand of their arguments, in the wording of ghosted_fast/ops/_checks.py:
-// what was expected, what came.
+// What the operators demand of their arguments, in short: ghosted_fast/ops/operands.py says it in
+// full to those who call the library, who see these words only where they call torch.ops directly.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,7 +13,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "arguments.h"
 
 namespace ghosted_fast {
 

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 from ghosted_fast.checkpoint._import_hook import install_hook
 
 if TYPE_CHECKING:
+    from ghosted_fast.assets.downloads import fetch_demo_assets as fetch_demo_assets
     from ghosted_fast.checkpoint.save import save_model as save_model
     from ghosted_fast.grid import Grid as Grid
+    from ghosted_fast.grid import GridPlan as GridPlan
     from ghosted_fast.grid import Variant as Variant
-    from ghosted_fast.grid import compare_grid as compare_grid
+    from ghosted_fast.grid import run_grid as run_grid
     from ghosted_fast.improve.correction import correct_ghosts as correct_ghosts
+    from ghosted_fast.improve.refinement import RefinementOptions as RefinementOptions
     from ghosted_fast.improve.refinement import refine_ghosts as refine_ghosts
     from ghosted_fast.measure.perplexity import Perplexity as Perplexity
     from ghosted_fast.measure.perplexity import perplexity as perplexity
@@ -32,11 +35,15 @@ if TYPE_CHECKING:
     from ghosted_fast.measure.tasks import accuracy as accuracy
     from ghosted_fast.measure.tasks import evaluate_tasks as evaluate_tasks
     from ghosted_fast.models.ghost_linear import GhostLinear as GhostLinear
+    from ghosted_fast.models.loading import load_model as load_model
     from ghosted_fast.ops import ghost_apply as ghost_apply
-    from ghosted_fast.ops import ghost_apply_rms_norm as ghost_apply_rms_norm
+    from ghosted_fast.options import GhostOptions as GhostOptions
+    from ghosted_fast.options import PerplexityBound as PerplexityBound
+    from ghosted_fast.options import RunOptions as RunOptions
+    from ghosted_fast.options import SpeedBound as SpeedBound
     from ghosted_fast.pipeline import ghost_model as ghost_model
     from ghosted_fast.reports.ghost_report import GhostReport as GhostReport
-    from ghosted_fast.selection.select import Selection as Selection
+    from ghosted_fast.selection.criteria.request import Selection as Selection
     from ghosted_fast.selection.select import select_layers as select_layers
     from ghosted_fast.statistics.gram import GramAccumulator as GramAccumulator
     from ghosted_fast.statistics.solve import GhostSolution as GhostSolution
@@ -45,42 +52,58 @@ if TYPE_CHECKING:
     from ghosted_fast.surgery.adopt.from_operators import import_ghosts as import_ghosts
     from ghosted_fast.surgery.adopt.swap import swap_ghosts as swap_ghosts
     from ghosted_fast.surgery.cut import prune_model as prune_model
+    from ghosted_fast.text.calibration_text import CalibrationText as CalibrationText
+    from ghosted_fast.text.loading import load_texts as load_texts
+    from ghosted_fast.text.loading import token_batches as token_batches
 
 _HOMES = {
+    "CalibrationText": "text.calibration_text",
     "GhostLinear": "models.ghost_linear",
+    "GhostOptions": "options",
     "GhostReport": "reports.ghost_report",
     "GhostSolution": "statistics.solve",
     "GramAccumulator": "statistics.gram",
     "Grid": "grid",
+    "GridPlan": "grid",
     "ImportReport": "surgery.adopt.from_operators",
     "Perplexity": "measure.perplexity",
-    "Selection": "selection.select",
+    "PerplexityBound": "options",
+    "RefinementOptions": "improve.refinement",
+    "RunOptions": "options",
+    "Selection": "selection.criteria.request",
+    "SpeedBound": "options",
     "TaskScore": "measure.tasks",
     "Throughput": "measure.speed",
     "Variant": "grid",
     "accuracy": "measure.tasks",
-    "compare_grid": "grid",
     "correct_ghosts": "improve.correction",
     "evaluate_tasks": "measure.tasks",
+    "fetch_demo_assets": "assets.downloads",
     "ghost_apply": "ops",
-    "ghost_apply_rms_norm": "ops",
     "ghost_model": "pipeline",
     "import_ghosts": "surgery.adopt.from_operators",
+    "load_model": "models.loading",
+    "load_texts": "text.loading",
     "perplexity": "measure.perplexity",
     "prune_model": "surgery.cut",
     "refine_ghosts": "improve.refinement",
+    "run_grid": "grid",
     "save_model": "checkpoint.save",
     "select_layers": "selection.select",
     "solve_ghost": "statistics.solve",
     "swap_ghosts": "surgery.adopt.swap",
     "throughput": "measure.speed",
+    "token_batches": "text.loading",
 }
-__all__ = ["__version__", *_HOMES]
+_RENAMED = {"compare_grid": "run_grid"}
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - they are names
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version(__name__)
+    if name in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no {name!r}: it is {_RENAMED[name]!r} now")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes its place, or an existing one's, once the block has ended well.
 
     Args:
@@ -29,12 +29,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         Path(temporary).unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all; see `whole_file`.
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all; see `atomic_file`.
 
     Args:
         path: The file.
         text: What it shall hold, written as UTF-8.
     """
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text.encode())

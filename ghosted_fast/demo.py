@@ -22,6 +22,7 @@ from ghosted_fast.errors import ArgumentError, CheckpointError
 from ghosted_fast.measure.models_table import ModelRow, compare_models
 from ghosted_fast.measure.system import machine_facts
 from ghosted_fast.models.loading import cast_parameters, load_model, resolve_dtype
+from ghosted_fast.options import RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.reports.ghost_report import GhostReport
 from ghosted_fast.reports.page import write_report
@@ -90,14 +91,29 @@ class DemoResult:
         }
 
 
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo does.
+
+    Attributes:
+        remove: How many layers to remove.
+        dtypes: Dtypes to measure in. The layers are chosen in the first; the last is saved.
+        tokens: Calibration tokens.
+        evaluation_rows: Rows of 512 tokens to measure perplexity on.
+        quick: Use an eighth of the tokens and measure speed once: to try whether it all works.
+    """
+
+    remove: int = 5
+    dtypes: Sequence[str] = ("bfloat16",)
+    tokens: int = 49152
+    evaluation_rows: int = 10
+    quick: bool = False
+
+
 def run_demo(
     assets: DemoAssets,
     output: Path,
-    num_layers: int = 5,
-    dtypes: Sequence[str] = ("bfloat16",),
-    tokens: int = 49152,
-    evaluation_rows: int = 10,
-    quick: bool = False,
+    options: DemoOptions | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> DemoResult:
@@ -107,11 +123,7 @@ def run_demo(
         assets: The model and the texts.
         output: Folder for the checkpoint (`model`) and the page (`report.html`). An older one is
             replaced if the demo made it.
-        num_layers: How many layers to remove.
-        dtypes: Dtypes to measure in. The layers are chosen in the first; the last is saved.
-        tokens: Calibration tokens.
-        evaluation_rows: Rows of 512 tokens to measure perplexity on.
-        quick: Use an eighth of the tokens and measure speed once: to try whether it all works.
+        options: What is done.
         overwrite: Replace `output` even if the demo did not make it.
         progress: Show progress bars on stderr.
 
@@ -122,9 +134,11 @@ def run_demo(
         ArgumentError: There is no dtype, or `output` is there and was not made by the demo.
         CheckpointError: The saved model could not be loaded in a new process.
     """
-    if not dtypes:
+    options = options or DemoOptions()
+    if not options.dtypes:
         raise ArgumentError("expected at least one dtype, got none")
     _claim(output, overwrite)
+    tokens, evaluation_rows, quick = options.tokens, options.evaluation_rows, options.quick
     if quick:
         tokens, evaluation_rows = max(tokens // 8, 16 * _SEQUENCE_LENGTH), 2
     # Loaded once, in fp32, since unpacking the file takes longer than a cast.
@@ -141,17 +155,20 @@ def run_demo(
         "new_tokens": 16 if quick else 32,
         "repeats": 1 if quick else 3,
     }
+    run = RunOptions(progress=progress)
     rows: list[ModelRow] = []
     chosen: GhostReport | None = None
-    for dtype in dtypes:
+    for dtype in options.dtypes:
         _LOGGER.info("measuring in %s", dtype)
         dense = cast_parameters(copy.deepcopy(source), resolve_dtype(dtype) or torch.float32)
         if chosen is None:
-            ghosted, report = ghost_model(dense, batches, num_layers, progress=progress)
+            ghosted, report = ghost_model(dense, batches, options.remove, run=run)
             chosen = report
         else:
-            ghosted, report = ghost_model(dense, batches, removed=chosen.removed, progress=progress)
-        least_squares, _ = ghost_model(dense, batches, removed=chosen.removed, corrections=0)
+            ghosted, report = ghost_model(dense, batches, removed=chosen.removed, run=run)
+        least_squares, _ = ghost_model(
+            dense, batches, removed=chosen.removed, run=RunOptions(corrections=0)
+        )
         models = {
             "dense": dense,
             "pruned": prune_model(dense, chosen.removed),

@@ -7,9 +7,9 @@ each pass, and gets the sums of all. What follows from the sums is computed by o
 the others, so all hold the same bits, whatever their processors do.
 
 Before ranks exchange anything they tell each other whether all is well. A rank that has failed
-does so out of turn (`together`), so that the others stop at their next exchange with an error that
-names it. A process that ended without a word, or that does not answer within the time-out of the
-group, ends the others with `RanksLostError`.
+does so out of turn (`failing_together`), so that the others stop at their next exchange with an
+error that names it. A process that ended without a word, or that does not answer within the
+time-out of the group, ends the others with `RanksLostError`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ghosted_fast.errors import ArgumentError, RankError, RanksLostError
-from ghosted_fast.text.batches import iterate_batches
-from ghosted_fast.text.fingerprints import model_digest, text_digest
+from ghosted_fast.text.calibration_text import CalibrationText
+from ghosted_fast.text.fingerprints import model_digest
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -53,13 +53,13 @@ def is_first() -> bool:
     return index() == 0
 
 
-def saves() -> bool:
+def is_writer() -> bool:
     """Return whether transformers saves models in this process: in a group, on rank 0 only."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def ignoring_group() -> Iterator[None]:
     """Work in this process only, whatever process group there is."""
     token = _ALONE.set(True)
     try:
@@ -69,7 +69,7 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def failing_together() -> Iterator[None]:
     """Leave a block on all ranks alike: an error on one is an error on all. Also a decorator.
 
     Inside another such block it does nothing.
@@ -100,15 +100,15 @@ def is_own(place: int) -> bool:
     return place % count() == index()
 
 
-def own(items: Iterable[T]) -> Iterator[T]:
+def my_share(items: Iterable[T]) -> Iterator[T]:
     """Return every n-th item, for n ranks: those that this rank works on."""
     return islice(items, index(), None, count())
 
 
-def whole_text(batches: Iterable[Any]) -> Iterable[Any]:
-    """Return a text after checking that all ranks were given the same.
+def same_text_everywhere(batches: Iterable[Any]) -> CalibrationText:
+    """Return a text after checking, once, that all ranks were given the same.
 
-    It is held in memory as token ids if there are other ranks, and returned as it is if not.
+    It is held in memory as token ids if there are other ranks.
 
     Args:
         batches: See `iterate_batches`.
@@ -116,18 +116,19 @@ def whole_text(batches: Iterable[Any]) -> Iterable[Any]:
     Raises:
         ArgumentError: They were not.
     """
-    if count() == 1:
-        return batches
-    held = list(iterate_batches(batches))
-    digests = gather(text_digest(held))
+    text = CalibrationText.of(batches)
+    if count() == 1 or text.is_same_everywhere:
+        return text
+    digests = gather(text.digest)
     for rank, other in enumerate(digests):
         if other != digests[0]:
             raise ArgumentError(
                 f"expected the same batches on every rank, got others on rank {rank} than on rank "
                 "0: give each the whole text, of which it takes its part by itself, or work in one "
-                "process with ghosted_fast.distributed.alone()"
+                "process with ghosted_fast.distributed.ignoring_group()"
             )
-    return held
+    text.is_same_everywhere = True
+    return text
 
 
 def check_same(arguments: Mapping[str, Any], model: nn.Module | None = None) -> None:
@@ -168,7 +169,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     """
     if count() == 1:
         return
-    place = _place(tensors[0].device)
+    place = _served_device(tensors[0].device)
     flat = torch.cat([item.detach().to(place, torch.float64).flatten() for item in tensors])
     _all_well()
     with _answering():
@@ -177,7 +178,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
         item.copy_(total.view_as(item))
 
 
-def spread(
+def one_item_per_rank(
     items: Sequence[T], work: Callable[[T], R], device: torch.device | str | None = None
 ) -> list[R]:
     """Do something with each item on one rank only, and return all results on all.
@@ -193,21 +194,21 @@ def spread(
     for start in range(0, len(items), count()):
         group = items[start : start + count()]
         done = work(group[index()]) if index() < len(group) else None
-        results += [_from(rank, done, device) for rank in range(len(group))]
+        results += [_broadcast_from(rank, done, device) for rank in range(len(group))]
     return results
 
 
 def on_first(work: Callable[[], R], device: torch.device | str | None = None) -> R:
-    """Do something on rank 0 only, and return the result on all; see `spread`."""
-    return spread([None], lambda _: work(), device)[0]
+    """Do something on rank 0 only, and return the result on all; see `one_item_per_rank`."""
+    return one_item_per_rank([None], lambda _: work(), device)[0]
 
 
 def from_first(value: T, device: torch.device | str | None = None) -> T:
-    """Return the value of rank 0 on all ranks; see `spread` for the device."""
+    """Return the value of rank 0 on all ranks; see `one_item_per_rank` for the device."""
     return on_first(lambda: value, device)
 
 
-def _from(rank: int, value: Any, device: torch.device | str | None) -> Any:
+def _broadcast_from(rank: int, value: Any, device: torch.device | str | None) -> Any:
     """Return a value of one rank, on all; tensors keep their bits."""
     sent: list[bytes | None] = [None]
     if rank == index():
@@ -230,7 +231,7 @@ def _all_well(error: Exception | None = None) -> None:
         RankError: Others have failed, and this rank has not.
     """
     told: list[str | None] = [None] * count()
-    failed = torch.tensor([float(error is not None)], device=_place(torch.device("cpu")))
+    failed = torch.tensor([float(error is not None)], device=_served_device(torch.device("cpu")))
     with _answering():
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if not failed.item():
@@ -254,7 +255,7 @@ def _answering() -> Iterator[None]:
         ) from error
 
 
-def _place(device: torch.device) -> torch.device:
+def _served_device(device: torch.device) -> torch.device:
     """Return a device, or one that the group serves if it does not serve that."""
     served = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
     if device.type in served:

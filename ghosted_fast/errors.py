@@ -6,6 +6,10 @@ code that catches those keeps working. Wrong argument types raise `TypeError`, a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 
 class GhostedFastError(Exception):
     """The base of every error below; catch it to catch them all."""
@@ -65,3 +69,46 @@ class RankError(GhostedFastError, RuntimeError):
 
 class RanksLostError(RankError):
     """Another process of the group has ended without a word, or does not answer in time."""
+
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def renamed(**names: str) -> Callable[[T], T]:
+    """Refuse old names of keyword arguments, and say what they are called now.
+
+    Decorates a function or a class.
+
+    Args:
+        names: What has taken the place of each old name.
+    """
+
+    def decorate(target: T) -> T:
+        function: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in names.keys() & kwargs.keys():
+                raise TypeError(f"{target.__name__}() has no {name!r}: it is {names[name]} now")
+            return function(*args, **kwargs)
+
+        if not isinstance(target, type):
+            return cast(T, checked)
+        target.__init__ = checked  # type: ignore[misc]
+        return target
+
+    return decorate
+
+
+def check_at_least(least: float, **values: float) -> None:
+    """Raise ArgumentError for the first value, by its name, that is below a bound."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ArgumentError(f"expected {name} >= {least}, got {value}")
+
+
+def check_above(bound: float, **values: float) -> None:
+    """Raise ArgumentError for the first value, by its name, that is not above a bound."""
+    for name, value in values.items():
+        if not value > bound:
+            raise ArgumentError(f"expected {name} > {bound}, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,11 +50,11 @@ class Trial:
     """One number of layers that was tried.
 
     Attributes:
-        num_layers: Layers removed.
+        remove: Layers removed.
         value: What the budget bounds, for that number.
     """
 
-    num_layers: int
+    remove: int
     value: float
 
 
@@ -65,14 +66,14 @@ class Budget:
         kind: What is bounded: the perplexity on held-out calibration tokens relative to the dense
             model's, less 1; or the decode tokens per second relative to the dense model's.
         asked: The bound.
-        num_layers: Layers to remove.
+        remove: Layers to remove.
         reached: What that number gives; of a speed, what the finished model was measured to give.
         tried: Every number of layers that was looked at, ascending.
     """
 
     kind: Literal["max_perplexity_increase", "min_decode_speedup"]
     asked: float
-    num_layers: int
+    remove: int
     reached: float
     tried: list[Trial]
 
@@ -105,3 +106,12 @@ class SetScore:
 
     removed: list[int]
     score: float
+
+
+def layers_as_text(layers: Iterable[int]) -> str:
+    """Return layers as runs with both ends: 12-15, 17."""
+    gone = set(layers)
+    starts = [layer for layer in sorted(gone) if layer - 1 not in gone]
+    stops = [layer for layer in sorted(gone) if layer + 1 not in gone]
+    runs = zip(starts, stops, strict=True)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

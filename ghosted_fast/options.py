@@ -1,27 +1,33 @@
-"""How ghosts are fitted: the options that every door takes."""
+"""What a run is asked for: how many layers go, how ghosts are fitted, how much work it may take."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from ghosted_fast.errors import ArgumentError
+from ghosted_fast.errors import ArgumentError, check_at_least, renamed
 
-Input = Literal["normed", "hidden"]
-
-
+Features = Literal["normed", "raw"]
 TokenWeight = Literal["inverse_energy", "capped", "uniform"]
-
-
 FirstState = Literal["auto", "on", "off"]
+Damping = float | Literal["auto"]
+Corrections = int | Literal["auto"]
+
+DEFAULT_SCORE_TOKENS = 2048
+DEFAULT_BEAM = 16
 
 
+@renamed(input='features ("normed", or "raw" for what was "hidden")')
 @dataclass(frozen=True)
 class GhostOptions:
     """How ghosts are fitted.
 
     Attributes:
-        input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
+        features: What the matrix is applied to: "normed" for y = x + M (x / rms(x)), "raw" for
+            y = x + M x.
         token_weight: "inverse_energy" for about 1 / mean(y^2) per token, "uniform" for 1, "capped"
             for about 1 / max(mean(y^2), 4 times the energy of a usual token).
         first_state: Whether the first attended token of a sequence gets a constant state: "on",
@@ -29,18 +35,25 @@ class GhostOptions:
         bias: Whether to fit an additive bias.
         damping: Absolute damping, or "auto" for the one that held-out folds prefer.
         folds: Folds of the statistics; sequence i belongs to fold i modulo this.
+        sequential: Whether, with several gaps, each ghost is fitted on the states that the ghosts
+            below it give, by one pass for each gap; see `fit_in_sequence`. Otherwise all are fitted
+            on the dense model's states.
+
+    Raises:
+        ArgumentError: A field has no such value.
     """
 
-    input: Input = "normed"
+    features: Features = "normed"
     token_weight: TokenWeight = "capped"
     first_state: FirstState = "auto"
     bias: bool = False
-    damping: float | Literal["auto"] = "auto"
+    damping: Damping = "auto"
     folds: int = 4
+    sequential: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("input", get_args(Input)),
+            ("features", get_args(Features)),
             ("token_weight", get_args(TokenWeight)),
             ("first_state", get_args(FirstState)),
         ):
@@ -49,5 +62,149 @@ class GhostOptions:
                     f"expected {name} to be one of {', '.join(choices)}, "
                     f"got {getattr(self, name)!r}"
                 )
-        if self.folds < 2:
-            raise ArgumentError(f"expected folds >= 2, got {self.folds}")
+        check_at_least(2, folds=self.folds)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How much work a run does, where it works, and what it shows.
+
+    Attributes:
+        score_tokens: Held-out tokens that candidates are scored on, see `select_layers`.
+        beam: Sets of layers that race in the criterion "ghost-search".
+        corrections: How many steps fitted ghosts take towards the dense model's predictions, an int
+            or "auto"; see `correct_ghosts`.
+        refine: Steps of training on the ghosts alone, after the corrections; see `refine_ghosts`.
+        refine_state: File that the refinement is kept in, so that it can go on after it was killed.
+        memory_budget: Bytes that statistics may take; several passes are made where they would take
+            more. None for half of the free memory.
+        inplace: Whether to cut the given model. Default: a new one that shares its weights.
+        progress: Whether to show progress bars on stderr.
+
+    Raises:
+        ArgumentError: A field has no such value.
+    """
+
+    score_tokens: int = DEFAULT_SCORE_TOKENS
+    beam: int = DEFAULT_BEAM
+    corrections: Corrections = "auto"
+    refine: int = 0
+    refine_state: str | Path | None = None
+    memory_budget: int | None = None
+    inplace: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_corrections(self.corrections)
+        check_at_least(1, beam=self.beam, score_tokens=self.score_tokens)
+        check_at_least(0, refine=self.refine)
+
+
+def check_corrections(corrections: Any) -> None:
+    """Raise unless a number of corrections is an int >= 0 or "auto".
+
+    Raises:
+        ArgumentError: It is not.
+    """
+    is_count = isinstance(corrections, int) and not isinstance(corrections, bool)
+    if corrections != "auto" and not (is_count and corrections >= 0):
+        raise ArgumentError(
+            f'expected corrections to be an int >= 0 or "auto", got {corrections!r}'
+        )
+
+
+@dataclass(frozen=True)
+class Count:
+    """Remove so many layers; a criterion chooses which.
+
+    Attributes:
+        layers: How many, in 1..layers of the model - 1.
+    """
+
+    layers: int
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Remove these layers.
+
+    Attributes:
+        removed: Their indices, ascending.
+    """
+
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PerplexityBound:
+    """Remove as many layers as can go within a bound on quality.
+
+    Attributes:
+        max_increase: The perplexity on held-out calibration tokens, before any corrections, stays
+            within this share above the dense model's: 0.1 for 10%.
+
+    Raises:
+        ArgumentError: It is not above 0.
+    """
+
+    max_increase: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.max_increase) and self.max_increase > 0):
+            raise ArgumentError(
+                f"expected max_increase above 0, such as 0.1 for 10%, got {self.max_increase}"
+            )
+
+
+@dataclass(frozen=True)
+class SpeedBound:
+    """Remove as few layers as a bound on speed needs.
+
+    Attributes:
+        min_speedup: Decoding is at least this many times as fast as the dense model's, measured
+            here: 1.3.
+
+    Raises:
+        ArgumentError: It is not above 1.
+    """
+
+    min_speedup: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.min_speedup) and self.min_speedup > 1):
+            raise ArgumentError(
+                f"expected min_speedup above 1, such as 1.3, got {self.min_speedup}"
+            )
+
+
+Bound = PerplexityBound | SpeedBound
+HowMany = Count | Layers | Bound
+
+
+def how_many(remove: int | Bound | None, removed: Sequence[int] | None) -> HowMany:
+    """Return what two arguments, of which one must be given, ask for.
+
+    Args:
+        remove: How many layers to remove, or a bound that their number follows from.
+        removed: Which layers to remove.
+
+    Raises:
+        ArgumentError: Both are given, or neither.
+        TypeError: `remove` is neither a number nor a bound.
+    """
+    if (remove is None) == (removed is None):
+        got = "neither" if remove is None else "both"
+        raise ArgumentError(
+            "expected either remove (how many layers to remove, or a bound) or removed (which "
+            f"layers), got {got}"
+        )
+    if removed is not None:
+        return Layers(tuple(removed))
+    if isinstance(remove, Bound):
+        return remove
+    if isinstance(remove, bool) or not isinstance(remove, int):
+        raise TypeError(
+            "expected remove to be an int, a PerplexityBound or a SpeedBound, got "
+            f"{type(remove).__name__}; which layers to remove is `removed`"
+        )
+    return Count(remove)

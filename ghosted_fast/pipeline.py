@@ -1,75 +1,63 @@
-"""The one way through: choose layers, gather statistics, solve, cut, and report."""
+"""The one way through: choose layers, fit what takes their place, cut, improve, and report."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
-
-from torch import nn
+from typing import Any
 
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.model_card import attach_report
-from ghosted_fast.errors import ArgumentError
-from ghosted_fast.facts import Budget
-from ghosted_fast.fit.collect import collect_statistics
-from ghosted_fast.fit.ghosts import FittedGhost, fit_ghosts, fit_in_sequence
-from ghosted_fast.improve.correction import Corrections, check_corrections, correct_ghosts
+from ghosted_fast.errors import ArgumentError, renamed
+from ghosted_fast.improve.correction import correct_ghosts
 from ghosted_fast.improve.refinement import refine_ghosts
-from ghosted_fast.models.families import find_family, hidden_size
-from ghosted_fast.models.families import num_layers as layer_count
-from ghosted_fast.options import FirstState, GhostOptions, Input, TokenWeight
-from ghosted_fast.recovery import check_recovery
-from ghosted_fast.recovery.patches import fit_patches, put_patches
-from ghosted_fast.reports.ghost_report import GhostFacts, GhostReport
-from ghosted_fast.selection.how_many import decode_speedup, fewest_layers_for, most_layers_within
-from ghosted_fast.selection.select import (
-    DEFAULT_BEAM,
-    DEFAULT_SCORE_TOKENS,
-    Selection,
-    candidate_intervals,
-    check_layer_count,
-    default_memory_budget,
-    passes_within,
-    select_layers,
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.options import (
+    Bound,
+    Count,
+    GhostOptions,
+    HowMany,
+    Layers,
+    RunOptions,
+    SpeedBound,
+    how_many,
 )
+from ghosted_fast.recovery import RECOVERIES, Patch, check_recovery
+from ghosted_fast.recovery.patches import fit_gaps, put_patches
+from ghosted_fast.reports.ghost_report import GhostFacts, GhostReport
+from ghosted_fast.selection.criteria import CRITERIA, check_criterion
+from ghosted_fast.selection.how_many import choose_layers, remeasured
+from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.statistics.interval import interval_bytes
-from ghosted_fast.statistics.solve import GhostSolution
+from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals, share_copy
-from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.calibration_text import CalibrationText
 
-_LOGGER = logging.getLogger(__name__)
+_OPTIONS, _RUN = "a field of options=GhostOptions(...)", "a field of run=RunOptions(...)"
 
 
-@distributed.together()
+@renamed(
+    num_layers="remove",
+    max_perplexity_increase="remove=PerplexityBound(...)",
+    min_decode_speedup="remove=SpeedBound(...)",
+    input="features, a field of options=GhostOptions(...)",
+    **dict.fromkeys(("token_weight", "first_state", "bias", "damping", "sequential"), _OPTIONS),
+    **dict.fromkeys(("corrections", "refine", "refine_state", "score_tokens"), _RUN),
+    **dict.fromkeys(("memory_budget", "beam", "inplace", "progress"), _RUN),
+)
+@distributed.failing_together()
 def ghost_model(
-    model: nn.Module,
+    model: Any,
     batches: Iterable[Any],
-    num_layers: int | None = None,
+    remove: int | Bound | None = None,
     *,
     removed: Sequence[int] | None = None,
-    max_perplexity_increase: float | None = None,
-    min_decode_speedup: float | None = None,
     criterion: str = "ghost",
     recovery: str = "ghost",
-    input: Input = "normed",
-    token_weight: TokenWeight = "capped",
-    first_state: FirstState = "auto",
-    bias: bool = False,
-    damping: float | Literal["auto"] = "auto",
-    sequential: bool = True,
-    corrections: Corrections = "auto",
-    refine: int = 0,
-    refine_state: str | Path | None = None,
-    score_tokens: int = DEFAULT_SCORE_TOKENS,
-    memory_budget: int | None = None,
-    beam: int = DEFAULT_BEAM,
-    inplace: bool = False,
-    progress: bool = False,
+    options: GhostOptions | None = None,
+    run: RunOptions | None = None,
 ) -> tuple[Any, GhostReport]:
     """Remove layers from a model and put a ghost in the place of each removed run.
 
@@ -81,36 +69,19 @@ def ghost_model(
         batches: Calibration tokens: dicts of `input_ids` [batch, length] and `attention_mask`, or
             token tensors. Read once where `removed` is given, nothing is corrected or refined and
             there are no other ranks, else held in memory as token ids.
-        num_layers: How many layers to remove; the criterion chooses them. Give this, `removed` or
-            one of the two bounds.
+        remove: How many layers to remove; the criterion chooses them. Or a bound that their number
+            follows from: `PerplexityBound(0.1)` for as many as 10% more perplexity allows,
+            `SpeedBound(1.3)` for as few as make decoding 1.3 times as fast; bounds are for the
+            recovery "ghost". Give this or `removed`.
         removed: The layers to remove.
-        max_perplexity_increase: Remove as many layers as can go while the perplexity on held-out
-            calibration tokens stays within this share above the dense model's (0.1 for 10%),
-            before any corrections, which lower it further. For the recovery "ghost", as the next.
-        min_decode_speedup: Remove as few layers as make decoding this many times as fast as the
-            dense model's, measured here.
         criterion: "ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor" or "angular";
             see `select_layers`.
         recovery: What takes the place of each removed run: "ghost" or a published rival: "none",
             "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"; see
-            `ghosted_fast.recovery`. The options of ghosts below do not concern the rivals.
-        input: "normed" for y = x + M (x / rms(x)), "hidden" for y = x + M x.
-        token_weight: "inverse_energy", "capped" or "uniform"; see `token_weights`.
-        first_state: "auto", "on" or "off": a constant state for the first attended token.
-        bias: Whether ghosts have an additive bias.
-        damping: Absolute damping, or "auto".
-        sequential: Whether, with several gaps, each ghost is fitted on the states that the ghosts
-            below it give, by one pass for each gap; see `fit_in_sequence`. Otherwise all are fitted
-            on the dense model's states.
-        corrections: How many steps the ghosts take towards the dense model's predictions, an int or
-            "auto"; see `correct_ghosts`.
-        refine: Steps of training on the ghosts alone, after the corrections; see `refine_ghosts`.
-        refine_state: File that the refinement is kept in, so that it can go on after it was killed.
-        score_tokens: As in `select_layers`.
-        memory_budget: Bytes for statistics, see `select_layers`.
-        beam: Sets that race in the criterion "ghost-search".
-        inplace: Whether to cut the given model. Default: a new one that shares its weights.
-        progress: Whether to show progress bars on stderr.
+            `ghosted_fast.recovery`. The options of ghosts do not concern the rivals.
+        options: How ghosts are fitted.
+        run: How much work is done: corrections, refinement, tokens to score on, memory; whether the
+            given model is cut in place; whether to show progress.
 
     Returns:
         The smaller model, in the dtype and on the device of the given one, and a report.
@@ -125,112 +96,67 @@ def ghost_model(
 
     Source: Yun et al., arXiv 2605.15491; selection, weights, normed input and first state are ours.
     """
-    options = GhostOptions(input, token_weight, first_state, bias, damping)
-    check_recovery(recovery)
-    check_corrections(corrections)
-    if recovery != "ghost" and (refine or corrections not in ("auto", 0)):
-        raise ArgumentError(
-            f"expected no corrections and no refinement with recovery {recovery!r}: use "
-            "refine_ghosts(smaller, model, batches) on what it gives"
-        )
-    asked = {
-        "num_layers": num_layers,
-        "removed": removed,
-        "max_perplexity_increase": max_perplexity_increase,
-        "min_decode_speedup": min_decode_speedup,
-    }
-    names = [name for name, value in asked.items() if value is not None]
-    if len(names) != 1:
-        raise ArgumentError(
-            f"expected exactly one of {', '.join(asked)}, got {' and '.join(names) or 'none'}"
-        )
-    if recovery != "ghost" and names[0] in ("max_perplexity_increase", "min_decode_speedup"):
-        raise ArgumentError(
-            f"expected num_layers or removed with recovery {recovery!r}: {names[0]} is found with "
-            "ghosts in place"
-        )
-    distributed.check_same(
-        {
-            **asked,
-            "removed": None if removed is None else list(removed),
-            "criterion": criterion,
-            "recovery": recovery,
-            "options": options,
-            "sequential": sequential,
-            "corrections": corrections,
-            "refine": refine,
-            "score_tokens": score_tokens,
-            "memory_budget": memory_budget,
-            "beam": beam,
-        },
-        model,
-    )
-    batches = distributed.whole_text(batches)
-    improved = recovery == "ghost" and bool(corrections or refine)
-    if removed is None or improved or recovery != "ghost":
-        batches = list(iterate_batches(batches))
-    dense = share_copy(model) if inplace and min_decode_speedup is not None else model
+    options, run = options or GhostOptions(), run or RunOptions()
+    wanted = how_many(remove, removed)
+    _check(wanted, criterion, recovery, run)
+    method = RECOVERIES[recovery]
+    decoder = Decoder.of(model)
+    which = None if removed is None else list(removed)
+    asked = {"remove": remove, "removed": which, "criterion": criterion, "recovery": recovery}
+    here = replace(run, progress=False, inplace=False, refine_state=None)
+    distributed.check_same({**asked, "options": options, "run": here}, model)
+    text = distributed.same_text_everywhere(batches)
+    improved = method.improvable and bool(run.corrections or run.refine)
+    if improved or not method.improvable or not isinstance(wanted, Layers):
+        text.hold()
+    dense = share_copy(model) if run.inplace and isinstance(wanted, SpeedBound) else model
     seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "refine"), 0.0)
-    selection, budget = Selection(sorted(removed or ()), [], criterion), None
-    if removed is None:
-        with _timed(seconds, "select"):
-            selection, budget = _choose(
-                model,
-                batches,
-                asked,
-                criterion,
-                options=options,
-                score_tokens=score_tokens,
-                memory_budget=memory_budget,
-                beam=beam,
-                progress=progress,
-            )
-    intervals = removed_intervals(selection.removed, layer_count(model))
+    with _timed(seconds, "select"):
+        selection, budget = choose_layers(decoder, text, wanted, criterion, options, run)
+    gaps = removed_intervals(selection.removed, decoder.num_layers)
     report = GhostReport(
-        model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
-        family=find_family(model).name,
-        num_layers=layer_count(model),
+        model=decoder.name,
+        family=decoder.family.name,
+        num_layers=decoder.num_layers,
         removed=selection.removed,
-        criterion=criterion if removed is None else None,
+        criterion=None if isinstance(wanted, Layers) else criterion,
         recovery=recovery,
         scores=selection.scores,
         seconds=seconds,
     )
-    if recovery == "ghost":
-        fits = _fit(
-            model, batches, intervals, options, selection, sequential, memory_budget, seconds,
-            progress,
-        )  # fmt: skip
-        parameter = next(model.parameters())
-        ghosts = [fitted.to_module(parameter.dtype, parameter.device) for fitted, _ in fits]
-        facts = [
-            _facts(interval, options, fitted.has_first_state, solution)
-            for interval, (fitted, solution) in zip(intervals, fits, strict=True)
-        ]
-        report = replace(report, ghosts=facts, num_tokens=max(item.num_tokens for item in facts))
-        if improved:
-            trial = remove_layers(model, selection.removed, ghosts)
-            with _timed(seconds, "correct"):
-                corrected = correct_ghosts(trial, model, batches, corrections, progress=progress)
-            report = replace(report, corrections=corrected)
-            if refine:
-                refined = refine_ghosts(
-                    trial, model, batches, refine, state=refine_state, progress=progress
-                )
-                seconds["refine"] = refined.seconds
-                report = replace(report, refinement=refined)
-        smaller = remove_layers(model, selection.removed, ghosts, inplace=inplace)
-    else:
-        jobs = [(recovery, interval) for interval in intervals]
-        with _timed(seconds, "calibrate"):
-            patches = fit_patches(model, batches, jobs, options, memory_budget, progress)
-        report = replace(report, num_tokens=sum(batch.num_tokens for batch in batches))
-        smaller = put_patches(model, selection.removed, [patches[job] for job in jobs], inplace)
-    if budget is not None and min_decode_speedup is not None:
-        budget = _measured(budget, dense, smaller)
+    with _timed(seconds, "calibrate"):
+        patches = fit_gaps(
+            decoder, text, recovery, gaps, options=options, run=run, known=selection.statistics
+        )
+    seconds["solve"] = sum(patch.solve_seconds for patch in patches)
+    seconds["calibrate"] -= seconds["solve"]
+    report = replace(report, **_fitted(gaps, patches, options, text))
+    if improved:
+        report = _improve(decoder, text, report, patches, run)
+    smaller = put_patches(model, selection.removed, patches, run.inplace)
+    if budget is not None and isinstance(wanted, SpeedBound):
+        budget = remeasured(budget, dense, smaller)
     report = distributed.from_first(replace(report, budget=budget))
     attach_report(smaller.config, report.to_dict())
     return smaller, report
+
+
+def _check(wanted: HowMany, criterion: str, recovery: str, run: RunOptions) -> None:
+    """Raise unless the arguments of `ghost_model` go together."""
+    check_criterion(criterion)
+    check_recovery(recovery)
+    if RECOVERIES[recovery].improvable:
+        return
+    if run.refine or run.corrections not in ("auto", 0):
+        raise ArgumentError(
+            f"expected no corrections and no refinement with recovery {recovery!r}: use "
+            "refine_ghosts(smaller, model, batches) on what it gives"
+        )
+    if isinstance(wanted, Bound):
+        raise ArgumentError(
+            f"expected a number of layers or removed with recovery {recovery!r}, got {wanted}: "
+            "its number is found with ghosts in place"
+        )
 
 
 @contextmanager
@@ -243,88 +169,63 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] += time.perf_counter() - began
 
 
-def _choose(
-    model: Any, batches: Iterable[Any], asked: dict[str, Any], criterion: str, **settings: Any
-) -> tuple[Selection, Budget | None]:
-    """Choose the layers, and their number where a bound was asked for."""
-    if asked["max_perplexity_increase"] is not None:
-        return most_layers_within(
-            model, batches, asked["max_perplexity_increase"], criterion, **settings
-        )
-    count, budget = asked["num_layers"], None
-    if asked["min_decode_speedup"] is not None:
-        budget = fewest_layers_for(model, asked["min_decode_speedup"])
-        count = budget.num_layers
-    return select_layers(model, batches, count, criterion, **settings), budget
-
-
-def _fit(
-    model: Any,
-    batches: Iterable[Any],
-    intervals: Sequence[tuple[int, int]],
+def _fitted(
+    gaps: Sequence[Interval],
+    patches: Sequence[Patch],
     options: GhostOptions,
-    selection: Selection,
-    sequential: bool,
-    memory_budget: int | None,
-    seconds: dict[str, float],
-    progress: bool,
-) -> list[tuple[FittedGhost, GhostSolution]]:
-    """Fit the ghost of each gap, from the statistics of the selection where it has them."""
-    available = memory_budget or default_memory_budget(next(model.parameters()).device)
-    groups = passes_within(intervals, hidden_size(model), options, available)
-    if sequential and len(intervals) > 1:
-        with _timed(seconds, "calibrate"):
-            return fit_in_sequence(
-                model, list(iterate_batches(batches)), intervals, options, progress
+    text: CalibrationText,
+) -> dict[str, Any]:
+    """Return what the report says of the fit."""
+    facts = []
+    for (start, stop), patch in zip(gaps, patches, strict=True):
+        solution = patch.solution
+        if solution is None or patch.ghost is None:
+            continue
+        facts.append(
+            GhostFacts(
+                start=start,
+                stop=stop,
+                features=options.features,
+                bias=options.bias,
+                first_state=patch.ghost.first_state is not None,
+                fit_error=solution.fit_error,
+                held_out_error=solution.held_out_error,
+                condition=solution.condition,
+                damping=solution.damping,
+                num_tokens=solution.num_tokens,
             )
-    if len(groups) > 1:
-        batches = list(iterate_batches(batches))
-    fits: list[tuple[FittedGhost, GhostSolution]] = []
-    for group in groups:
-        with _timed(seconds, "calibrate"):
-            if selection.statistics is not None:
-                statistics = [selection.statistics]
-            else:
-                statistics = collect_statistics(model, batches, group, options, progress)
-        with _timed(seconds, "solve"):
-            fits += fit_ghosts(statistics, options)
-    return fits
-
-
-def _measured(budget: Budget, dense: Any, smaller: Any) -> Budget:
-    """Return a bound on speed with what the finished model gives, and warn if that is less."""
-    reached = decode_speedup(dense, smaller)
-    if reached < budget.asked:
-        _LOGGER.warning(
-            "decoding is %.2f times as fast as the dense model's, less than the %g asked for: "
-            "measured again with the chosen layers and their ghosts",
-            reached,
-            budget.asked,
         )
-    return replace(budget, reached=reached)
+    if facts:
+        return {"ghosts": facts, "num_tokens": max(item.num_tokens for item in facts)}
+    return {"num_tokens": text.num_tokens}
 
 
-def _facts(
-    interval: tuple[int, int], options: GhostOptions, first_state: bool, solution: GhostSolution
-) -> GhostFacts:
-    return GhostFacts(
-        start=interval[0],
-        stop=interval[1],
-        input=options.input,
-        bias=options.bias,
-        first_state=first_state,
-        fit_error=solution.fit_error,
-        held_out_error=solution.held_out_error,
-        condition=solution.condition,
-        damping=solution.damping,
-        num_tokens=solution.num_tokens,
-    )
+def _improve(
+    decoder: Decoder,
+    text: CalibrationText,
+    report: GhostReport,
+    patches: Sequence[Patch],
+    run: RunOptions,
+) -> GhostReport:
+    """Correct and refine the ghosts, in place, and return the report with what was done."""
+    trial = remove_layers(decoder.model, report.removed, [patch.ghost for patch in patches])
+    with _timed(report.seconds, "correct"):
+        corrected = correct_ghosts(
+            trial, decoder.model, text, run.corrections, progress=run.progress
+        )
+    report = replace(report, corrections=corrected)
+    if run.refine:
+        refined = refine_ghosts(
+            trial, decoder.model, text, run.refine, state=run.refine_state, progress=run.progress
+        )
+        report.seconds["refine"] = refined.seconds
+        report = replace(report, refinement=refined)
+    return report
 
 
 def statistics_bytes_needed(
-    model: nn.Module,
-    num_layers: int | None = None,
-    removed: Sequence[int] | None = None,
+    model: Any,
+    how_many: Count | Layers,
     criterion: str = "ghost",
     options: GhostOptions | None = None,
 ) -> int:
@@ -332,20 +233,18 @@ def statistics_bytes_needed(
 
     Args:
         model: The dense model.
-        num_layers: As in `ghost_model`.
-        removed: As in `ghost_model`.
+        how_many: How many layers would be removed, or which.
         criterion: As in `ghost_model`.
         options: How the ghosts would be fitted.
+
+    Raises:
+        ArgumentError: The layers cannot be removed, or there is no such criterion.
     """
-    layers = layer_count(model)
-    if removed is not None:
-        count = len(removed_intervals(removed, layers))
+    decoder = Decoder.of(model)
+    if isinstance(how_many, Layers):
+        count = len(removed_intervals(how_many.removed, decoder.num_layers))
     else:
-        assert num_layers is not None
-        check_layer_count(num_layers, layers)
-        count = len(candidate_intervals(num_layers, layers)) if criterion == "ghost" else 1
-        if criterion == "ghost-search":
-            count = sum(len(candidate_intervals(n, layers)) for n in range(1, num_layers + 1))
-        if criterion in ("shortgpt", "sleb", "taylor"):
-            count = num_layers
-    return count * interval_bytes(hidden_size(model), options or GhostOptions())
+        check_layer_count(how_many.layers, decoder.num_layers)
+        check_criterion(criterion)
+        count = CRITERIA[criterion].num_statistics(how_many.layers, decoder.num_layers)
+    return count * interval_bytes(decoder.hidden_size, options or GhostOptions())

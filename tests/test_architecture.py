@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[1] / "ghosted_fast"
 
 
@@ -75,6 +77,7 @@ def test_kernels_know_themselves_alone_and_only_operators_know_them() -> None:
         assert not any(name.startswith(("ghosted_fast.kernels", "triton")) for name in at_import)
 
 
+@pytest.mark.slow
 def test_operators_load_without_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
@@ -103,7 +106,9 @@ def test_no_file_is_two_rooms() -> None:
 
 def test_every_package_is_built() -> None:
     text = (PACKAGE.parent / "pyproject.toml").read_text()
-    listed = set(re.search(r"^packages = \[(.*?)\]", text, re.M | re.S)[1].split('"')[1::2])  # type: ignore[index]
+    listed = set(
+        re.search(r"^packages = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1].split('"')[1::2]
+    )  # type: ignore[index]
     found = {
         ".".join(path.parent.relative_to(PACKAGE.parent).parts)
         for path in PACKAGE.rglob("__init__.py")
@@ -113,7 +118,7 @@ def test_every_package_is_built() -> None:
 
 def test_few_doors_in_each_room() -> None:
     root = len([path for path in PACKAGE.iterdir() if path.is_file() and path.suffix != ".so"])
-    assert root <= 13
+    assert root <= 12
     for folder in PACKAGE.rglob("__init__.py"):
         rooms = [path for path in folder.parent.glob("*.py") if path.name != "__init__.py"]
         assert len(rooms) <= 16, folder.parent

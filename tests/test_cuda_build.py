@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "cuda_build_test"
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not find_nvcc(), reason="no nvcc; `make cuda` installs that of PyPI"),
     pytest.mark.xdist_group("cuda_build"),
 ]
@@ -25,9 +26,8 @@ import importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location("ghosted_fast._C", {library!r})
 sys.modules["ghosted_fast._C"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-from ghosted_fast import _native
-from ghosted_fast.ops import backend_status, gram_update
-assert _native.extension() is module
+from ghosted_fast.ops import backend_status, compiled, gram_update
+assert compiled.extension() is module
 """
 
 

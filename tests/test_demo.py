@@ -12,10 +12,12 @@ from support.tiny_text import TEXT, save_tiny_model, tiny_tokenizer
 from ghosted_fast import demo
 from ghosted_fast.assets.downloads import DemoAssets
 from ghosted_fast.checkpoint.save import save_model
-from ghosted_fast.demo import check_reload, run_demo
+from ghosted_fast.demo import DemoOptions, check_reload, run_demo
 from ghosted_fast.errors import ArgumentError, CheckpointError
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.testing import random_tokens, tiny_model
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoAssets:
 def test_demo(assets: DemoAssets, tmp_path: Path) -> None:
     output = tmp_path / "out"
     dtypes = ("float32", "bfloat16")
-    result = run_demo(assets, output, 2, dtypes, tokens=1024, evaluation_rows=3, quick=True)
+    result = run_demo(assets, output, DemoOptions(2, dtypes, 1024, 3, quick=True))
     assert [(row.name, row.dtype, row.layers) for row in result.rows] == [
         (name, dtype, layers)
         for dtype in dtypes
@@ -55,7 +57,7 @@ def test_own_folder_is_rewritten(
     monkeypatch.setattr(demo, "check_reload", lambda *_: ("a sentence", False))
     for num_layers in (1, 2):
         result = run_demo(
-            assets, tmp_path / "out", num_layers, ("float32",), 512, evaluation_rows=1, quick=True
+            assets, tmp_path / "out", DemoOptions(num_layers, ("float32",), 512, 1, quick=True)
         )
         assert load_model(result.checkpoint)[0].config.num_hidden_layers == 6 - num_layers
         assert "gives other logits" in result.page.read_text(encoding="utf-8")
@@ -68,7 +70,7 @@ def test_folder_of_somebody_else_is_refused(assets: DemoAssets, tmp_path: Path) 
     with pytest.raises(ArgumentError, match="was not made by the demo"):
         run_demo(assets, tmp_path / "notes.txt", overwrite=True)
     with pytest.raises(ArgumentError, match="expected at least one dtype"):
-        run_demo(assets, tmp_path / "out", dtypes=())
+        run_demo(assets, tmp_path / "out", DemoOptions(dtypes=()))
 
 
 def test_reload_notices_another_model(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ghosted_fast.measure.perplexity import perplexity
 from ghosted_fast.models.boundaries import visit_intervals
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.loading import load_model
-from ghosted_fast.options import GhostOptions
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import relative_rms
@@ -25,6 +25,7 @@ from ghosted_fast.text.batches import iterate_batches
 from ghosted_fast.text.loading import load_texts, token_batches
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.real_model,
     pytest.mark.skipif(
         not (cache_folder() / "demo").is_dir(), reason="no demo model: `make setup` fetches it"
@@ -48,7 +49,7 @@ def test_the_papers_ghost_is_the_direct_solution(
     model_and_tokenizer: tuple[Any, Any], calibration: list[torch.Tensor]
 ) -> None:
     model, interval = model_and_tokenizer[0], (14, 19)
-    options = GhostOptions("hidden", "uniform", "off", damping=1e-6)
+    options = GhostOptions("raw", "uniform", "off", damping=1e-6)
     fitted, solution = fit_ghost(
         collect_statistics(model, calibration, [interval], options)[0], options
     )
@@ -75,7 +76,9 @@ def test_ghosts_recover_and_generate(
     evaluation = token_batches(tokenizer, load_texts(fetch_demo_assets().evaluation), 1024)
     # The gap from layer 11 holds the one that makes the first token's activation.
     removed = range(11, 16)
-    ghosted, report = ghost_model(model, calibration, removed=removed, corrections=0)
+    ghosted, report = ghost_model(
+        model, calibration, removed=removed, run=RunOptions(corrections=0)
+    )
     dense, pruned = (
         perplexity(model, evaluation),
         perplexity(prune_model(model, removed), evaluation),
@@ -98,7 +101,9 @@ def test_int8_ghosts_change_the_perplexity_by_less_than_two_thousandths(
 ) -> None:
     model, tokenizer = model_and_tokenizer
     evaluation = token_batches(tokenizer, load_texts(fetch_demo_assets().evaluation), 2048)
-    ghosted, _ = ghost_model(model, calibration, removed=range(14, 19), corrections=0)
+    ghosted, _ = ghost_model(
+        model, calibration, removed=range(14, 19), run=RunOptions(corrections=0)
+    )
     before = perplexity(ghosted, evaluation).value
     ghosts = [module for module in ghosted.modules() if isinstance(module, GhostLinear)]
     for ghost in ghosts:

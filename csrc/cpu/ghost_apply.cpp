@@ -9,9 +9,10 @@
 namespace ghosted_fast {
 namespace {
 
+constexpr const char* kGhostApply = "ghost_apply";
+
 // The tensors of one call that the kernel reads, kept alive and contiguous.
 struct Call {
-  const char* op;
   ApplyArgs args;
   Tensor x, weight;
   OptionalTensor bias, scale, first_state, is_first;
@@ -40,69 +41,69 @@ Tensor as_contiguous(const Tensor& tensor) {
 
 const void* vector_of(const Call& call, const char* name, OptionalTensor& tensor, Dtype& dtype) {
   if (!tensor) return nullptr;
-  check_cpu(call.op, name, *tensor);
-  dtype = float_dtype(call.op, name, *tensor);
-  check_shape(call.op, name, *tensor, {call.args.hidden_size});
+  check_cpu(kGhostApply, name, *tensor);
+  dtype = float_dtype(kGhostApply, name, *tensor);
+  check_shape(kGhostApply, name, *tensor, {call.args.hidden_size});
   tensor = as_contiguous(*tensor);
   return tensor->const_data_ptr();
 }
 
 void check_is_first(const Call& call) {
   const Tensor& is_first = *call.is_first;
-  check_cpu(call.op, "is_first", is_first);
-  check_dtype(call.op, "is_first", is_first, ScalarType::Bool);
+  check_cpu(kGhostApply, "is_first", is_first);
+  check_dtype(kGhostApply, "is_first", is_first, ScalarType::Bool);
   bool same = is_first.dim() == call.x.dim() - 1;
   for (int64_t i = 0; same && i < is_first.dim(); ++i) same = is_first.size(i) == call.x.size(i);
   if (!same) {
-    fail(call.op, "is_first of x's shape ", shape_of(call.x), " without its last dimension, got ",
-         shape_of(is_first));
+    fail(kGhostApply, "is_first of x's shape ", shape_of(call.x),
+         " without its last dimension, got ", shape_of(is_first));
   }
 }
 
 void check_packed(const Call& call) {
   const Dtype dtype = call.args.weight_dtype;
   if (dtype != Dtype::kBFloat16 && dtype != Dtype::kFloat32) {
-    fail(call.op, "a packed weight in BFloat16 or Float, got ",
+    fail(kGhostApply, "a packed weight in BFloat16 or Float, got ",
          torch::headeronly::toString(call.weight.scalar_type()));
   }
   const int64_t size = call.args.hidden_size, numbers = dtype == Dtype::kBFloat16 ? 2 : 1;
-  check_shape(call.op, "packed weight", call.weight,
-              {(size + 15) / 16, (size + numbers - 1) / numbers, 16, numbers});
+  check_shape(kGhostApply, "packed weight", call.weight,
+              {(size + kPanel - 1) / kPanel, (size + numbers - 1) / numbers, kPanel, numbers});
 }
 
 // Checks the arguments and fills call.args but for the outputs.
 void prepare(Call& call, std::optional<double> norm_eps) {
   ApplyArgs& args = call.args;
-  check_cpu(call.op, "x", call.x);
-  args.dtype = float_dtype(call.op, "x", call.x);
-  if (call.x.dim() == 0) fail(call.op, "x of shape [..., hidden_size], got a scalar");
+  check_cpu(kGhostApply, "x", call.x);
+  args.dtype = float_dtype(kGhostApply, "x", call.x);
+  if (call.x.dim() == 0) fail(kGhostApply, "x of shape [..., hidden_size], got a scalar");
   args.hidden_size = call.x.size(call.x.dim() - 1);
   args.num_rows = args.hidden_size == 0 ? 0 : call.x.numel() / args.hidden_size;
-  check_cpu(call.op, "weight", call.weight);
+  check_cpu(kGhostApply, "weight", call.weight);
   if (call.weight.scalar_type() == ScalarType::Char) {
-    if (!call.scale) fail(call.op, "scale with an int8 weight, got None; pass scale");
-    check_cpu(call.op, "scale", *call.scale);
-    check_dtype(call.op, "scale", *call.scale, ScalarType::Float);
-    check_shape(call.op, "scale", *call.scale, {args.hidden_size});
+    if (!call.scale) fail(kGhostApply, "scale with an int8 weight, got None; pass scale");
+    check_cpu(kGhostApply, "scale", *call.scale);
+    check_dtype(kGhostApply, "scale", *call.scale, ScalarType::Float);
+    check_shape(kGhostApply, "scale", *call.scale, {args.hidden_size});
     call.scale = as_contiguous(*call.scale);
     args.scale = static_cast<const float*>(call.scale->const_data_ptr());
     args.weight_dtype = Dtype::kInt8;
   } else {
-    check_dtype(call.op, "weight", call.weight, call.x.scalar_type());
-    if (call.scale) fail(call.op, "no scale with a float weight, got one");
+    check_dtype(kGhostApply, "weight", call.weight, call.x.scalar_type());
+    if (call.scale) fail(kGhostApply, "no scale with a float weight, got one");
     args.weight_dtype = args.dtype;
   }
   args.packed = call.weight.dim() == 4;
   if (args.packed) {
     check_packed(call);
   } else {
-    check_shape(call.op, "weight", call.weight, {args.hidden_size, args.hidden_size});
+    check_shape(kGhostApply, "weight", call.weight, {args.hidden_size, args.hidden_size});
   }
-  check_positive(call.op, "norm_eps", norm_eps);
+  check_positive(kGhostApply, "norm_eps", norm_eps);
   args.normed = norm_eps.has_value();
   args.norm_eps = norm_eps.value_or(0.0);
   if (call.first_state.has_value() != call.is_first.has_value()) {
-    fail(call.op, "first_state and is_first together, got one alone; pass both");
+    fail(kGhostApply, "first_state and is_first together, got one alone; pass both");
   }
   args.bias = vector_of(call, "bias", call.bias, args.bias_dtype);
   args.first_state = vector_of(call, "first_state", call.first_state, args.first_state_dtype);
@@ -122,34 +123,12 @@ void prepare(Call& call, std::optional<double> norm_eps) {
 Tensor ghost_apply_cpu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor scale,
                        std::optional<double> norm_eps, OptionalTensor first_state,
                        OptionalTensor is_first) {
-  Call call{"ghost_apply", {}, x, weight, bias, scale, first_state, is_first};
+  Call call{{}, x, weight, bias, scale, first_state, is_first};
   prepare(call, norm_eps);
   Tensor y = empty_of(call.x);
   call.args.y = y.mutable_data_ptr();
   kernel_table().ghost_apply(call.args);
   return y;
-}
-
-std::tuple<Tensor, Tensor> ghost_apply_rms_norm_cpu(Tensor x, Tensor weight, Tensor norm_weight,
-                                                    double eps, OptionalTensor bias,
-                                                    OptionalTensor scale,
-                                                    std::optional<double> norm_eps,
-                                                    OptionalTensor first_state,
-                                                    OptionalTensor is_first) {
-  Call call{"ghost_apply_rms_norm", {}, x, weight, bias, scale, first_state, is_first};
-  prepare(call, norm_eps);
-  check_cpu(call.op, "norm_weight", norm_weight);
-  check_dtype(call.op, "norm_weight", norm_weight, x.scalar_type());
-  check_shape(call.op, "norm_weight", norm_weight, {call.args.hidden_size});
-  if (!(eps >= 0.0)) fail(call.op, "eps >= 0, got ", eps);
-  const Tensor plain_norm_weight = as_contiguous(norm_weight);
-  Tensor y = empty_of(call.x), normalized = empty_of(call.x);
-  call.args.y = y.mutable_data_ptr();
-  call.args.norm_weight = plain_norm_weight.const_data_ptr();
-  call.args.output_eps = eps;
-  call.args.normalized = normalized.mutable_data_ptr();
-  kernel_table().ghost_apply(call.args);
-  return {y, normalized};
 }
 
 }  // namespace ghosted_fast

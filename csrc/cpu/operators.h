@@ -16,13 +16,6 @@ Tensor ghost_apply_cpu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTen
                        std::optional<double> norm_eps, OptionalTensor first_state,
                        OptionalTensor is_first);
 
-std::tuple<Tensor, Tensor> ghost_apply_rms_norm_cpu(Tensor x, Tensor weight, Tensor norm_weight,
-                                                    double eps, OptionalTensor bias,
-                                                    OptionalTensor scale,
-                                                    std::optional<double> norm_eps,
-                                                    OptionalTensor first_state,
-                                                    OptionalTensor is_first);
-
 std::tuple<Tensor, Tensor> ghost_solve_cpu(Tensor gram, Tensor cross, double damping);
 
 }  // namespace ghosted_fast

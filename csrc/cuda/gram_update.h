@@ -15,7 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../cpu/kernels.h"
+#include "../arguments.h"
 
 namespace ghosted_fast {
 

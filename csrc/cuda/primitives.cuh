@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "../cpu/kernels.h"
+#include "../arguments.h"
 
 #ifdef GHOSTED_FAST_EMULATION
 #include "emulation.h"

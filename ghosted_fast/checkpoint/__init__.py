@@ -20,6 +20,6 @@ def ghosted_class(base: type) -> type:
     from transformers import PreTrainedConfig
 
     from ghosted_fast.checkpoint import transformers_types as transformers_types  # the makers
-    from ghosted_fast.models.runtime_classes import derive
+    from ghosted_fast.models.runtime_classes import subclass_for
 
-    return derive("config" if issubclass(base, PreTrainedConfig) else "model", base)
+    return subclass_for("config" if issubclass(base, PreTrainedConfig) else "model", base)

@@ -12,7 +12,7 @@ import shutil
 import struct
 from pathlib import Path
 
-from ghosted_fast._atomic_files import whole_file
+from ghosted_fast._atomic_files import atomic_file
 
 _CACHE_LINE = 64
 _LENGTH = struct.Struct("<Q")
@@ -39,7 +39,7 @@ def _align(path: Path) -> None:
         missing = -(_LENGTH.size + length) % _CACHE_LINE
         if not missing:
             return
-        with whole_file(path) as fresh:
+        with atomic_file(path) as fresh:
             fresh.write(_LENGTH.pack(length + missing))
             fresh.write(file.read(length) + b" " * missing)
             shutil.copyfileobj(file, fresh, 1 << 24)

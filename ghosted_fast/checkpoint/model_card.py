@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ghosted_fast._atomic_files import write_whole
-from ghosted_fast.models.runtime_classes import underived
+from ghosted_fast._atomic_files import write_atomically
+from ghosted_fast.facts import layers_as_text
+from ghosted_fast.models.runtime_classes import named_base_of
 
 CARD = "README.md"
 IMPORTED = "imported"
@@ -77,7 +78,7 @@ def write_card(config: Any, folder: str | os.PathLike[str]) -> bool:
     path = Path(folder) / CARD
     if path.exists() and not is_ours(path):
         return False
-    write_whole(path, model_card(config))
+    write_atomically(path, model_card(config))
     return True
 
 
@@ -137,15 +138,17 @@ def model_card(config: Any) -> str:
         pipeline_tag="text-generation",
         tags=["ghosted_fast", "layer-pruning", config.model_type],
     )
-    family = underived(type(config)).__name__.removesuffix("Config")
-    removed = ", ".join(map(str, record["removed"]))
+    family = named_base_of(type(config)).__name__.removesuffix("Config")
+    removed = layers_as_text(record["removed"])
     sections = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# A ghosted {Path(base).name or family}",
-        f"{len(record['removed'])} of the {record['num_hidden_layers']} decoder layers of "
-        f"{base or 'the dense model'} were removed: {removed}. In the place of each removed run "
-        f"stands one linear operator, a *ghost*:\n\n"
-        "    y = x + M f(x) + b          f(x) = x  or  f(x) = x / rms(x)",
+        (
+            f"{len(record['removed'])} of the {record['num_hidden_layers']} decoder layers of "
+            f"{base or 'the dense model'} were removed: {removed}. In the place of each removed "
+            "run stands one linear operator, a *ghost*:\n\n"
+            "    y = x + M f(x) + b          f(x) = x  or  f(x) = x / rms(x)"
+        ),
         _LOADING,
         _ghosts(record),
         _calibration(report),
@@ -180,7 +183,7 @@ With neither, loading fails, rather than lose the ghosts."""
 _GHOST_COLUMNS = (
     "removed",
     "stands",
-    "input",
+    "features",
     "bias",
     "first-token state",
     "stored",
@@ -209,9 +212,9 @@ def _ghosts(record: Mapping[str, Any]) -> str:
         stop = next((layer for layer in kept if layer >= start), count)
         rows.append(
             [
-                f"[{start}, {stop})",
+                layers_as_text(range(start, stop)),
                 f"{'before' if at_start else 'behind'} layer {ghost['layer']}",
-                "hidden" if ghost["norm_eps"] is None else "normed",
+                "raw" if ghost["norm_eps"] is None else "normed",
                 "yes" if ghost["bias"] else "no",
                 "yes" if ghost["first_state"] else "no",
                 ghost["quantization"] or "as the model",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ghosted_fast.checkpoint._server import show_to_server
 from ghosted_fast.models.first_token import first_attended
-from ghosted_fast.models.runtime_classes import underived
+from ghosted_fast.models.runtime_classes import named_base_of
 
 MODULE = "modeling_ghosted"
 _SOURCE = Path(__file__).with_name(f"{MODULE}.py")
@@ -38,7 +38,7 @@ def auto_map_of(model: Any) -> dict[str, str] | None:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-    dense: Any = underived(type(model.config))
+    dense: Any = named_base_of(type(model.config))
     found = {
         "AutoConfig": dense,
         "AutoModel": MODEL_MAPPING.get(dense, None),

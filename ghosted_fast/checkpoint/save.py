@@ -38,7 +38,7 @@ def save_model(
         ArgumentError: The folder exists and `overwrite` is False, or a file has its name.
     """
     target = Path(folder)
-    if not distributed.saves():
+    if not distributed.is_writer():
         return target
     if target.exists() and not target.is_dir():
         raise ArgumentError(f"expected a folder to save to, got the file {str(target)!r}")

@@ -12,20 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from ghosted_fast import distributed
-from ghosted_fast._atomic_files import write_whole
+from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.checkpoint.alignment import align_weights
 from ghosted_fast.checkpoint.model_card import own_card_kept, put_card_back, write_card
 from ghosted_fast.checkpoint.record import FORMAT, check_record, is_ghosted, refresh_record
 from ghosted_fast.checkpoint.remote_code import MODULE, auto_map_of, remote_code
 from ghosted_fast.errors import CheckpointError
 from ghosted_fast.models.families import GHOSTED_PREFIX, decoder_layers, decoder_of
-from ghosted_fast.models.runtime_classes import Derived, bases_of, derive, maker, underived
+from ghosted_fast.models.runtime_classes import (
+    Derived,
+    bases_of,
+    maker,
+    named_base_of,
+    subclass_for,
+)
 from ghosted_fast.models.versions import check_transformers
 
 _REGISTERED: set[type] = set()
 
 
-def make_ghosted(model: Any, removed: list[int], num_hidden_layers: int) -> None:
+def become_ghosted_class(model: Any, removed: list[int], num_hidden_layers: int) -> None:
     """Turn a model and its configuration into those of its ghosted family, in place.
 
     Args:
@@ -37,7 +43,7 @@ def make_ghosted(model: Any, removed: list[int], num_hidden_layers: int) -> None
 
     config = model.config
     if not is_ghosted(config):
-        config.__class__ = derive("config", type(config))
+        config.__class__ = subclass_for("config", type(config))
     config.ghost = {
         "format": FORMAT,
         "removed": removed,
@@ -101,7 +107,7 @@ class GhostedModel(Derived):
         refresh_record(self)
         save = functools.partial(super().save_pretrained, save_directory, is_main_process)  # type: ignore[misc]
         folder = Path(save_directory)
-        if not (is_main_process and distributed.saves()) or folder.is_file():
+        if not (is_main_process and distributed.is_writer()) or folder.is_file():
             return save(*args, **kwargs)
         _write_companions(self, folder)
         with own_card_kept(folder):
@@ -130,7 +136,7 @@ def _write_companions(model: Any, folder: Path) -> None:
     auto_map = auto_map_of(model)
     if auto_map is not None:
         model.config.auto_map = auto_map
-        write_whole(folder / f"{MODULE}.py", remote_code())
+        write_atomically(folder / f"{MODULE}.py", remote_code())
 
 
 def _build_ghosts(model: Any) -> None:
@@ -210,7 +216,7 @@ def _ghosted_model_class(base: Any) -> type:
         {
             "__module__": __name__,
             "__doc__": f"A {base.__name__} with ghosts in place of removed layers.",
-            "config_class": derive("config", base.config_class),
+            "config_class": subclass_for("config", base.config_class),
         },
     )
 
@@ -229,7 +235,7 @@ def register_models(config_class: type) -> None:
     if config_class in _REGISTERED:
         return
     _REGISTERED.add(config_class)
-    base: Any = underived(config_class)
+    base: Any = named_base_of(config_class)
     names = {GHOSTED_PREFIX + base.model_type: base.model_type}
     for auto, mapping in (
         (AutoModel, MODEL_MAPPING),
@@ -237,7 +243,7 @@ def register_models(config_class: type) -> None:
     ):
         dense = mapping.get(base, None)
         if isinstance(dense, type):
-            ghosted = derive("model", dense)
+            ghosted = subclass_for("model", dense)
             auto.register(config_class, ghosted, exist_ok=True)
             show_to_server(ghosted)
             names[ghosted.__name__] = dense.__name__
@@ -270,7 +276,7 @@ def extend_config_mapping(module: Any) -> None:
         def __getitem__(self, key: str) -> Any:
             if super().__contains__(key) or key not in self:
                 return super().__getitem__(key)
-            config_class: Any = derive("config", super().__getitem__(_dense_name(key)))
+            config_class: Any = subclass_for("config", super().__getitem__(_dense_name(key)))
             module.AutoConfig.register(key, config_class, exist_ok=True)
             return config_class
 

@@ -7,33 +7,35 @@ from typing import Annotated
 import typer
 
 from ghosted_fast import __version__
+from ghosted_fast.cli._shared.old_names import Verb, Verbs
+from ghosted_fast.cli._shared.verb import verb
 from ghosted_fast.cli.bench import bench
-from ghosted_fast.cli.compare import compare
 from ghosted_fast.cli.demo import demo
 from ghosted_fast.cli.doctor import doctor
 from ghosted_fast.cli.eval import evaluate
 from ghosted_fast.cli.export import export
 from ghosted_fast.cli.fit import fit
+from ghosted_fast.cli.grid import grid
 from ghosted_fast.cli.import_ghosts import import_operators
 from ghosted_fast.cli.select import select
-from ghosted_fast.cli.verb import verb
 
 app = typer.Typer(
     help="Remove decoder layers from a language model and put closed-form ghosts in their place.",
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(verb(demo))
-app.command("select")(verb(select, shares=True))
-app.command("fit")(verb(fit, shares=True))
-app.command("import")(verb(import_operators))
-app.command("eval")(verb(evaluate))
-app.command("compare")(verb(compare))
-app.command("bench")(verb(bench))
-app.command("export")(verb(export))
-app.command("doctor")(verb(doctor))
+app.command("demo", cls=Verb)(verb(demo))
+app.command("select", cls=Verb)(verb(select, shares=True))
+app.command("fit", cls=Verb)(verb(fit, shares=True))
+app.command("import", cls=Verb)(verb(import_operators))
+app.command("eval", cls=Verb)(verb(evaluate))
+app.command("grid", cls=Verb)(verb(grid))
+app.command("bench", cls=Verb)(verb(bench))
+app.command("export", cls=Verb)(verb(export))
+app.command("doctor", cls=Verb)(verb(doctor))
 
 
 def _show_version(asked: bool) -> None:

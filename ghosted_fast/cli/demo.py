@@ -2,61 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from ghosted_fast.cli import options
-from ghosted_fast.cli.verb import Result, TextTable, usage_error
+from ghosted_fast.cli._shared import values
+from ghosted_fast.cli._shared.input_args import OverwriteOption, TokensOption
+from ghosted_fast.cli._shared.results import Result, TextTable
 
-DtypesOption = Annotated[
-    list[str],
-    typer.Option(
-        "--dtype",
-        help="Dtype to measure in; repeat it. The first chooses the layers, the last is saved.",
-    ),
-]
+if TYPE_CHECKING:
+    from ghosted_fast.demo import DemoOptions
 
 
-def demo(
+@dataclass(frozen=True, kw_only=True)
+class DemoArgs:
+    """What the demo does."""
+
+    title: ClassVar = "The demo"
     output: Annotated[
         Path, typer.Option("--output", help="Folder for the checkpoint and the report.")
-    ] = Path("demo"),
-    num_layers: Annotated[
-        int, typer.Option("--num-layers", min=1, max=29, help="Layers to remove, of 30.")
-    ] = 5,
-    dtype: DtypesOption = ["bfloat16"],  # noqa: B006 - typer copies it
-    tokens: options.TokensOption = 49152,
+    ] = Path("demo")
+    remove: Annotated[
+        int, typer.Option("--remove", min=1, max=29, help="How many layers to remove, of 30.")
+    ] = 5
+    dtype: Annotated[
+        list[values.Dtype],
+        typer.Option(
+            "--dtype",
+            parser=values.one_of(values.Dtype),
+            metavar="DTYPE",
+            help="Dtype to measure in; repeat it. The first chooses the layers, the last is saved.",
+        ),
+    ] = field(default_factory=lambda: ["bfloat16"])
+    tokens: TokensOption = 49152
     quick: Annotated[
         bool, typer.Option("--quick", help="An eighth of the text, speed measured once.")
-    ] = False,
-    overwrite: options.OverwriteOption = False,
-) -> Result:
+    ] = False
+    overwrite: OverwriteOption = False
+
+    def options(self) -> DemoOptions:
+        """Return what the demo takes."""
+        from ghosted_fast.demo import DemoOptions
+
+        return DemoOptions(
+            remove=self.remove, dtypes=tuple(self.dtype), tokens=self.tokens, quick=self.quick
+        )
+
+
+def demo(args: DemoArgs) -> Result:
     """Remove 5 of SmolLM2-135M-Instruct's 30 layers, put a ghost in, measure, save and report.
 
     The first run downloads about 140 MB with pip. Takes a few minutes on two cores.
     """
-    known = get_args(options.Dtype)
-    if unknown := [name for name in dtype if name not in known]:
-        raise usage_error(f"expected one of {', '.join(known)}, got {unknown[0]!r}", "--dtype")
-
     from ghosted_fast.assets.downloads import fetch_demo_assets
-    from ghosted_fast.cli.tables import ghost_table, model_table
+    from ghosted_fast.cli._shared.tables import ghost_table, model_table
     from ghosted_fast.demo import PROMPT, run_demo
+    from ghosted_fast.facts import layers_as_text
 
     result = run_demo(
         fetch_demo_assets(),
-        output,
-        num_layers=num_layers,
-        dtypes=dtype,
-        tokens=tokens,
-        quick=quick,
-        overwrite=overwrite,
+        args.output,
+        args.options(),
+        overwrite=args.overwrite,
         progress=True,
     )
     data = result.to_dict()
-    gone = ",".join(map(str, result.report.removed))
+    gone = layers_as_text(result.report.removed)
     verdict = "bit for bit the same" if result.identical else "DIFFERENT"
     shown: list[TextTable | str] = [
         model_table(result.rows, f"SmolLM2-135M-Instruct without layers {gone}"),

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ghosted_fast.cli.verb import Result, TextTable
+from ghosted_fast.cli._shared.results import Result, TextTable
 
 
 def doctor() -> Result:
     """Show versions, backends, processor features and supported model families."""
-    from ghosted_fast._native import extension
     from ghosted_fast.measure.system import cpu_features, machine_facts, package_versions
     from ghosted_fast.models.families import known_families
     from ghosted_fast.ops import backend_status
+    from ghosted_fast.ops.compiled import extension
 
     backends = [
         {"name": name, "available": available, "description": description}

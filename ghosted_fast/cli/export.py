@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from ghosted_fast.cli import options
-from ghosted_fast.cli.verb import Result, usage_error
+from ghosted_fast.cli._shared.input_args import OverwriteOption
+from ghosted_fast.cli._shared.results import Result
+from ghosted_fast.cli._shared.verb import usage_error
 
 Engine = Literal["gguf", "ort-genai"]
 PRECISIONS = {"gguf": ("f32", "f16", "q8_0"), "ort-genai": ("fp32", "int8", "int4")}
@@ -36,7 +37,7 @@ def export(
             "--tokenizer", help="gguf: a GGUF file of the dense model, whose tokenizer is taken."
         ),
     ] = None,
-    overwrite: options.OverwriteOption = False,
+    overwrite: OverwriteOption = False,
 ) -> Result:
     """Write a ghosted model for llama.cpp or ONNX Runtime GenAI.
 
@@ -48,12 +49,15 @@ def export(
         raise usage_error(f"expected {', '.join(allowed)} with --to {to}, got {chosen!r}",
                           "--precision")  # fmt: skip
     if tokenizer is not None and to != "gguf":
-        raise usage_error("expected it with --to gguf alone", "--tokenizer")
+        raise usage_error(
+            f"a tokenizer is taken with --to gguf alone, got --to {to}: leave it out",
+            "--tokenizer",
+        )
     stem = Path(model).name.removesuffix(".gguf")
     if output is None:
         output = Path(f"{stem}-ghosted.gguf" if to == "gguf" else f"{stem}-ort-genai-{chosen}")
 
-    from ghosted_fast.cli.loading import check_new
+    from ghosted_fast.cli._shared.loading import check_new
     from ghosted_fast.models.loading import load_model
 
     check_new(output, overwrite)

@@ -2,167 +2,255 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from ghosted_fast.cli import options
-from ghosted_fast.cli.verb import Result, TextTable, usage_error
+from ghosted_fast.cli._shared import values
+from ghosted_fast.cli._shared.fit_args import GhostArgs, HowManyArgs, ImproveArgs, LaunchArgs
+from ghosted_fast.cli._shared.input_args import (
+    CalibrationArgs,
+    EvaluationArgs,
+    ModelArgs,
+    OverwriteOption,
+)
+from ghosted_fast.cli._shared.results import Result, TextTable
+from ghosted_fast.cli._shared.verb import usage_error
 
-OutputOption = Annotated[
-    Path | None, typer.Option("--output", help="Folder for the checkpoint; required to save one.")
-]
+if TYPE_CHECKING:
+    from ghosted_fast.options import RunOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryArgs(ImproveArgs):
+    """What takes the place of the removed layers, and what is done to it."""
+
+    title: ClassVar = "In their place"
+    recovery: Annotated[
+        values.Recovery,
+        typer.Option("--recovery", help="What takes the place of the removed layers."),
+    ] = "ghost"
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential/--independent",
+            help="Fit the ghosts of several gaps on what the ones below them give, or by "
+            "themselves.",
+        ),
+    ] = True
+
+    def __post_init__(self) -> None:
+        if self.recovery != "ghost" and (self.refine or self.corrections not in ("auto", 0)):
+            option = "--refine" if self.refine else "--corrections"
+            raise usage_error(
+                f"expected --recovery ghost with {option}, got {self.recovery!r}, which is put in "
+                "as it was published",
+                option,
+            )
+
+    @property
+    def kind(self) -> str:
+        """What tables call the model."""
+        return "ghosted" if self.recovery == "ghost" else self.recovery
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputArgs:
+    """What is written."""
+
+    title: ClassVar = "Output"
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder for the checkpoint; required to save one."),
+    ] = None
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Also write a report: .html or .json.")
+    ] = None
+    overwrite: OverwriteOption = False
+
+    def __post_init__(self) -> None:
+        if self.report is not None and self.report.suffix not in (".html", ".json"):
+            raise usage_error(f"expected a .html or .json file, got {str(self.report)!r}",
+                              "--report")  # fmt: skip
+
+    @property
+    def folder(self) -> Path:
+        """Folder for the checkpoint, where there will be one."""
+        assert self.output is not None
+        return self.output
+
+    @property
+    def refine_state(self) -> Path:
+        """File beside the checkpoint, from which a refinement that was killed goes on."""
+        return self.folder.with_name(f"{self.folder.name}.refine")
+
+    def check(self) -> None:
+        """Raise, before any work, if something is there already or cannot be made."""
+        from ghosted_fast.cli._shared.loading import check_new
+        from ghosted_fast.reports.page import page_template
+
+        check_new(self.output, self.overwrite)
+        check_new(self.report, self.overwrite)
+        if self.report is not None and self.report.suffix == ".html":
+            page_template("report.html")
 
 
 def fit(
-    model: options.ModelOption,
-    calibration: options.CalibrationOption,
-    output: OutputOption = None,
-    num_layers: options.NumLayersOption = None,
-    removed: options.RemovedOption = None,
-    max_perplexity_increase: options.MaxPerplexityIncreaseOption = None,
-    min_speedup: options.MinSpeedupOption = None,
-    criterion: options.CriterionOption = "ghost",
-    beam: options.BeamOption = 16,
-    sequential: options.SequentialOption = True,
-    recovery: options.RecoveryOption = "ghost",
-    field: options.FieldOption = None,
-    split: options.SplitOption = None,
-    input: options.InputOption = "normed",
-    bias: options.BiasOption = False,
-    first_state: options.FirstStateOption = "auto",
-    token_weight: options.TokenWeightOption = "capped",
-    damping: options.DampingOption = "auto",
-    corrections: options.CorrectionsOption = "auto",
-    refine: options.RefineOption = 0,
-    tokens: options.TokensOption = 49152,
-    sequence_length: options.SequenceLengthOption = 512,
-    batch_size: options.BatchSizeOption = 8,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    evaluation: options.OptionalEvaluationOption = None,
-    evaluation_tokens: options.EvaluationTokensOption = 5120,
-    report: options.ReportOption = None,
-    overwrite: options.OverwriteOption = False,
-    dry_run: options.DryRunOption = False,
-    seed: options.SeedOption = 0,
-    rank_timeout: options.RankTimeoutOption = 1800,
+    model: ModelArgs,
+    calibration: CalibrationArgs,
+    how_many: HowManyArgs,
+    ghosts: GhostArgs,
+    recovery: RecoveryArgs,
+    evaluation: EvaluationArgs,
+    output: OutputArgs,
+    launch: LaunchArgs,
 ) -> Result | None:
     """Remove layers, fit a ghost for each removed run, and save the smaller model."""
-    increase = options.parse_increase(max_perplexity_increase)
-    speedup = options.parse_speedup(min_speedup)
-    layers = options.check_layer_choice(num_layers, removed, increase, speedup)
-    if num_layers is None and layers is None and (recovery != "ghost" or dry_run):
-        raise usage_error(
-            "expected --num-layers or --removed with --dry-run, or with a recovery but ghost",
-            "--max-perplexity-increase / --min-speedup",
-        )
-    absolute_damping = options.parse_damping(damping)
-    correction_count = options.parse_corrections(corrections)
-    if output is None and not dry_run:
-        raise usage_error("expected a folder for the checkpoint, or --dry-run", "--output")
-    if report is not None and report.suffix not in (".html", ".json"):
-        raise usage_error(f"expected a .html or .json file, got {str(report)!r}", "--report")
+    _check_together(how_many, recovery, output, launch)
 
-    from ghosted_fast.checkpoint.model_card import attach_report, write_card
-    from ghosted_fast.checkpoint.save import save_model
-    from ghosted_fast.cli.launch import process_group
-    from ghosted_fast.cli.loading import calibration_batches, check_new, open_model
-    from ghosted_fast.cli.tables import (
-        budget_line,
-        ghost_table,
-        improvement_lines,
-        memory_line,
-        model_table,
-    )
-    from ghosted_fast.measure.models_table import compare_models
-    from ghosted_fast.measure.system import machine_facts
-    from ghosted_fast.options import GhostOptions
-    from ghosted_fast.pipeline import ghost_model, statistics_bytes_needed
-    from ghosted_fast.reports.page import write_report
-    from ghosted_fast.surgery.cut import prune_model
-    from ghosted_fast.text.loading import load_texts, token_batches
+    from ghosted_fast.cli._shared.launch import process_group
+    from ghosted_fast.cli._shared.loading import check_layers
+    from ghosted_fast.pipeline import ghost_model
 
-    with process_group(rank_timeout, device) as first:
-        if first and not dry_run:
-            check_new(output, overwrite)
-            check_new(report, overwrite)
-        ghosts = GhostOptions(input, token_weight, first_state, bias, absolute_damping)
-        dense, tokenizer = open_model(model, dtype, device)
-        if dry_run:
-            needed = statistics_bytes_needed(dense, num_layers, layers, criterion, ghosts)
-            return Result({"statistics_bytes": needed}, [memory_line(needed, "all intervals")])
-        held_out = None
-        if first and evaluation is not None:
-            texts = load_texts(evaluation, field, split)
-            held_out = token_batches(
-                tokenizer, texts, evaluation_tokens, sequence_length, batch_size
-            )
-        batches = calibration_batches(
-            dense,
-            tokenizer,
-            calibration,
-            field=field,
-            split=split,
-            num_tokens=tokens,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            seed=seed,
-            progress=first,
-        )
-        assert output is not None
-        # Beside the checkpoint: a refinement that was killed goes on there.
-        refine_state = output.with_name(f"{output.name}.refine") if refine else None
+    options = ghosts.options(recovery.sequential)
+    with process_group(launch.rank_timeout, model.device) as first:
+        if not launch.dry_run:
+            if first:
+                output.check()
+            calibration.check()
+            evaluation.check(calibration)
+        dense, tokenizer = model.open()
+        check_layers(dense, how_many.how_many())
+        if launch.dry_run:
+            return _memory(dense, how_many, options)
+        held_out = evaluation.load(calibration, tokenizer) if first else None
         smaller, found = ghost_model(
             dense,
-            batches,
-            num_layers,
-            removed=layers,
-            max_perplexity_increase=increase,
-            min_decode_speedup=speedup,
-            criterion=criterion,
-            beam=beam,
-            sequential=sequential,
-            recovery=recovery,
-            input=input,
-            token_weight=token_weight,
-            first_state=first_state,
-            bias=bias,
-            damping=absolute_damping,
-            corrections=correction_count,
-            refine=refine,
-            refine_state=refine_state,
-            progress=first,
+            calibration.load(dense, tokenizer, first),
+            how_many.remove_or_bound(),
+            removed=how_many.removed,
+            criterion=how_many.criterion,
+            recovery=recovery.recovery,
+            options=options,
+            run=_run_options(how_many, recovery, output, progress=first),
         )
-        facts: dict[str, Any] = found.to_dict() | {"calibration": Path(calibration).name}
+        facts = found.to_dict() | {"calibration": Path(calibration.calibration).name}
         if first:
-            attach_report(smaller.config, facts)
-            save_model(smaller, output, tokenizer, overwrite)
-            if refine_state is not None:
-                refine_state.unlink(missing_ok=True)
+            _save(smaller, facts, tokenizer, output)
+            if recovery.refine:
+                output.refine_state.unlink(missing_ok=True)
     if not first:
         return None
-    facts["output"] = str(output)
+    shown = _said(facts)
+    if held_out is not None:
+        shown += ["", _measure(dense, smaller, recovery.kind, facts, held_out, calibration.seed)]
+    if output.report is not None:
+        shown += ["", _report(output.report, facts, output.overwrite)]
+    return Result(facts, shown)
+
+
+def _check_together(
+    how_many: HowManyArgs, recovery: RecoveryArgs, output: OutputArgs, launch: LaunchArgs
+) -> None:
+    """Raise unless the groups of options go together.
+
+    Raises:
+        typer.BadParameter: Two of them do not.
+    """
+    bound = how_many.bound_option
+    if bound is not None and launch.dry_run:
+        raise usage_error(
+            "expected --remove or --removed with --dry-run, which does not find out their number",
+            bound,
+        )
+    if bound is not None and recovery.recovery != "ghost":
+        raise usage_error(
+            f"expected --remove or --removed with --recovery {recovery.recovery}: the number is "
+            "found with ghosts in place",
+            bound,
+        )
+    if output.output is None and not launch.dry_run:
+        raise usage_error("expected a folder for the checkpoint, or --dry-run", "--output")
+
+
+def _run_options(
+    how_many: HowManyArgs, recovery: RecoveryArgs, output: OutputArgs, progress: bool
+) -> RunOptions:
+    from ghosted_fast.options import RunOptions
+
+    return RunOptions(
+        beam=how_many.beam,
+        corrections=recovery.corrections,
+        refine=recovery.refine,
+        refine_state=output.refine_state if recovery.refine else None,
+        progress=progress,
+    )
+
+
+def _memory(dense: Any, how_many: HowManyArgs, options: Any) -> Result:
+    """Return what a dry run finds out."""
+    from ghosted_fast.cli._shared.tables import memory_line
+    from ghosted_fast.options import Count, Layers
+    from ghosted_fast.pipeline import statistics_bytes_needed
+
+    wanted = how_many.how_many()
+    assert isinstance(wanted, Count | Layers)
+    needed = statistics_bytes_needed(dense, wanted, how_many.criterion, options)
+    return Result({"statistics_bytes": needed}, [memory_line(needed, "all intervals")])
+
+
+def _save(smaller: Any, facts: dict[str, Any], tokenizer: Any, output: OutputArgs) -> None:
+    """Write the checkpoint, with what is known of it, and say where it is."""
+    from ghosted_fast.checkpoint.model_card import attach_report
+    from ghosted_fast.checkpoint.save import save_model
+
+    attach_report(smaller.config, facts)
+    save_model(smaller, output.folder, tokenizer, output.overwrite)
+    facts["output"] = str(output.folder)
+
+
+def _said(facts: dict[str, Any]) -> list[TextTable | str]:
+    """Return what was removed and put in."""
+    from ghosted_fast.cli._shared.tables import budget_line, ghost_table, improvement_lines
+    from ghosted_fast.facts import layers_as_text
+
     shown: list[TextTable | str] = [
-        f"removed {','.join(map(str, facts['removed']))}; saved {output}"
+        f"removed {layers_as_text(facts['removed'])}; saved {facts['output']}"
     ]
     if facts.get("budget"):
         shown.append(budget_line(facts["budget"]))
     if facts.get("ghosts"):
         shown += ["", ghost_table(facts["ghosts"]), *improvement_lines(facts)]
-    if held_out is not None:
-        models = {"dense": dense, "pruned": prune_model(dense, facts["removed"])}
-        if recovery != "none":
-            models["ghosted" if recovery == "ghost" else recovery] = smaller
-        rows = compare_models(models, held_out, progress=True, seed=seed)
-        facts["models"] = [row.to_dict() for row in rows]
-        if attach_report(smaller.config, facts):
-            smaller.config.save_pretrained(output)
-            write_card(smaller.config, output)
-        shown += ["", model_table(rows)]
-    if report is not None:
-        facts["machine"] = machine_facts()
-        write_report(report, facts, overwrite=overwrite)
-        shown += ["", f"report: {report}"]
-    return Result(facts, shown)
+    return shown
+
+
+def _measure(
+    dense: Any, smaller: Any, kind: str, facts: dict[str, Any], batches: Any, seed: int
+) -> TextTable:
+    """Measure dense, pruned and finished model, and add what was found to facts and checkpoint."""
+    from ghosted_fast.checkpoint.model_card import attach_report, write_card
+    from ghosted_fast.cli._shared.tables import model_table
+    from ghosted_fast.measure.models_table import compare_models
+    from ghosted_fast.surgery.cut import prune_model
+
+    models = {"dense": dense, "pruned": prune_model(dense, facts["removed"])}
+    if kind != "none":
+        models[kind] = smaller
+    rows = compare_models(models, batches, progress=True, seed=seed)
+    facts["models"] = [row.to_dict() for row in rows]
+    if attach_report(smaller.config, facts):
+        smaller.config.save_pretrained(facts["output"])
+        write_card(smaller.config, facts["output"])
+    return model_table(rows)
+
+
+def _report(path: Path, facts: dict[str, Any], overwrite: bool) -> str:
+    """Write the report, and return the line that says so."""
+    from ghosted_fast.measure.system import machine_facts
+    from ghosted_fast.reports.page import write_report
+
+    facts["machine"] = machine_facts()
+    write_report(path, facts, overwrite=overwrite)
+    return f"report: {path}"

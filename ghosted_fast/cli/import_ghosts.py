@@ -2,64 +2,85 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import typer
 
-from ghosted_fast.cli import options
-from ghosted_fast.cli.verb import Result
+from ghosted_fast.cli._shared import values
+from ghosted_fast.cli._shared.input_args import DtypeOption, ModelOption, OverwriteOption
+from ghosted_fast.cli._shared.results import Result
 
 
-def import_operators(
+@dataclass(frozen=True, kw_only=True)
+class OperatorArgs:
+    """Which operators are taken, and what they are."""
+
+    title: ClassVar = "Operators"
     operators: Annotated[
         Path,
         typer.Argument(
             help="The operators: a .safetensors, .pt, .pth or .bin file, or a folder of such."
         ),
-    ],
-    model: options.ModelOption,
-    removed: Annotated[
-        str,
-        typer.Option("--removed", help="The layers that were removed: '14-18' or '3,7,8'."),
-    ],
-    output: Annotated[Path, typer.Option("--output", help="The folder to write.")],
+    ]
     form: Annotated[
         Literal["auto", "full", "delta"],
         typer.Option("--form", help="full: W = I + M is stored; delta: M; auto: measured."),
-    ] = "auto",
+    ] = "auto"
     layout: Annotated[
         Literal["auto", "out-in", "in-out"],
         typer.Option("--layout", help="out-in: used as x @ W.T; in-out: as x @ W; auto: measured."),
-    ] = "auto",
-    dtype: options.DtypeOption = "auto",
-    overwrite: options.OverwriteOption = False,
-) -> Result:
-    """Remove layers and put operators that another code has fitted in their place."""
-    layers = options.parse_layers(removed)
+    ] = "auto"
 
+
+@dataclass(frozen=True, kw_only=True)
+class TargetArgs:
+    """The model that they are put into, and where it goes."""
+
+    title: ClassVar = "Model"
+    model: ModelOption
+    removed: Annotated[
+        tuple[int, ...],
+        typer.Option(
+            "--removed",
+            parser=values.parse_layers,
+            metavar="LAYERS",
+            help="The layers that were removed: '14-18' or '3,7,8'.",
+        ),
+    ]
+    output: Annotated[Path, typer.Option("--output", help="The folder to write.")]
+    dtype: DtypeOption = "auto"
+    overwrite: OverwriteOption = False
+
+
+def import_operators(args: OperatorArgs, target: TargetArgs) -> Result:
+    """Remove layers and put operators that another code has fitted in their place."""
     from ghosted_fast.checkpoint.save import save_model
-    from ghosted_fast.cli.loading import check_new
+    from ghosted_fast.cli._shared.loading import check_new
+    from ghosted_fast.facts import layers_as_text
     from ghosted_fast.models.loading import load_model
     from ghosted_fast.surgery.adopt.from_operators import import_ghosts
     from ghosted_fast.surgery.adopt.operator_files import read_operators
     from ghosted_fast.surgery.adopt.readings import Reading
 
-    check_new(output, overwrite)
-    tensors = read_operators(operators)
-    dense, tokenizer = load_model(model, dtype)
-    smaller, found = import_ghosts(dense, tensors, layers, form=form, layout=layout)
-    save_model(smaller, output, tokenizer, overwrite)
+    check_new(target.output, target.overwrite)
+    tensors = read_operators(args.operators)
+    dense, tokenizer = load_model(target.model, target.dtype)
+    smaller, found = import_ghosts(
+        dense, tensors, target.removed, form=args.form, layout=args.layout
+    )
+    save_model(smaller, target.output, tokenizer, target.overwrite)
     shown = [
-        f"removed {','.join(map(str, found.removed))}; saved {output}",
+        f"removed {layers_as_text(found.removed)}; saved {target.output}",
         f"read as {Reading(found.form, found.layout)}",
         *(
             f"  distance from the removed layers, {text}: {distance:.3g}"
             for text, distance in found.distances.items()
         ),
         *(
-            f"gap {gap}: {', then '.join(key or operators.name for key in keys)}"
+            f"gap {gap}: {', then '.join(key or args.operators.name for key in keys)}"
             for gap, keys in enumerate(found.keys)
         ),
     ]
-    return Result({**found.to_dict(), "output": str(output)}, shown)
+    return Result({**found.to_dict(), "output": str(target.output)}, shown)

@@ -25,7 +25,7 @@ from ghosted_fast.errors import ArgumentError, MissingExtraError, UnsupportedMod
 from ghosted_fast.models.families import dense_model_type
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.ghosted_layers import INPUT, OUTPUT, ghost_of
-from ghosted_fast.models.runtime_classes import underived
+from ghosted_fast.models.runtime_classes import named_base_of
 
 Precision = Literal["fp32", "int8", "int4"]
 
@@ -121,7 +121,7 @@ def _build(model: Any, source: Path, folder: Path, precision: str, cache: Path) 
             "", str(source), str(folder), precision, "cpu", str(cache), _OPTIONS.get(precision, [])
         )
         # It chooses its class by the architecture's name: that of the dense model.
-        dense: Any = underived(type(model))
+        dense: Any = named_base_of(type(model))
         options["hf_details"]["hf_config"].architectures = [dense.__name__]
         with _ghosted_builders(builder, model):
             builder.create_model("", str(source), str(folder), precision, "cpu", str(cache),

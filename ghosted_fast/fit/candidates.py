@@ -7,39 +7,42 @@ those that are clearly worse than the best are dropped before the next batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from ghosted_fast import distributed
 from ghosted_fast.measure.perplexity import predicted_positions, token_losses
 from ghosted_fast.models.boundaries import resume, visit_boundaries
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.text.batches import Batch, iterate_batches
+from ghosted_fast.text.progress import progress_bar
 
-DEFAULT_SCORE_TOKENS = 2048
 # A candidate is dropped when its loss is above the lowest by this many standard errors of the
 # difference, token by token: about one in 30,000 of those that are as good would be.
 _DROP_ABOVE = 4.0
 _FEWEST_TOKENS_TO_DROP = 256
 
 
-def dense_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+def dense_loss(model: Any, batches: Sequence[Batch]) -> float:
     """Return the mean loss of the model as it is, in nats per predicted token."""
     losses = []
-    device = next(model.parameters()).device
+    decoder = Decoder.of(model)
     with torch.inference_mode():
-        for batch in iterate_batches(batches, device):
-            output = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        for batch in iterate_batches(batches, decoder.device):
+            output = decoder.model(
+                batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            )
             loss, predicted = token_losses(output.logits, batch.input_ids, batch.attention_mask)
             losses.append(loss[predicted].double().cpu())
     return distributed.from_first(_mean(torch.cat(losses)))
 
 
 def score_intervals(
-    model: nn.Module,
+    model: Any,
     batches: Sequence[Batch],
     intervals: Sequence[tuple[int, int]],
     ghosts: Sequence[GhostLinear | None],
@@ -62,7 +65,7 @@ def score_intervals(
 
 
 def score_gaps(
-    model: nn.Module,
+    model: Any,
     batches: Sequence[Batch],
     candidates: Sequence[Sequence[Gap]],
     keep: int = 1,
@@ -84,26 +87,24 @@ def score_gaps(
     Returns:
         Mean cross-entropy per token, nats, in the order of the candidates.
     """
-    device = next(model.parameters()).device
+    decoder = Decoder.of(model)
     losses: list[list[Tensor]] = [[] for _ in candidates]
     running = list(range(len(candidates)))
-    bar = tqdm(
-        desc="scoring", total=len(batches) * len(candidates), delay=2.0, disable=not progress
-    )
+    bar = progress_bar("scoring", progress, of=len(batches) * len(candidates))
     with bar, torch.inference_mode():
         for left, batch in zip(
-            range(len(batches) - 1, -1, -1), iterate_batches(batches, device), strict=True
+            range(len(batches) - 1, -1, -1), iterate_batches(batches, decoder.device), strict=True
         ):
             states: dict[int, Tensor] = {}
-            shared = list(distributed.own(running))
+            shared = list(distributed.my_share(running))
             if starts := sorted({candidates[index][0].start for index in shared}):
-                visit_boundaries(model, batch, starts, states.__setitem__)
+                visit_boundaries(decoder, batch, starts, states.__setitem__)
             predicted = predicted_positions(batch.attention_mask)
             found = torch.zeros(len(candidates), int(predicted.sum()), dtype=torch.float64)
             for index in shared:
                 (start, stop, enter), *others = [gap.on(batch) for gap in candidates[index]]
                 hidden = states[start] if enter is None else enter(states[start])
-                logits = resume(model, batch, stop, hidden, others)
+                logits = resume(decoder, batch, stop, hidden, others)
                 loss, _ = token_losses(logits, batch.input_ids, batch.attention_mask)
                 found[index] = loss[predicted].double().cpu()
             distributed.add_up([found])

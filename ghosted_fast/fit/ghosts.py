@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from ghosted_fast import distributed
 from ghosted_fast.fit.collect import collect_statistics
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.options import GhostOptions
@@ -20,6 +21,7 @@ from ghosted_fast.statistics.interval import FirstTokens, IntervalStatistics
 from ghosted_fast.statistics.solve import GhostSolution, solve_ghost, solve_on_split
 from ghosted_fast.statistics.token_weights import token_weights
 from ghosted_fast.text.batches import Batch
+from ghosted_fast.text.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class FittedGhost:
             features = x / (x.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()
         y = x + features @ self.weight.mT
         return y if self.bias is None else y + self.bias
+
+    def module_of(self, decoder: Decoder) -> GhostLinear:
+        """Return the ghost as a module of a model's dtype, on its device."""
+        return self.to_module(decoder.dtype, decoder.device)
 
     def to_module(self, dtype: torch.dtype, device: torch.device | str) -> GhostLinear:
         """Return the ghost as a module of the model's dtype, on its device."""
@@ -100,11 +106,11 @@ def fit_ghosts(
 ) -> list[tuple[FittedGhost, GhostSolution]]:
     """Fit a ghost on each of several statistics, see `fit_ghost`; the ranks share the solves."""
     device = statistics[0].gram.device
-    return distributed.spread(statistics, partial(fit_ghost, options=options), device)
+    return distributed.one_item_per_rank(statistics, partial(fit_ghost, options=options), device)
 
 
 def fit_in_sequence(
-    model: nn.Module,
+    model: Any,
     batches: Sequence[Batch],
     intervals: Sequence[tuple[int, int]],
     options: GhostOptions,
@@ -134,18 +140,18 @@ def fit_in_sequence(
 
     Source: ours.
     """
-    parameter = next(model.parameters())
+    decoder = Decoder.of(model)
     gaps = list(gaps)
     fits: list[tuple[FittedGhost, GhostSolution]] = []
     for interval in intervals:
-        statistics = collect_statistics(model, batches, [interval], options, progress, gaps)
+        statistics = collect_statistics(decoder, batches, [interval], options, progress, gaps)
         fits += fit_ghosts(statistics, options)
-        gaps.append(Gap(*interval, fits[-1][0].to_module(parameter.dtype, parameter.device)))
+        gaps.append(Gap(*interval, fits[-1][0].module_of(decoder)))
     return fits
 
 
 def fit_candidates(
-    model: nn.Module,
+    model: Any,
     statistics: Sequence[IntervalStatistics],
     options: GhostOptions,
     progress: bool = False,
@@ -158,16 +164,16 @@ def fit_candidates(
         options: How the ghosts are fitted.
         progress: Whether to show a progress bar on stderr.
     """
-    parameter = next(model.parameters())
-    total = len(list(distributed.own(statistics)))
-    with tqdm(desc="fitting", total=total, delay=2.0, disable=not progress) as bar:
+    decoder = Decoder.of(model)
+    total = len(list(distributed.my_share(statistics)))
+    with progress_bar("fitting", progress, of=total) as bar:
 
         def fit(item: IntervalStatistics) -> GhostLinear:
             ghost = fit_on_training_folds(item, options)
             bar.update()
-            return ghost.to_module(parameter.dtype, parameter.device)
+            return ghost.module_of(decoder)
 
-        return distributed.spread(statistics, fit, parameter.device)
+        return distributed.one_item_per_rank(statistics, fit, decoder.device)
 
 
 def fit_on_training_folds(statistics: IntervalStatistics, options: GhostOptions) -> FittedGhost:

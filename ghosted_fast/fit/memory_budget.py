@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
-import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
+import psutil
 import torch
 
 from ghosted_fast import distributed
 from ghosted_fast.errors import CalibrationError
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.statistics.interval import interval_bytes
+from ghosted_fast.statistics.sample import Interval
+
+T = TypeVar("T")
+P = TypeVar("P", bound=Hashable)
+
+
+def groups_within(
+    items: Iterable[T],
+    parts_of: Callable[[T], Iterable[P]],
+    bytes_of: Callable[[P], int],
+    budget: int,
+) -> list[list[T]]:
+    """Cut a list into groups whose statistics fit a budget together; one item alone may exceed it.
+
+    Args:
+        items: What is grouped, in order.
+        parts_of: The statistics that an item needs; a group holds those that items share once.
+        bytes_of: The bytes of one of them.
+        budget: Bytes.
+    """
+    groups: list[list[T]] = []
+    held: set[P] = set()
+    for item in items:
+        parts = set(parts_of(item))
+        if not groups or sum(map(bytes_of, held | parts)) > budget:
+            groups.append([])
+            held = set()
+        held |= parts
+        groups[-1].append(item)
+    return groups
 
 
 def passes_within(
-    intervals: Sequence[tuple[int, int]], size: int, options: GhostOptions, budget: int
-) -> list[list[tuple[int, int]]]:
+    intervals: Sequence[Interval], size: int, options: GhostOptions, budget: int
+) -> list[list[Interval]]:
     """Cut a list of intervals into groups whose statistics fit a budget of bytes.
 
     Raises:
@@ -29,8 +60,7 @@ def passes_within(
             f"hidden size {size}, {options.folds} folds), got {budget}: raise it, or use fewer "
             "folds"
         )
-    per_pass = budget // each
-    return [list(intervals[i : i + per_pass]) for i in range(0, len(intervals), per_pass)]
+    return groups_within(intervals, lambda pair: [pair], lambda _: each, budget)
 
 
 def default_memory_budget(device: torch.device) -> int:
@@ -41,7 +71,7 @@ def default_memory_budget(device: torch.device) -> int:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = psutil.virtual_memory().available
     found = distributed.gather(((platform.node(), str(device)), free))
     places = [place for place, _ in found]
     return min(free // places.count(place) for place, free in found) // 2

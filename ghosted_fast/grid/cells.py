@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ghosted_fast.errors import GhostedFastError
-from ghosted_fast.fit.ghosts import fit_in_sequence
-from ghosted_fast.fit.memory_budget import default_memory_budget
-from ghosted_fast.grid.judging import Judge
+from ghosted_fast.fit.memory_budget import default_memory_budget, groups_within
+from ghosted_fast.grid.judge import Judge
 from ghosted_fast.grid.plan import Variant
 from ghosted_fast.measure.system import peak_memory, reset_peak_memory
-from ghosted_fast.models.families import decoder_layers, hidden_size
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.options import GhostOptions
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.recovery import RECOVERIES, Job, Patch
-from ghosted_fast.recovery.patches import fit_patches, put_patches
+from ghosted_fast.recovery.patches import fit_gaps, fit_patches, put_patches
+from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.surgery.cut import removed_intervals
-from ghosted_fast.text.batches import Batch
+from ghosted_fast.text.calibration_text import CalibrationText
 
 Removed = tuple[int, ...]
 
@@ -35,118 +35,107 @@ class Cell:
 
 @dataclass(frozen=True)
 class Fitting:
-    """How operators are fitted.
+    """What operators are fitted on, and how.
 
     Attributes:
-        calibration: Tokens to learn from.
+        decoder: The dense model.
+        text: Tokens to learn from.
         options: How ghosts are fitted.
-        sequential: Whether several ghosts are fitted one after the other; see `fit_in_sequence`.
-        memory_budget: Bytes for statistics; None for half of the free memory.
-        progress: Whether to show progress bars on stderr.
+        run: Memory for statistics, and whether to show progress.
     """
 
-    calibration: Sequence[Batch]
+    decoder: Decoder
+    text: CalibrationText
     options: GhostOptions
-    sequential: bool
-    memory_budget: int | None
-    progress: bool
+    run: RunOptions
+
+    def gaps(self, cell: Cell) -> list[Interval]:
+        """Return the gaps that a cell's removed layers leave."""
+        return removed_intervals(cell.removed, self.decoder.num_layers)
+
+    def jobs(self, cell: Cell) -> list[Job]:
+        """Return what a cell needs of a pass that it shares with others."""
+        gaps, recovery = self.gaps(cell), RECOVERIES[cell.variant.recovery]
+        if recovery.sequential and self.options.sequential and len(gaps) > 1:
+            return []
+        return [(recovery.name, gap) for gap in gaps]
+
+    def num_bytes(self, job: Job) -> int:
+        """Return the bytes of what a job gathers."""
+        return RECOVERIES[job[0]].num_bytes(self.decoder.hidden_size, self.options)
 
 
 def run_cells(
-    model: Any,
+    fitting: Fitting,
     cells: Sequence[Cell],
-    texts: Fitting,
     judge: Judge,
     done: Callable[[Cell, dict[str, Any]], None],
 ) -> None:
     """Fit and judge cells; all that share statistics share a pass of the dense model.
 
     Args:
-        model: The dense model.
+        fitting: What they share.
         cells: The cells, those of one set of layers together.
-        texts: What they share.
         judge: Measures their models.
         done: Called with each cell and its record, as soon as that is known. A recovery that
             cannot serve a gap gives a record with the reason under "refused".
     """
-    device = next(model.parameters()).device
-    budget = texts.memory_budget or default_memory_budget(device)
-    for group in _groups(cells, hidden_size(model), texts.options, budget):
+    device = fitting.decoder.device
+    budget = fitting.run.memory_budget or default_memory_budget(device)
+    for group in groups_within(cells, fitting.jobs, fitting.num_bytes, budget):
         reset_peak_memory(device)
         refused: dict[Job, GhostedFastError] = {}
-        jobs = [job for cell in group for job in _jobs(model, cell, texts)]
         patches = fit_patches(
-            model, texts.calibration, jobs, texts.options, budget, texts.progress, refused
+            fitting.decoder,
+            fitting.text,
+            [job for cell in group for job in fitting.jobs(cell)],
+            fitting.options,
+            budget,
+            fitting.run.progress,
+            refused,
         )
         peak_of_pass = peak_memory(device)
         for cell in group:
             reset_peak_memory(device)
             try:
-                record = _run_cell(model, cell, texts, judge, patches, refused)
+                record = _run_cell(fitting, cell, judge, patches, refused)
             except GhostedFastError as error:
                 record = {"refused": str(error)}
-            peaks = (peak_memory(device), peak_of_pass if _jobs(model, cell, texts) else None)
+            peaks = (peak_memory(device), peak_of_pass if fitting.jobs(cell) else None)
             record["peak_memory"] = max((peak for peak in peaks if peak is not None), default=None)
             done(cell, record)
 
 
-def _groups(
-    cells: Sequence[Cell], size: int, options: GhostOptions, budget: int
-) -> list[list[Cell]]:
-    """Cut the cells into groups whose statistics fit a budget together; one may exceed it."""
-    groups: list[list[Cell]] = []
-    jobs: set[tuple[str, Removed]] = set()
-    for cell in cells:
-        grown = jobs | {(cell.variant.recovery, cell.removed)}
-        each = [RECOVERIES[name].num_bytes(size, options) * len(gone) for name, gone in grown]
-        if groups and sum(each) <= budget:
-            jobs = grown
-        else:
-            groups.append([])
-            jobs = {(cell.variant.recovery, cell.removed)}
-        groups[-1].append(cell)
-    return groups
-
-
-def _gaps(model: Any, cell: Cell) -> list[tuple[int, int]]:
-    return removed_intervals(cell.removed, len(decoder_layers(model)))
-
-
-def _in_sequence(model: Any, cell: Cell, texts: Fitting) -> bool:
-    return texts.sequential and cell.variant.recovery == "ghost" and len(_gaps(model, cell)) > 1
-
-
-def _jobs(model: Any, cell: Cell, texts: Fitting) -> list[Job]:
-    """Return what a cell needs of a pass that it shares with others."""
-    if _in_sequence(model, cell, texts):
-        return []
-    return [(cell.variant.recovery, gap) for gap in _gaps(model, cell)]
-
-
 def _run_cell(
-    model: Any,
+    fitting: Fitting,
     cell: Cell,
-    texts: Fitting,
     judge: Judge,
     patches: Mapping[Job, Patch],
     refused: Mapping[Job, GhostedFastError],
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    if _in_sequence(model, cell, texts):
-        chosen = _fit_in_sequence(model, _gaps(model, cell), texts)
-        recover = 0.0
-    else:
-        jobs = _jobs(model, cell, texts)
+    dense = fitting.decoder.model
+    if jobs := fitting.jobs(cell):
         for job in jobs:
             if job in refused:
                 raise refused[job]
         chosen = [patches[job] for job in jobs]
         # Gaps of one pass each count its forward passes.
         recover = max(patch.seconds for patch in chosen)
-    smaller = put_patches(model, cell.removed, _own(chosen))
+    else:
+        chosen = fit_gaps(
+            fitting.decoder,
+            fitting.text,
+            cell.variant.recovery,
+            fitting.gaps(cell),
+            options=fitting.options,
+            run=fitting.run,
+        )
+        recover = 0.0
+    smaller = put_patches(dense, cell.removed, _own(chosen))
     corrections = 0
     if cell.variant.after is not None:
-        corrections = cell.variant.after(smaller, model, texts.calibration)
+        corrections = cell.variant.after(smaller, dense, fitting.text.hold())
     recover += time.perf_counter() - began
     record = judge(smaller, cell.removed[0])
     record["corrections"] = corrections
@@ -159,27 +148,17 @@ def _own(patches: Iterable[Patch]) -> list[Patch]:
     return [replace(patch, ghost=copy.deepcopy(patch.ghost)) for patch in patches]
 
 
-def _fit_in_sequence(model: Any, gaps: Sequence[tuple[int, int]], texts: Fitting) -> list[Patch]:
-    parameter = next(model.parameters())
-    fits = fit_in_sequence(model, texts.calibration, gaps, texts.options, texts.progress)
-    return [
-        Patch(fitted.to_module(parameter.dtype, parameter.device), solution=solution)
-        for fitted, solution in fits
-    ]
-
-
-def stand_in(model: Any, removed: Removed, operators: Sequence[str]) -> Any:
+def stand_in(decoder: Decoder, removed: Removed, operators: Sequence[str]) -> Any:
     """Return a model that costs what a cell's model costs, to measure its speed.
 
     Its ghosts are zero: what they hold does not change the time that they take.
 
     Args:
-        model: The dense model.
+        decoder: The dense model.
         removed: The removed layers.
         operators: As `operators_of` gives them; one for each gap, or none.
     """
-    parameter = next(model.parameters())
-    gaps = removed_intervals(removed, len(decoder_layers(model)))
+    gaps = removed_intervals(removed, decoder.num_layers)
     kinds: list[str | None] = [*operators] if operators else [None] * len(gaps)
     patches = []
     for _, kind in zip(gaps, kinds, strict=True):
@@ -188,7 +167,7 @@ def stand_in(model: Any, removed: Removed, operators: Sequence[str]) -> Any:
             continue
         eps = 1e-6 if kind == "normed" else None
         ghost = GhostLinear(
-            hidden_size(model), norm_eps=eps, device=parameter.device, dtype=parameter.dtype
+            decoder.hidden_size, norm_eps=eps, device=decoder.device, dtype=decoder.dtype
         )
         patches.append(Patch(ghost.requires_grad_(False)))
-    return put_patches(model, removed, patches)
+    return put_patches(decoder.model, removed, patches)

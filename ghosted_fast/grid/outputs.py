@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghosted_fast._atomic_files import write_whole
+from ghosted_fast._atomic_files import write_atomically
+from ghosted_fast.facts import layers_as_text
 from ghosted_fast.grid.summary import Summary, summaries
-from ghosted_fast.grid.table import BEST_PUBLISHED, DEFAULT, Grid, layers_as_text
+from ghosted_fast.grid.table import BEST_PUBLISHED, DEFAULT, Grid
 from ghosted_fast.reports.page import page_template
 
 
@@ -21,9 +22,9 @@ def check_outputs() -> None:
 def write_outputs(folder: Path, grid: Grid) -> None:
     """Write `results.json`, `results.md` and `index.html`, each whole or not at all."""
     data = {**grid.to_dict(), "summaries": [item.to_dict() for item in summaries(grid)]}
-    write_whole(folder / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-    write_whole(folder / "results.md", markdown(grid))
-    write_whole(folder / "index.html", page(grid))
+    write_atomically(folder / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / "results.md", markdown(grid))
+    write_atomically(folder / "index.html", page(grid))
 
 
 def markdown(grid: Grid) -> str:
@@ -34,12 +35,14 @@ def markdown(grid: Grid) -> str:
     lines = [
         f"# {grid.about['model']} ({grid.about['dtype']})",
         "",
-        f"Dense perplexity: {dense}. Calibrated on {grid.about['calibration_tokens']:,} tokens. "
-        "In brackets the 95 % bootstrap interval over passages. Bold: our default; †: the best "
-        "published row on the first text.",
+        (
+            f"Dense perplexity: {dense}. Calibrated on {grid.about['calibration_tokens']:,} "
+            "tokens. In brackets the 95 % bootstrap interval over passages. Bold: our default; †: "
+            "the best published row on the first text."
+        ),
     ]
-    for count in dict.fromkeys(row["num_layers"] for row in grid.rows):
-        rows = [row for row in grid.rows if row["num_layers"] == count]
+    for count in dict.fromkeys(row["remove"] for row in grid.rows):
+        rows = [row for row in grid.rows if row["remove"] == count]
         columns, cells = full_table(grid, rows)
         lines += ["", f"## {count} of {grid.about['num_layers']} layers removed", ""]
         lines.append(_markdown_row(columns))
@@ -94,7 +97,7 @@ def _loss(value: float) -> str:
 
 def page(grid: Grid) -> str:
     """Return the HTML page, with all plots in it."""
-    from ghosted_fast.grid import figures
+    from ghosted_fast.grid import plots
 
     template = page_template("grid.html")
     return template.render(
@@ -102,14 +105,14 @@ def page(grid: Grid) -> str:
         about=grid.about,
         summaries=[item for item in summaries(grid) if item.to_best_published is not None],
         headline=_headline(grid),
-        blocks=[_block(grid, count) for count in dict.fromkeys(r["num_layers"] for r in grid.rows)],
+        blocks=[_block(grid, count) for count in dict.fromkeys(r["remove"] for r in grid.rows)],
         columns=full_table(grid, [])[0],
         lines=list(zip(grid.rows, full_table(grid, grid.rows)[1], strict=True)),
-        lead_svg=figures.lead_figure(grid),
-        pairs_svg=figures.pairs_figure(grid),
-        intervals_svg=figures.intervals_figure(grid),
-        quality_svg=figures.quality_figure(grid),
-        cut_off=figures.CUT_OFF,
+        lead_svg=plots.lead_figure(grid),
+        pairs_svg=plots.pairs_figure(grid),
+        intervals_svg=plots.intervals_figure(grid),
+        quality_svg=plots.quality_figure(grid),
+        cut_off=plots.CUT_OFF,
         default_mark=DEFAULT,
         best_mark=BEST_PUBLISHED,
     )
@@ -132,7 +135,7 @@ def _headline(grid: Grid) -> list[tuple[str, str]]:
 
 def _block(grid: Grid, count: int) -> dict[str, Any]:
     """Return the matrix of criteria and recoveries for one number of layers."""
-    rows = [row for row in grid.rows if row["num_layers"] == count]
+    rows = [row for row in grid.rows if row["remove"] == count]
     criteria = list(dict.fromkeys(row["criterion"] for row in rows))
     return {
         "count": count,

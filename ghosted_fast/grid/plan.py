@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.fit.collect import check_enough_tokens
-from ghosted_fast.models.families import hidden_size
-from ghosted_fast.models.families import num_layers as layer_count
+from ghosted_fast.fit.walk import check_enough_tokens
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.recovery import RECOVERIES, check_recovery
-from ghosted_fast.selection.select import CRITERIA, check_layer_count
+from ghosted_fast.selection.criteria import CRITERIA, check_criterion
+from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.text.batches import Batch
+from ghosted_fast.text.calibration_text import CalibrationText
 
-OUR_CRITERIA = ("ghost", "ghost-search")
 CORRECTED = "corrections"
 # The library's default is the first of these recoveries that a grid has, with this criterion.
 DEFAULT_CRITERION, DEFAULT_RECOVERIES = "ghost", (f"ghost + {CORRECTED}", "ghost")
@@ -57,7 +57,7 @@ def default_of(variants: Sequence[Variant]) -> tuple[str, str] | None:
 
 def is_published(criterion: str, variant: Variant) -> bool:
     """Return whether a pairing consists of published methods alone."""
-    return criterion not in OUR_CRITERIA and variant.published
+    return CRITERIA[criterion].published and variant.published
 
 
 def variants_of(recoveries: Sequence[str | Variant]) -> list[Variant]:
@@ -73,11 +73,39 @@ def variants_of(recoveries: Sequence[str | Variant]) -> list[Variant]:
     return variants
 
 
+@dataclass(frozen=True)
+class GridPlan:
+    """What a grid compares, and what it measures.
+
+    Attributes:
+        criteria: Names out of `CRITERIA`.
+        recoveries: Names out of `RECOVERIES`, or variants of them (`corrected`, `refined`). None
+            for all, and the ghost with corrections, which is the library's default.
+        name: What the model is called; by default what its configuration says.
+        speed: Arguments of `compare_throughput`, for example `{"repeats": 3}`, to measure speed,
+            once for each shape of model; None leaves it out.
+        accuracy: A function of a model that returns its accuracy by task, in 0..1; None leaves
+            the columns out.
+        accuracy_name: What it measures; results of another are not taken for these.
+        seed: Of the bootstrap.
+        overwrite: Whether results of other settings in the folder may be replaced.
+    """
+
+    criteria: Sequence[str] = tuple(CRITERIA)
+    recoveries: Sequence[str | Variant] | None = None
+    name: str | None = None
+    speed: Mapping[str, int] | None = None
+    accuracy: Callable[[Any], dict[str, float]] | None = None
+    accuracy_name: str = ""
+    seed: int = 0
+    overwrite: bool = False
+
+
 def check_plan(
-    model: Any,
-    calibration: Sequence[Batch],
+    decoder: Decoder,
+    calibration: CalibrationText,
     evaluations: Mapping[str, Sequence[Batch]],
-    num_layers: Sequence[int],
+    remove: Sequence[int],
     criteria: Sequence[str],
 ) -> None:
     """Raise unless a grid can be run to its end.
@@ -87,22 +115,18 @@ def check_plan(
             missing, or there is no text to evaluate on.
         CalibrationError: There is too little text to calibrate on.
     """
-    layers = layer_count(model)
-    for count in num_layers:
-        check_layer_count(count, layers)
+    for count in remove:
+        check_layer_count(count, decoder.num_layers)
     for criterion in criteria:
-        if criterion not in CRITERIA:
-            raise ArgumentError(
-                f"expected criteria out of {', '.join(CRITERIA)}, got {criterion!r}"
-            )
-    _check_distinct("number of layers", num_layers)
+        check_criterion(criterion)
+    _check_distinct("number of layers", remove)
     _check_distinct("criterion", criteria)
     _check_distinct("evaluation text", list(evaluations))
     for name, batches in evaluations.items():
         if not any(batch.num_tokens > 1 for batch in batches):
             raise ArgumentError(f"expected tokens to predict in the text {name!r}, got none")
-    size = hidden_size(model)
-    check_enough_tokens(sum(batch.num_tokens for batch in calibration), 2 * size, size)
+    size = decoder.hidden_size
+    check_enough_tokens(calibration.num_tokens, 2 * size, size)
 
 
 def _check_distinct(what: str, items: Sequence[Any]) -> None:

@@ -43,11 +43,11 @@ def summaries(grid: Grid) -> list[Summary]:
     published: dict[tuple[int, str], float] = {}
     for row in grid.rows:
         for text, value in (row["excess"] or {}).items():
-            place = row["num_layers"], text
+            place = row["remove"], text
             excesses.setdefault((row["criterion"], row["recovery"]), {})[place] = value
             if row["published"]:
                 published[place] = min(value, published.get(place, math.inf))
-    places = {(row["num_layers"], text) for row in grid.rows for text in grid.texts}
+    places = {(row["remove"], text) for row in grid.rows for text in grid.texts}
     paper = excesses.get(PAPER_PAIR, {})
     found = [
         Summary(

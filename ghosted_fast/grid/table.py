@@ -20,7 +20,7 @@ class Grid:
         about: The model, the texts, the settings and the machine.
         dense: What is known of the dense model: perplexity by text, parameters, ...
         rows: As `grid_of` makes them, by number of layers, criterion and recovery.
-        selections: The criteria's candidates: criterion, num_layers, removed, scores, seconds.
+        selections: The criteria's candidates: criterion, remove, removed, scores, seconds.
     """
 
     about: dict[str, Any]
@@ -53,7 +53,7 @@ def speed_key(record: Mapping[str, Any], speed: Mapping[str, int]) -> tuple[Any,
 def grid_of(
     state: GridState,
     about: Mapping[str, Any],
-    num_layers: Sequence[int],
+    remove: Sequence[int],
     criteria: Sequence[str],
     variants: Sequence[Variant],
     speed: Mapping[str, int] | None,
@@ -61,10 +61,10 @@ def grid_of(
     """Return the grid of what a state knows of all its cells."""
     dense = state.get("dense")
     rows, selections = [], []
-    for count in sorted(num_layers):
+    for count in sorted(remove):
         for criterion in criteria:
             selection = state.get("selection", criterion, count)
-            selections.append({"criterion": criterion, "num_layers": count, **selection})
+            selections.append({"criterion": criterion, "remove": count, **selection})
             for variant in variants:
                 if not variant.serves(criterion):
                     continue
@@ -88,7 +88,7 @@ def _row(
     losses = cell.get("perplexity")
     seconds = {"select": selection["seconds"], **cell.get("seconds", {})}
     return {
-        "num_layers": count,
+        "remove": count,
         "criterion": criterion,
         "recovery": variant.name,
         "corrections": cell.get("corrections"),
@@ -121,11 +121,11 @@ def _mark(rows: Sequence[dict[str, Any]], text: str, default: tuple[str, str] | 
     for row in rows:
         if (row["criterion"], row["recovery"]) == default:
             row["marks"].append(DEFAULT)
-    for count in {row["num_layers"] for row in rows}:
+    for count in {row["remove"] for row in rows}:
         rivals = [
             row
             for row in rows
-            if row["num_layers"] == count and row["published"] and row["refused"] is None
+            if row["remove"] == count and row["published"] and row["refused"] is None
         ]
         if rivals:
             best = min(row["perplexity"][text]["value"] for row in rivals)
@@ -139,14 +139,5 @@ def marked(rows: Sequence[dict[str, Any]], mark: str) -> dict[int, dict[str, Any
     found: dict[int, dict[str, Any]] = {}
     for row in rows:
         if mark in row["marks"]:
-            found.setdefault(row["num_layers"], row)
+            found.setdefault(row["remove"], row)
     return found
-
-
-def layers_as_text(removed: Sequence[int]) -> str:
-    """Return layers as runs with both ends: 12-15, 17."""
-    gone = set(removed)
-    starts = [layer for layer in sorted(gone) if layer - 1 not in gone]
-    stops = [layer for layer in sorted(gone) if layer + 1 not in gone]
-    runs = zip(starts, stops, strict=True)
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ghosted_fast.errors import ArgumentError
+from ghosted_fast.errors import ArgumentError, check_at_least
 from ghosted_fast.grid.plan import CORRECTED, Variant
-from ghosted_fast.improve.correction import Corrections, check_corrections, correct_ghosts
-from ghosted_fast.improve.refinement import refine_ghosts
+from ghosted_fast.improve.correction import correct_ghosts
+from ghosted_fast.improve.refinement import RefinementOptions, refine_ghosts
+from ghosted_fast.options import Corrections, check_corrections
+from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.text.batches import Batch
 
-# Recoveries whose operator stands beside the layers, where corrections and refinement can reach it.
-WITH_OPERATOR = ("linearpatch-d", "linearpatch-r", "ghost-paper", "ghost")
+# Where corrections and refinement can reach the operator.
+WITH_OPERATOR = tuple(name for name, recovery in RECOVERIES.items() if recovery.has_operator)
 
 
 def corrected(corrections: Corrections = "auto", recovery: str = "ghost") -> Variant:
@@ -44,9 +46,8 @@ def refined(steps: int, recovery: str = "ghost", seed: int = 0) -> Variant:
         ArgumentError: The recovery has no operator, or there is no step.
     """
     _check_operator(recovery)
-    if steps < 1:
-        raise ArgumentError(f"expected steps >= 1, got {steps}")
-    corrections: Corrections = "auto" if recovery == "ghost" else 0
+    check_at_least(1, steps=steps)
+    corrections: Corrections = "auto" if RECOVERIES[recovery].improvable else 0
     name = f"{recovery} refined, {steps} steps"
     return Variant(name, recovery, partial(_refine, corrections, steps, seed))
 
@@ -73,5 +74,5 @@ def _refine(
     batches: Sequence[Batch],
 ) -> int:
     taken = _correct(corrections, smaller, dense, batches)
-    refine_ghosts(smaller, dense, batches, steps, seed=seed)
+    refine_ghosts(smaller, dense, batches, steps, options=RefinementOptions(seed=seed))
     return taken

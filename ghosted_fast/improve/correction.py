@@ -27,24 +27,25 @@ import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import cycle, islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ghosted_fast import distributed
-from ghosted_fast.errors import ArgumentError
+from ghosted_fast.errors import check_above, check_at_least
 from ghosted_fast.facts import CorrectionFacts
 from ghosted_fast.improve.divergence import (
     Divergence,
     GhostSlope,
     States,
-    compare,
+    divergence_sum,
+    fp32_rows,
     row_slices,
-    total,
-    wide_rows,
+    sum_of,
 )
+from ghosted_fast.ops.reference import mirror_lower
+from ghosted_fast.options import Corrections, check_corrections
 from ghosted_fast.statistics.solve import mean_diagonal, solve_equations
 from ghosted_fast.text.folds import (
     check_split,
@@ -53,9 +54,9 @@ from ghosted_fast.text.folds import (
     split_sequences,
     token_count,
 )
+from ghosted_fast.text.progress import progress_bar
 
 _LOGGER = logging.getLogger(__name__)
-Corrections = int | Literal["auto"]
 
 MOST_CORRECTIONS = 8
 DEFAULT_DAMPING = 0.1
@@ -77,20 +78,7 @@ _OUTPUT_DAMPING = 1.0
 _SHARES = (1.0, 0.5, 0.25)
 
 
-def check_corrections(corrections: Any) -> None:
-    """Raise unless a number of corrections is an int >= 0 or "auto".
-
-    Raises:
-        ArgumentError: It is not.
-    """
-    is_count = isinstance(corrections, int) and not isinstance(corrections, bool)
-    if corrections != "auto" and not (is_count and corrections >= 0):
-        raise ArgumentError(
-            f'expected corrections to be an int >= 0 or "auto", got {corrections!r}'
-        )
-
-
-@distributed.together()
+@distributed.failing_together()
 def correct_ghosts(
     ghosted: Any,
     dense: Any,
@@ -128,11 +116,8 @@ def correct_ghosts(
         RankError: Another rank failed, or is gone.
     """
     check_corrections(corrections)
-    if not damping > 0 or tokens < 1 or held_out_tokens < 1:
-        raise ArgumentError(
-            "expected damping > 0, tokens >= 1 and held_out_tokens >= 1, got "
-            f"{damping}, {tokens} and {held_out_tokens}"
-        )
+    check_at_least(1, tokens=tokens, held_out_tokens=held_out_tokens)
+    check_above(0, damping=damping)
     if corrections == 0:
         return []
     distributed.check_same(
@@ -144,8 +129,8 @@ def correct_ghosts(
         }
     )
     divergence = Divergence(ghosted, dense)
-    whole = distributed.whole_text(batches)
-    train, judges = split_sequences(whole, held_out_tokens, divergence.device)
+    text = distributed.same_text_everywhere(batches)
+    train, judges = split_sequences(text, held_out_tokens, divergence.device)
     found, needed = token_count(judges), min(held_out_tokens, _FEWEST_FOR_AUTO)
     if corrections == "auto" and found < needed:
         _LOGGER.warning(
@@ -158,14 +143,14 @@ def correct_ghosts(
     check_split(train, judges)
     held_out = divergence.held_out(in_passes(judges))
     per_correction = sequences_for(tokens, train)
-    text = cycle(train)
+    sequences = cycle(train)
     most = MOST_CORRECTIONS if corrections == "auto" else corrections
     facts: list[CorrectionFacts] = []
     last: list[Tensor] | None = None
     size = _TRIAL_CHANGE
-    for _ in tqdm(range(most), desc="correcting", delay=2.0, disable=not progress):
+    for _ in progress_bar("correcting", progress, of=range(most)):
         began = time.perf_counter()
-        slopes = divergence.slopes(in_passes(islice(text, per_correction)))
+        slopes = divergence.gradients(in_passes(islice(sequences, per_correction)))
         directions = distributed.on_first(
             partial(_directions, slopes, damping, last), divergence.device
         )
@@ -184,7 +169,7 @@ def correct_ghosts(
         _LOGGER.info("held-out divergence %.5f -> %.5f", before, after)
         if corrections == "auto" and before - after < _LEAST_GAIN * before:
             break
-    divergence.agree()
+    divergence.synchronise()
     return facts
 
 
@@ -263,7 +248,7 @@ def _best_step(
     if not directions:
         value = divergence.value(held_out)
         return None, 0.0, value, value
-    point = divergence.point()
+    point = divergence.parameters64()
     for _ in range(_MOST_TRIALS):
         trials = [[size * part for part in direction] for direction in directions]
         before, slope, curvature = _local_model(divergence, held_out, point, trials)
@@ -276,11 +261,11 @@ def _best_step(
         size = max(change, 0.1 * size)
     for share in _SHARES:
         shorter = [share * part for part in step]
-        divergence.move([old + part for old, part in zip(point, shorter, strict=True)])
+        divergence.set_parameters([old + part for old, part in zip(point, shorter, strict=True)])
         after = divergence.value(held_out)
         if after < before:
             return shorter, share * change, before, after
-    divergence.move(point)
+    divergence.set_parameters(point)
     return None, 0.0, before, before
 
 
@@ -303,27 +288,29 @@ def _local_model(
         dense, mask = divergence.dense_logits(states), states.batch.attention_mask
         moved = []
         for direction in directions:
-            divergence.move([old + change for old, change in zip(point, direction, strict=True)])
+            divergence.set_parameters(
+                [old + change for old, change in zip(point, direction, strict=True)]
+            )
             moved.append(divergence.logits(states))
-        divergence.move(point)
+        divergence.set_parameters(point)
         base = divergence.logits(states)
-        value += compare(dense, base, mask)
+        value += divergence_sum(dense, base, mask)
         for rows in row_slices(base, mask):
-            here = wide_rows(base, rows)
+            here = fp32_rows(base, rows)
             q = here.softmax(-1)
-            away = q - wide_rows(dense, rows).softmax(-1)
-            changes = [wide_rows(logits, rows) - here for logits in moved]
+            away = q - fp32_rows(dense, rows).softmax(-1)
+            changes = [fp32_rows(logits, rows) - here for logits in moved]
             changes = [change - (q * change).sum(-1, keepdim=True) for change in changes]
             for i, change in enumerate(changes):
-                slope[i] += total(away * change)
+                slope[i] += sum_of(away * change)
                 weighted = q * change
                 for j in range(i + 1):
-                    curvature[i, j] += total(weighted * changes[j])
+                    curvature[i, j] += sum_of(weighted * changes[j])
     counts = torch.tensor(
         [value, token_count(states.batch for states in held_out)], dtype=torch.float64
     )
     distributed.add_up([slope, curvature, counts])
-    curvature = curvature.tril() + curvature.tril(-1).mT
+    curvature = mirror_lower(curvature)
     return float(counts[0] / counts[1]), slope / counts[1], curvature / counts[1]
 
 

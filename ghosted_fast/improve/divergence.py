@@ -26,6 +26,7 @@ from ghosted_fast.models.families import decoder_layers, num_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.ghosted_layers import ghosts_of
 from ghosted_fast.ops import gram_update
+from ghosted_fast.ops.reference import mirror_lower
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.statistics.gram import NormalEquations
 from ghosted_fast.statistics.token_weights import token_weights
@@ -147,7 +148,7 @@ class GhostSlope:
             changes: Of a weight [d, d] or of a bias [d], fp64.
             damping: Relative to the mean of S's diagonal, > 0.
         """
-        gram = self._gradient_gram.tril() + self._gradient_gram.tril(-1).mT
+        gram = mirror_lower(self._gradient_gram)
         gram.diagonal().add_(damping * float(gram.diagonal().mean()) or 1.0)
         columns = changes.reshape(len(changes), -1)
         return torch.cholesky_solve(columns, torch.linalg.cholesky(gram)).reshape(changes.shape)
@@ -226,7 +227,7 @@ class Divergence:
         """
         found: list[States] = []
         room = _KEPT_LOGITS
-        for batch in distributed.own(batches):
+        for batch in distributed.my_share(batches):
             states = self.states(batch)
             room -= states.exit.element_size() * batch.input_ids.numel() * self._vocabulary
             found.append(replace(states, logits=self.dense_logits(states)) if room >= 0 else states)
@@ -251,7 +252,7 @@ class Divergence:
             held_out: The states of this rank's text; the mean is that over all ranks.
         """
         found = sum(
-            compare(self.dense_logits(item), self.logits(item), item.batch.attention_mask)
+            divergence_sum(self.dense_logits(item), self.logits(item), item.batch.attention_mask)
             for item in held_out
         )
         tokens = token_count(item.batch for item in held_out)
@@ -259,7 +260,7 @@ class Divergence:
         distributed.add_up([sums])
         return float(sums[0] / sums[1])
 
-    def slopes(self, batches: Iterable[Batch]) -> list[GhostSlope]:
+    def gradients(self, batches: Iterable[Batch]) -> list[GhostSlope]:
         """Sum the gradients at the ghosts over batches, which the ranks share.
 
         Returns:
@@ -269,13 +270,13 @@ class Divergence:
             NonFiniteError: A state or a gradient is NaN or infinite.
         """
         slopes = [GhostSlope(ghost) for ghost in self.ghosts]
-        for batch in distributed.own(batches):
+        for batch in distributed.my_share(batches):
             states = self.states(batch)
             with _watched(self._ghosted, self.ghosts) as seen:
                 logits = _run(self._ghosted, batch, self._entry, states.entry)
             away = torch.zeros_like(logits, memory_format=torch.contiguous_format)
             dense = self.dense_logits(states)
-            compare(dense, logits.detach(), batch.attention_mask, away)
+            divergence_sum(dense, logits.detach(), batch.attention_mask, away)
             outputs = [seen[ghost][1] for ghost in self.ghosts]
             gradients = torch.autograd.grad(logits, outputs, away)
             attended = batch.attention_mask.bool()
@@ -289,20 +290,20 @@ class Divergence:
             slope.add_ranks()
         return slopes
 
-    def point(self) -> list[Tensor]:
+    def parameters64(self) -> list[Tensor]:
         """Return copies of the ghosts' parameters, fp64."""
         return [parameter.detach().double() for parameter in self.parameters]
 
     @torch.no_grad()
-    def move(self, point: Sequence[Tensor]) -> None:
+    def set_parameters(self, point: Sequence[Tensor]) -> None:
         """Set the ghosts' parameters, rounded to their dtype."""
         for parameter, value in zip(self.parameters, point, strict=True):
             parameter.copy_(value)
 
-    def agree(self) -> None:
+    def synchronise(self) -> None:
         """Give all ranks the ghosts of rank 0, to the bit."""
         if distributed.count() > 1:
-            self.move(distributed.from_first(self.point(), self.device))
+            self.set_parameters(distributed.from_first(self.parameters64(), self.device))
 
 
 def _run(model: Any, batch: Batch, boundary: int, hidden: Tensor | None) -> Tensor:
@@ -351,12 +352,12 @@ def row_slices(logits: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
     return attention_mask.flatten().nonzero()[:, 0].split(step)
 
 
-def wide_rows(logits: Tensor, rows: Tensor) -> Tensor:
+def fp32_rows(logits: Tensor, rows: Tensor) -> Tensor:
     """Return some rows of logits [batch, length, vocabulary] as fp32 [rows, vocabulary]."""
     return logits.flatten(0, 1)[rows].float()
 
 
-def total(values: Tensor) -> float:
+def sum_of(values: Tensor) -> float:
     """Return the sum of fp32 values [rows, columns].
 
     Along a row torch sums pairwise, which is as exact as is needed and, on a processor, eighty
@@ -365,7 +366,7 @@ def total(values: Tensor) -> float:
     return float(values.sum(-1).double().sum())
 
 
-def compare(
+def divergence_sum(
     dense: Tensor, ghosted: Tensor, attention_mask: Tensor, gradient: Tensor | None = None
 ) -> float:
     """Return the sum over attended tokens of KL(dense || ghosted), nats.
@@ -379,10 +380,10 @@ def compare(
     """
     found = 0.0
     for rows in row_slices(dense, attention_mask):
-        log_p = wide_rows(dense, rows).log_softmax(-1)
-        log_q = wide_rows(ghosted, rows).log_softmax(-1)
+        log_p = fp32_rows(dense, rows).log_softmax(-1)
+        log_q = fp32_rows(ghosted, rows).log_softmax(-1)
         p = log_p.exp()
-        found += total(p * (log_p - log_q))
+        found += sum_of(p * (log_p - log_q))
         if gradient is not None:
             gradient.view(-1, gradient.shape[-1])[rows] = (log_q.exp() - p).to(gradient.dtype)
     return found

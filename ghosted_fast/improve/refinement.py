@@ -19,23 +19,30 @@ import math
 import pickle
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ghosted_fast import distributed
-from ghosted_fast._atomic_files import whole_file
-from ghosted_fast.errors import ArgumentError, CheckpointError
+from ghosted_fast._atomic_files import atomic_file
+from ghosted_fast.errors import (
+    ArgumentError,
+    CheckpointError,
+    check_above,
+    check_at_least,
+    renamed,
+)
 from ghosted_fast.facts import RefinementFacts
 from ghosted_fast.improve.divergence import Divergence, GhostSlope
+from ghosted_fast.ops.reference import mirror_lower
 from ghosted_fast.statistics.solve import mean_diagonal
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.folds import check_split, in_passes, sequences_for, split_sequences
+from ghosted_fast.text.progress import progress_bar
 
 _LOGGER = logging.getLogger(__name__)
 DEFAULT_STEPS = 48
@@ -67,17 +74,43 @@ class _Run:
     best_step: int
 
 
-@distributed.together()
+@dataclass(frozen=True)
+class RefinementOptions:
+    """How ghosts are refined.
+
+    Attributes:
+        tokens: Tokens of each step.
+        held_out_tokens: Tokens that the ghosts are judged on.
+        step_size: Of the first full step: rms change of a ghost's output relative to that output,
+            were all coordinates moved; > 0. Later steps shorten to nothing.
+        seed: Of the order of the text.
+
+    Raises:
+        ArgumentError: A field is out of range.
+    """
+
+    tokens: int = DEFAULT_TOKENS
+    held_out_tokens: int = DEFAULT_HELD_OUT_TOKENS
+    step_size: float = DEFAULT_STEP_SIZE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, tokens=self.tokens, held_out_tokens=self.held_out_tokens)
+        check_above(0, step_size=self.step_size)
+
+
+_OPTION = "a field of options=RefinementOptions(...)"
+
+
+@renamed(**dict.fromkeys(("tokens", "held_out_tokens", "step_size", "seed"), _OPTION))
+@distributed.failing_together()
 def refine_ghosts(
     ghosted: Any,
     dense: Any,
     batches: Iterable[Any],
     steps: int = DEFAULT_STEPS,
     *,
-    tokens: int = DEFAULT_TOKENS,
-    held_out_tokens: int = DEFAULT_HELD_OUT_TOKENS,
-    step_size: float = DEFAULT_STEP_SIZE,
-    seed: int = 0,
+    options: RefinementOptions | None = None,
     state: str | Path | None = None,
     progress: bool = False,
 ) -> RefinementFacts:
@@ -92,11 +125,7 @@ def refine_ghosts(
         dense: The dense model that it comes from, in the same dtype.
         batches: Text, see `iterate_batches`; every fourth sequence is held out.
         steps: Steps to take at most, at least 1.
-        tokens: Tokens of each step.
-        held_out_tokens: Tokens that the ghosts are judged on.
-        step_size: Of the first full step: rms change of a ghost's output relative to that output,
-            were all coordinates moved; > 0. Later steps shorten to nothing.
-        seed: Of the order of the text.
+        options: The size of the steps, and the text of each.
         state: A file that the run is kept in, so that it goes on there if it is killed. It is left
             behind; a run that has ended is not repeated. Only rank 0 writes and reads it.
         progress: Whether to show a progress bar on stderr.
@@ -112,51 +141,48 @@ def refine_ghosts(
         NonFiniteError: A state or a gradient is NaN or infinite.
         RankError: Another rank failed, or is gone.
     """
-    if not (steps >= 1 and tokens >= 1 and held_out_tokens >= 1 and step_size > 0):
-        raise ArgumentError(
-            "expected steps, tokens and held_out_tokens >= 1 and step_size > 0, got "
-            f"{steps}, {tokens}, {held_out_tokens} and {step_size}"
-        )
+    check_at_least(1, steps=steps)
+    options = options or RefinementOptions()
     began = time.perf_counter()
     divergence = Divergence(ghosted, dense)
-    text = distributed.whole_text(batches)
-    train, judges = split_sequences(text, held_out_tokens, divergence.device)
+    text = distributed.same_text_everywhere(batches)
+    train, judges = split_sequences(text, options.held_out_tokens, divergence.device)
     check_split(train, judges)
     held_out = divergence.held_out(in_passes(judges))
-    settings = (steps, tokens, held_out_tokens, step_size, seed)
-    distributed.check_same({"steps, tokens, held_out_tokens, step_size and seed": settings})
-    key = _key(settings, [*train, *judges], divergence.point())
+    settings = (steps, *astuple(options))
+    distributed.check_same({"steps": steps, "options": options})
+    key = _key(settings, [*train, *judges], divergence.parameters64())
     path = None if state is None else Path(state)
     run = distributed.on_first(partial(_load, path, key, divergence.device), divergence.device)
     if run is None:
         run = _start(key, divergence, divergence.value(held_out))
-    per_step = sequences_for(tokens, train)
-    bar = tqdm(total=steps, initial=run.step, desc="refining", delay=2.0, disable=not progress)
-    with bar:
+    per_step = sequences_for(options.tokens, train)
+    with progress_bar("refining", progress, of=steps) as bar:
+        bar.update(run.step)
         while run.step < steps and not _is_stale(run):
-            divergence.move(run.point)
-            chosen = _sequences(train, run.step * per_step, per_step, seed)
-            slopes = divergence.slopes(in_passes(chosen))
-            _take_step(run, slopes, step_size * _schedule(run.step, steps))
+            divergence.set_parameters(run.point)
+            chosen = _sequences(train, run.step * per_step, per_step, options.seed)
+            slopes = divergence.gradients(in_passes(chosen))
+            _take_step(run, slopes, options.step_size * _schedule(run.step, steps))
             run.point = distributed.from_first(run.point, divergence.device)
             bar.update()
             if run.step % _STEPS_PER_JUDGEMENT == 0 or run.step == steps:
-                divergence.move(run.point)
+                divergence.set_parameters(run.point)
                 value = divergence.value(held_out)
                 _LOGGER.info("step %d: held-out divergence %.5f", run.step, value)
                 if value < run.best_value:
                     run.best, run.best_value, run.best_step = run.point, value, run.step
                 if path is not None and distributed.is_first():
                     _save(path, run)
-    divergence.move(run.best)
-    divergence.agree()
+    divergence.set_parameters(run.best)
+    divergence.synchronise()
     return RefinementFacts(
         run.before, run.best_value, run.step, run.best_step, time.perf_counter() - began
     )
 
 
 def _start(key: str, divergence: Divergence, value: float) -> _Run:
-    point = divergence.point()
+    point = divergence.parameters64()
     zeros = [torch.zeros_like(part) for part in point]
     return _Run(key, 0, point, zeros, list(zeros), [], value, point, value, 0)
 
@@ -210,7 +236,7 @@ def _factors(slope: GhostSlope) -> list[Tensor]:
     In the coordinates M L, a change of 1 in all of them changes the ghost's output by its own rms.
     """
     equations = slope.equations()
-    gram = equations.gram.tril() + equations.gram.tril(-1).mT
+    gram = mirror_lower(equations.gram)
     gram.diagonal().add_(_DAMPING * mean_diagonal(equations))
     tokens = max(slope.num_tokens, 1)
     factors = [torch.linalg.cholesky(gram) * math.sqrt(len(gram) / tokens)]
@@ -245,7 +271,7 @@ def _key(settings: tuple[Any, ...], text: Sequence[Batch], point: Sequence[Tenso
 
 
 def _save(path: Path, run: _Run) -> None:
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         torch.save(vars(run), file)
 
 

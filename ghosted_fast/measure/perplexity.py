@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from ghosted_fast.errors import ArgumentError, NonFiniteError
+from ghosted_fast.models.decoder import evaluating
 from ghosted_fast.text.batches import Batch, iterate_batches
+from ghosted_fast.text.progress import progress_bar
 
 _LOGGER = logging.getLogger(__name__)
 # fp32 logits held at once by the loss: 16 MiB, so that they stay in a CPU's outer cache.
@@ -82,16 +83,12 @@ def perplexity(
         ArgumentError: The confidence is out of range, or no token is predicted.
         NonFiniteError: The loss of a passage is not finite.
     """
-    training = model.training
-    model.eval()
-    try:
-        bar = tqdm(batches, desc="perplexity", unit="batch", delay=2.0, disable=not progress)
+    with evaluating(model):
+        bar = progress_bar("perplexity", progress, of=batches)
         parts = (
             part for batch in iterate_batches(bar, model.device) for part in parts_of(batch, model)
         )
         return perplexity_from(parts, partial(_logits, model), confidence, seed)
-    finally:
-        model.train(training)
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:

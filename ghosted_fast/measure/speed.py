@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.models.decoder import evaluating
 
 
 @dataclass(frozen=True)
@@ -102,21 +104,17 @@ def compare_throughput(
         ArgumentError: A number is below 1, or the positions of a model do not suffice.
     """
     _check(models, prompt_length, new_tokens, batch_size, repeats)
-    training = {name: model.training for name, model in models.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     names = list(models)
-    try:
+    with ExitStack() as stack:
         for model in models.values():
-            model.eval()
+            stack.enter_context(evaluating(model))
             _measure(model, prompt_length, min(new_tokens, 4), batch_size)
         for repeat in range(repeats):
             first = repeat % len(names)
             for name in names[first:] + names[:first]:
                 timing = _measure(models[name], prompt_length, new_tokens, batch_size)
                 seconds[name].append(timing)
-    finally:
-        for name, model in models.items():
-            model.train(training[name])
     return {
         name: throughput_of(timings, prompt_length, new_tokens, batch_size)
         for name, timings in seconds.items()

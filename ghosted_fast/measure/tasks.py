@@ -22,7 +22,8 @@ from typing import Any
 
 from ghosted_fast.assets.downloads import fetch_questions
 from ghosted_fast.assets.questions import PREFIX, SETS, write_tasks
-from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
+from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError, check_at_least
+from ghosted_fast.models.decoder import evaluating
 from ghosted_fast.text.readers import first_line
 
 LOCAL_TASKS = tuple(PREFIX + name for name in SETS)
@@ -88,34 +89,29 @@ def evaluate_tasks(
         SourceError: A task's data cannot be read or reached.
     """
     names = check_tasks(tasks)
-    for name, number in (("limit", limit), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise ArgumentError(f"expected {name} >= 1, got {number}")
+    given = {"limit": limit, "batch_size": batch_size}
+    check_at_least(1, **{name: number for name, number in given.items() if number is not None})
     if batch_size is None:
         vocabulary = model.get_output_embeddings().weight.shape[0]
         batch_size = max(1, min(_MOST_ROWS, _CALL_ELEMENTS // (vocabulary * _USUAL_LENGTH)))
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    training = model.training
-    with _task_manager(names) as manager, _quiet(progress):
-        try:
-            # It sets a padding token on the tokenizer that it is given.
-            scored = HFLM(model, "causal", tokenizer=copy.copy(tokenizer), batch_size=batch_size)
-            found = simple_evaluate(
-                scored,
-                tasks=names,
-                num_fewshot=0,
-                limit=limit,
-                task_manager=manager,
-                log_samples=False,
-                bootstrap_iters=_RESAMPLES,
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
-            )
-        finally:
-            model.train(training)
+    with evaluating(model), _task_manager(names) as manager, _quiet(progress):
+        # It sets a padding token on the tokenizer that it is given.
+        scored = HFLM(model, "causal", tokenizer=copy.copy(tokenizer), batch_size=batch_size)
+        found = simple_evaluate(
+            scored,
+            tasks=names,
+            num_fewshot=0,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=_RESAMPLES,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
     counts = found["n-samples"]
     return [
         _score(name, values, counts.get(name, {}).get("effective"))

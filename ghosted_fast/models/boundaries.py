@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.text.batches import Batch
 
 # Maps hidden states [batch, length, hidden_size] to others.
@@ -28,7 +28,7 @@ class _LastBoundaryReached(Exception):
 
 
 def visit_boundaries(
-    model: nn.Module,
+    model: Any,
     batch: Batch,
     boundaries: Sequence[int],
     visit: Callable[[int, Tensor], None],
@@ -38,12 +38,13 @@ def visit_boundaries(
     The pass ends at the last of the boundaries: later layers and the head are not computed.
 
     Args:
-        model: A causal language model or its base model.
+        model: A causal language model, its base model, or a view of it.
         batch: The tokens.
         boundaries: Boundaries to visit, each in 0..num_layers.
         visit: Called with the boundary and the hidden states [batch, length, hidden_size].
     """
-    layers = decoder_layers(model)
+    decoder = Decoder.of(model)
+    layers = decoder.layers
     wanted, last = frozenset(boundaries), max(boundaries)
 
     def reached(boundary: int, hidden: Tensor) -> None:
@@ -63,7 +64,7 @@ def visit_boundaries(
 
     handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
     handles += [layer.register_forward_hook(after(i)) for i, layer in enumerate(layers)]
-    base = getattr(model, "base_model", model)
+    base = getattr(decoder.model, "base_model", decoder.model)
     try:
         with torch.inference_mode():
             base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -75,7 +76,7 @@ def visit_boundaries(
 
 
 def visit_intervals(
-    model: nn.Module,
+    model: Any,
     batch: Batch,
     intervals: Sequence[tuple[int, int]],
     visit: Callable[[int, Tensor, Tensor], None],
@@ -86,18 +87,19 @@ def visit_intervals(
     A hidden state is held only until the last interval that starts there is served.
 
     Args:
-        model: A causal language model or its base model.
+        model: A causal language model, its base model, or a view of it.
         batch: The tokens.
         intervals: Pairs of boundaries (start, stop), start < stop.
         visit: Called with the interval's index and the states at its start and its stop.
         gaps: Layers that are left out on the way to the starts; the stops are those of the whole
             model all the same. Each ends below every start.
     """
+    decoder = Decoder.of(model)
     last_stop = {start: max(e for s, e in intervals if s == start) for start, _ in intervals}
     states: dict[int, Tensor] = {}
     if gaps:
-        with leaving_out(model, gaps):
-            visit_boundaries(model, batch, list(last_stop), states.__setitem__)
+        with leaving_out(decoder, gaps):
+            visit_boundaries(decoder, batch, list(last_stop), states.__setitem__)
 
     def reached(boundary: int, hidden: Tensor) -> None:
         for index, (start, stop) in enumerate(intervals):
@@ -109,7 +111,7 @@ def visit_intervals(
             states[boundary] = hidden
 
     wanted = [stop for _, stop in intervals] if gaps else [b for pair in intervals for b in pair]
-    visit_boundaries(model, batch, wanted, reached)
+    visit_boundaries(decoder, batch, wanted, reached)
 
 
 class _PassThrough(nn.Module):
@@ -128,7 +130,7 @@ class _PassThrough(nn.Module):
 
 
 def resume(
-    model: nn.Module,
+    model: Any,
     batch: Batch,
     boundary: int,
     hidden: Tensor,
@@ -139,7 +141,7 @@ def resume(
     Only the layers from the boundary on, the final norm and the head are computed.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, or a view of it.
         batch: The tokens that the hidden states belong to (for masks and positions).
         boundary: In 1..num_layers.
         hidden: [batch, length, hidden_size], in the model's dtype.
@@ -148,20 +150,23 @@ def resume(
     Returns:
         Logits [batch, length, vocabulary], in the model's dtype.
     """
-    with leaving_out(model, [(0, boundary, lambda _: hidden), *gaps]), torch.inference_mode():
-        output = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    decoder = Decoder.of(model)
+    with leaving_out(decoder, [(0, boundary, lambda _: hidden), *gaps]), torch.inference_mode():
+        output = decoder.model(
+            batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
     return output.logits
 
 
 @contextmanager
-def leaving_out(model: nn.Module, gaps: Sequence[LeftOut]) -> Iterator[None]:
+def leaving_out(model: Any, gaps: Sequence[LeftOut]) -> Iterator[None]:
     """Run the model without some of its layers, which are put back afterwards.
 
     Args:
-        model: A causal language model or its base model.
+        model: A causal language model, its base model, or a view of it.
         gaps: The layers that are left out.
     """
-    layers = decoder_layers(model)
+    layers = Decoder.of(model).layers
     originals = {index: layers[index] for start, stop, _ in gaps for index in range(start, stop)}
     try:
         for start, stop, operator in gaps:

@@ -140,9 +140,9 @@ def register_family(family: Family) -> None:
     _FAMILIES[family.name] = family
 
 
-def known_families() -> tuple[str, ...]:
-    """Return the names of the families in the table."""
-    return tuple(_FAMILIES)
+def known_families() -> dict[str, Family]:
+    """Return the records of the table, by the family's name."""
+    return dict(_FAMILIES)
 
 
 def dense_model_type(config: Any) -> str:
@@ -189,23 +189,29 @@ def find_family(model: Any) -> Family:
     return family
 
 
-def decoder_of(model: Any) -> nn.Module:
-    """Return the module that owns and runs the decoder layers."""
-    return _owner(model, find_family(model))
+def decoder_of(model: Any, family: Family | None = None) -> nn.Module:
+    """Return the module that owns and runs the decoder layers.
+
+    Args:
+        model: A transformers decoder-only model.
+        family: Its record, where that is known already; likewise in the next two.
+    """
+    base: nn.Module = model.base_model
+    return base.get_submodule((family or find_family(model)).owner)
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
+def decoder_layers(model: Any, family: Family | None = None) -> nn.ModuleList:
     """Return the list of decoder layers."""
-    family = find_family(model)
-    layers = getattr(_owner(model, family), family.layers)
+    family = family or find_family(model)
+    layers = getattr(decoder_of(model, family), family.layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
-def final_norm(model: Any) -> nn.Module:
+def final_norm(model: Any, family: Family | None = None) -> nn.Module:
     """Return the norm after the last decoder layer."""
-    family = find_family(model)
-    norm = getattr(_owner(model, family), family.final_norm)
+    family = family or find_family(model)
+    norm = getattr(decoder_of(model, family), family.final_norm)
     assert isinstance(norm, nn.Module)
     return norm
 
@@ -228,11 +234,6 @@ def _config_of(model: Any) -> Any:
             "Unwrap a compiled, parallel or adapter model first."
         )
     return config
-
-
-def _owner(model: Any, family: Family) -> nn.Module:
-    base: nn.Module = model.base_model
-    return base.get_submodule(family.owner)
 
 
 def _family_by_structure(model: Any) -> Family:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghosted_fast import _native
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.ops.ghost import ghost_apply
+from ghosted_fast.ops import ghost_apply
+from ghosted_fast.ops.compiled import extension
 from ghosted_fast.ops.packing import PACKED_DTYPES, pack_weight
 
 _INT8_LIMIT = 127.0
@@ -117,7 +117,7 @@ class GhostLinear(nn.Module):
             or weight.dtype != x.dtype
             or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
             or weight.is_inference()  # its changes are not counted
-            or _native.extension() is None
+            or extension() is None
         ):
             return weight
         packed = self._packed

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.first_token import first_attended
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.models.runtime_classes import bases_of, derive, maker
+from ghosted_fast.models.runtime_classes import bases_of, maker, subclass_for
 
 OUTPUT, INPUT = "output", "input"
 _ATTRIBUTES = {OUTPUT: "ghost", INPUT: "input_ghost"}
@@ -89,7 +89,7 @@ def swap_class(module: nn.Module, step: str) -> None:
         step: Name of a maker of derived classes.
     """
     check_swappable(module)
-    new: Any = derive(step, type(module))
+    new: Any = subclass_for(step, type(module))
     if "_old_forward" in vars(module):
         vars(module)["_old_forward"] = MethodType(new.forward, module)
     module.__class__ = new
@@ -141,16 +141,16 @@ def attach_ghosts(
         ghosts: Layer index, side and module of each ghost.
     """
     for index, side, ghost in ghosts:
-        _make_ghosted(layers[index])
+        _become_ghosted_layer(layers[index])
         setattr(layers[index], _ATTRIBUTES[side], ghost)
     if any(ghost.first_state is not None for _, _, ghost in ghosts):
         # Layers without a ghost drop the mark before their attention functions see it.
         for layer in layers:
-            _make_ghosted(layer)
+            _become_ghosted_layer(layer)
         swap_class(decoder, "decoder")
 
 
-def _make_ghosted(layer: nn.Module) -> None:
+def _become_ghosted_layer(layer: nn.Module) -> None:
     swap_class(layer, "layer")
     for attribute in _ATTRIBUTES.values():
         if attribute not in layer._modules:

@@ -45,7 +45,7 @@ def maker(step: str) -> Callable[[Callable[[type], type]], Callable[[type], type
     return register
 
 
-def derive(step: str, base: type) -> type:
+def subclass_for(step: str, base: type) -> type:
     """Return the class that a step makes of a base: the same class each time.
 
     Args:
@@ -67,7 +67,7 @@ def bases_of(base: type) -> tuple[type, ...]:
     return (base,) if issubclass(base, Derived) else (Derived, base)
 
 
-def underived(cls: type) -> type:
+def named_base_of(cls: type) -> type:
     """Return the named class that a derived class was made of."""
     while "_derived_step" in vars(cls):
         cls = vars(cls)["_derived_from"]
@@ -86,5 +86,5 @@ def new_instance(base: type, steps: tuple[str, ...]) -> Any:
     for entry in steps:
         module, _, step = entry.partition(":")
         import_module(module)
-        cls = derive(step, cls)
+        cls = subclass_for(step, cls)
     return cls.__new__(cls)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghosted_fast import _native
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.ops.compiled import extension
 
 PANEL = 16
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
@@ -71,7 +71,7 @@ def _empty_on_huge_pages(shape: list[int], dtype: torch.dtype) -> Tensor:
     whole = -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE
     memory = torch.empty(whole + _HUGE_PAGE, dtype=torch.uint8)
     start = -memory.data_ptr() % _HUGE_PAGE
-    extension = _native.extension()
-    if extension is not None:
-        extension.advise_huge_pages(memory.data_ptr() + start, whole)
+    module = extension()
+    if module is not None:
+        module.advise_huge_pages(memory.data_ptr() + start, whole)
     return memory[start : start + num_bytes].view(dtype).view(shape)

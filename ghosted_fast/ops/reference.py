@@ -1,7 +1,8 @@
 """The operators in fp64, written to be read. The oracle of the tests, and `backend="reference"`.
 
-They run on any device with fp64. Where a device has no compiled kernel, `gram_update` and
-`ghost_solve` run these; `ghost_apply` runs `ghost_apply_expression`, which costs what torch costs.
+They run on any device with fp64, and take operands that were checked. Where a device has no
+compiled kernel, `gram_update` and `ghost_solve` run these; `ghost_apply` runs
+`ghost_apply_expression`, which costs what torch costs.
 """
 
 from __future__ import annotations
@@ -12,12 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ghosted_fast.ops._checks import (
-    check_ghost_apply,
-    check_ghost_apply_rms_norm,
-    check_ghost_solve,
-    check_gram_update,
-)
+from ghosted_fast.ops.operands import GhostOperands, GramOperands, SolveOperands
 from ghosted_fast.ops.packing import unpack_weight
 
 _TOKENS_AT_ONCE = 4096
@@ -30,24 +26,18 @@ def _first_bad_row(rows: Tensor, keep: Tensor) -> int | None:
     return int(bad.nonzero()[0]) if bool(bad.any()) else None
 
 
-def gram_update_reference(
-    x: Tensor,
-    y: Tensor | None,
-    token_weight: Tensor | None,
-    norm_eps: float | None,
-    delta: bool,
-    gram: Tensor | None,
-    cross: Tensor | None,
-    moments: Tensor | None,
-) -> None:
-    """Add the tokens' products to the sums, in fp64. Arguments: see `ops.gram.gram_update`.
+def mirror_lower(matrix: Tensor) -> Tensor:
+    """Return the symmetric matrix [d, d] of which only the lower triangle is given."""
+    return matrix.tril() + matrix.tril(-1).mT
+
+
+def _tokens_to_add(operands: GramOperands) -> Tensor:
+    """Return which tokens count, bool [tokens].
 
     Raises:
-        TypeError, ArgumentError: An argument does not fit.
-        RuntimeError: A token that counts holds NaN or infinity, or a weight is no weight. The
-            sums are as they were.
+        RuntimeError: A token that counts holds NaN or infinity, or a weight is no weight.
     """
-    check_gram_update(x, y, token_weight, norm_eps, delta, gram, cross, moments)
+    x, y, token_weight, *_ = operands
     keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if token_weight is not None:
         bad = ~(torch.isfinite(token_weight) & (token_weight >= 0))
@@ -65,6 +55,18 @@ def gram_update_reference(
                 f"gram_update: expected finite activations, got NaN or infinity in {name} at "
                 f"token {bad_row}; nothing was added"
             )
+    return keep
+
+
+def gram_update_reference(operands: GramOperands) -> None:
+    """Add the tokens' products to the sums, in fp64. See `ops.gram_update`.
+
+    Raises:
+        RuntimeError: A token that counts holds NaN or infinity, or a weight is no weight. The
+            sums are as they were.
+    """
+    x, y, token_weight, norm_eps, delta, gram, cross, moments = operands
+    keep = _tokens_to_add(operands)
     for start in range(0, len(x), _TOKENS_AT_ONCE):
         chunk = slice(start, start + _TOKENS_AT_ONCE)
         kept = keep[chunk]
@@ -92,140 +94,67 @@ def gram_update_reference(
             moments[2] += (weighted_change * change).sum(0)
 
 
-def _plain(weight: Tensor, x: Tensor) -> Tensor:
-    return unpack_weight(weight, x.shape[-1]) if weight.dim() == 4 else weight
+def _plain_weight(operands: GhostOperands) -> Tensor:
+    weight = operands.weight
+    return unpack_weight(weight, operands.x.shape[-1]) if weight.dim() == 4 else weight
 
 
-def ghost_apply_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    norm_eps: float | None = None,
-    first_state: Tensor | None = None,
-    is_first: Tensor | None = None,
-) -> Tensor:
-    """Return y = x + f(x) @ weight.T + bias, in fp64 with one rounding at the end.
-
-    Raises:
-        TypeError, ArgumentError: An argument does not fit.
-    """
-    check_ghost_apply(x, weight, bias, scale, norm_eps, first_state, is_first)
-    inputs, matrix = x.double(), _plain(weight, x).double()
-    if scale is not None:
-        matrix = scale.double()[:, None] * matrix
-    features = inputs
-    if norm_eps is not None:
-        features = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + norm_eps)
-    y = inputs + features @ matrix.mT
-    if bias is not None:
-        y = y + bias.double()
-    y = y.to(x.dtype)
-    if first_state is not None and is_first is not None:
-        y = torch.where(is_first[..., None], first_state.to(x.dtype), y)
+def _rounded(y: Tensor, operands: GhostOperands) -> Tensor:
+    """Return y in x's dtype, with the first state in the rows that are marked."""
+    y = y.to(operands.x.dtype)
+    if operands.first_state is not None and operands.is_first is not None:
+        y = torch.where(operands.is_first[..., None], operands.first_state.to(y.dtype), y)
     return y.contiguous()
 
 
-def ghost_apply_expression(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    norm_eps: float | None = None,
-    first_state: Tensor | None = None,
-    is_first: Tensor | None = None,
-) -> Tensor:
+def ghost_apply_reference(operands: GhostOperands) -> Tensor:
+    """Return y = x + f(x) @ weight.T + bias, in fp64 with one rounding at the end."""
+    inputs, matrix = operands.x.double(), _plain_weight(operands).double()
+    if operands.scale is not None:
+        matrix = operands.scale.double()[:, None] * matrix
+    features = inputs
+    if operands.norm_eps is not None:
+        mean_square = inputs.square().mean(-1, keepdim=True)
+        features = inputs * torch.rsqrt(mean_square + operands.norm_eps)
+    y = inputs + features @ matrix.mT
+    if operands.bias is not None:
+        y = y + operands.bias.double()
+    return _rounded(y, operands)
+
+
+def ghost_apply_expression(operands: GhostOperands) -> Tensor:
     """Return the same as `ghost_apply_reference` in the matrix product of x's dtype.
 
     Differentiable; rounds once more than the compiled operator does.
-
-    Raises:
-        TypeError, ArgumentError: An argument does not fit.
     """
-    check_ghost_apply(x, weight, bias, scale, norm_eps, first_state, is_first)
+    x = operands.x
     inputs = x.float()
-    change = functional.linear(x, _plain(weight, x).to(x.dtype)).float()
-    if scale is not None:
-        change = change * scale
-    if norm_eps is not None:
-        change = change * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + norm_eps)
+    change = functional.linear(x, _plain_weight(operands).to(x.dtype)).float()
+    if operands.scale is not None:
+        change = change * operands.scale
+    if operands.norm_eps is not None:
+        mean_square = inputs.square().mean(-1, keepdim=True)
+        change = change * torch.rsqrt(mean_square + operands.norm_eps)
     y = inputs + change
-    if bias is not None:
-        y = y + bias.float()
-    y = y.to(x.dtype)
-    if first_state is not None and is_first is not None:
-        y = torch.where(is_first[..., None], first_state.to(x.dtype), y)
-    return y.contiguous()
+    if operands.bias is not None:
+        y = y + operands.bias.float()
+    return _rounded(y, operands)
 
 
-def rms_norm_reference(y: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
-    """Return norm_weight * (y / rms(y)) with the roundings of a Llama model's RMS norm."""
-    rounded = y.float()
-    rounded = rounded * torch.rsqrt(rounded.square().mean(-1, keepdim=True) + eps)
-    return norm_weight * rounded.to(y.dtype)
-
-
-def ghost_apply_rms_norm_reference(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    norm_eps: float | None = None,
-    first_state: Tensor | None = None,
-    is_first: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return (y, normed) with y of `ghost_apply_reference`.
+def ghost_solve_reference(operands: SolveOperands) -> tuple[Tensor, Tensor]:
+    """Solve (G + damping I) X = C. Results: see `ops.ghost_solve`.
 
     Raises:
-        TypeError, ArgumentError: An argument does not fit.
-    """
-    check_ghost_apply_rms_norm(
-        x, weight, norm_weight, eps, bias, scale, norm_eps, first_state, is_first
-    )
-    y = ghost_apply_reference(x, weight, bias, scale, norm_eps, first_state, is_first)
-    return y, rms_norm_reference(y, norm_weight, eps)
-
-
-def ghost_apply_rms_norm_expression(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    norm_eps: float | None = None,
-    first_state: Tensor | None = None,
-    is_first: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return (y, normed) with y of `ghost_apply_expression`.
-
-    Raises:
-        TypeError, ArgumentError: An argument does not fit.
-    """
-    check_ghost_apply_rms_norm(
-        x, weight, norm_weight, eps, bias, scale, norm_eps, first_state, is_first
-    )
-    y = ghost_apply_expression(x, weight, bias, scale, norm_eps, first_state, is_first)
-    return y, rms_norm_reference(y, norm_weight, eps)
-
-
-def ghost_solve_reference(gram: Tensor, cross: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Solve (G + damping I) X = C. Arguments and results: see `ops.solve.ghost_solve`.
-
-    Raises:
-        TypeError, ArgumentError: An argument does not fit.
         RuntimeError: gram or cross holds NaN or infinity.
     """
-    check_ghost_solve(gram, cross, damping)
+    gram, cross, damping = operands
     lower = gram.tril()
     for name, values in (("gram", lower), ("cross", cross)):
         if not bool(torch.isfinite(values).all()):
             raise RuntimeError(f"ghost_solve: expected a finite {name}, got NaN or infinity")
     if gram.shape[0] == 0:
         return cross.new_zeros(cross.shape), cross.new_tensor([0.0, 1.0, 0.0])
-    matrix = lower + lower.tril(-1).mT + damping * torch.eye(len(gram)).to(gram)
+    matrix = mirror_lower(lower) + damping * torch.eye(len(gram)).to(gram)
     diagonal = matrix.diagonal()
     scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(gram.dtype).tiny).rsqrt(), 1.0)
     scaled = scale[:, None] * matrix * scale

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import nn
+from functools import partial
 
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions
-from ghosted_fast.recovery.collector import Collector, Patch, Sample
-from ghosted_fast.recovery.ghost import GhostCollector
+from ghosted_fast.recovery.collector import Collector, Patch
+from ghosted_fast.recovery.ghost import GhostCollector, ghost_patch
 from ghosted_fast.recovery.ghost_paper import GhostPaperCollector
 from ghosted_fast.recovery.least_squares import plain_bytes
 from ghosted_fast.recovery.linearpatch import LinearPatchCollector
 from ghosted_fast.recovery.replaceme import ReplaceMeCollector
-from ghosted_fast.statistics.interval import interval_bytes
+from ghosted_fast.statistics.interval import IntervalStatistics, interval_bytes
+from ghosted_fast.statistics.sample import Interval
 
-__all__ = ["RECOVERIES", "Collector", "Patch", "Recovery", "Sample"]
+__all__ = ["RECOVERIES", "Collector", "Job", "Patch", "Recovery", "check_recovery"]
+
+MakeCollector = Callable[[Decoder, Interval, GhostOptions], Collector]
 
 
 @dataclass(frozen=True)
@@ -30,46 +33,68 @@ class Recovery:
 
     Attributes:
         name: What it is called.
-        collector: Makes the collector of a gap (model, start, stop, options); None where nothing
-            is put into gaps.
+        collector: Makes the collector of a gap; None where nothing is put into gaps.
         num_bytes: Bytes of a collector, from the hidden size and the options.
+        has_operator: Whether its operator stands beside the layers, where corrections and
+            refinement can reach it.
+        improvable: Whether `ghost_model` corrects it; others are put in as they were published.
+        sequential: Whether several gaps are fitted one after the other, if the options say so.
+        of_statistics: Makes its operator of statistics that a criterion has gathered; None where it
+            needs a pass of its own.
         published: Whether it is somebody's published method, or doing nothing.
     """
 
     name: str
-    collector: Callable[[nn.Module, int, int, GhostOptions], Collector] | None
+    collector: MakeCollector | None
     num_bytes: Callable[[int, GhostOptions], int]
+    has_operator: bool = True
+    improvable: bool = False
+    sequential: bool = False
+    of_statistics: Callable[[Decoder, IntervalStatistics, GhostOptions], Patch] | None = None
     published: bool = True
+
+
+def _without_options(collector: Callable[[Decoder, Interval], Collector]) -> MakeCollector:
+    return lambda decoder, gap, _: collector(decoder, gap)
 
 
 RECOVERIES: dict[str, Recovery] = {
     recovery.name: recovery
     for recovery in (
-        Recovery("none", None, lambda size, _: 0),
+        Recovery("none", None, lambda size, _: 0, has_operator=False),
         Recovery(
             "linearpatch-d",
-            lambda model, start, stop, _: LinearPatchCollector(model, start, stop, rotated=False),
+            _without_options(partial(LinearPatchCollector, rotated=False)),
             lambda size, _: 8 * size,
         ),
         Recovery(
             "linearpatch-r",
-            lambda model, start, stop, _: LinearPatchCollector(model, start, stop, rotated=True),
+            _without_options(partial(LinearPatchCollector, rotated=True)),
             lambda size, _: 8 * size * (size + 1),
         ),
         Recovery(
             "replaceme",
-            lambda model, start, stop, _: ReplaceMeCollector(model, start, stop),
+            _without_options(ReplaceMeCollector),
             lambda size, _: plain_bytes(size),
+            has_operator=False,
         ),
         Recovery(
             "ghost-paper",
-            lambda model, start, stop, _: GhostPaperCollector(model, start, stop),
+            _without_options(GhostPaperCollector),
             lambda size, _: plain_bytes(size),
         ),
-        Recovery("ghost", GhostCollector, interval_bytes, published=False),
+        Recovery(
+            "ghost",
+            GhostCollector,
+            interval_bytes,
+            improvable=True,
+            sequential=True,
+            of_statistics=ghost_patch,
+            published=False,
+        ),
     )
 }
-Job = tuple[str, tuple[int, int]]
+Job = tuple[str, Interval]
 
 
 def check_recovery(name: str) -> None:

@@ -11,13 +11,12 @@ Recovering Layer-Pruned LLMs", arXiv 2605.15491, the closed form of the operator
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from ghosted_fast.models.families import hidden_size
-from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.recovery.collector import Collector, Patch, Sample
-from ghosted_fast.recovery.least_squares import PlainEquations
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.recovery.collector import Collector, Patch
+from ghosted_fast.recovery.least_squares import PlainEquations, plain_ghost
+from ghosted_fast.statistics.sample import Interval, Sample
 
 DAMPING = 1e-6
 
@@ -25,22 +24,21 @@ DAMPING = 1e-6
 class GhostPaperCollector(Collector):
     """X^T X and X^T (Y - X)."""
 
-    def __init__(self, model: nn.Module, start: int, stop: int) -> None:
-        super().__init__(start, stop)
-        parameter = next(model.parameters())
-        self._device, self._dtype = parameter.device, parameter.dtype
-        self._size = hidden_size(model)
-        self.least_tokens = 2 * self._size
-        self._equations = PlainEquations(self._size, self._device)
+    def __init__(self, decoder: Decoder, gap: Interval) -> None:
+        super().__init__(gap)
+        self._decoder = decoder
+        self.least_tokens = 2 * decoder.hidden_size
+        self._equations = PlainEquations(decoder.hidden_size, decoder.device)
 
     def update(self, sample: Sample) -> None:
         """Add the attended tokens of a batch."""
         x, y = sample.x[sample.attended].double(), sample.y[sample.attended].double()
         self._equations.add(x, y - x)
 
+    def sums(self) -> list[Tensor]:
+        """Return the equations."""
+        return self._equations.sums
+
     def patch(self) -> Patch:
         """Return the ghost."""
-        ghost = GhostLinear(self._size, device=self._device, dtype=self._dtype)
-        with torch.no_grad():
-            ghost.weight.copy_(self._equations.solve(DAMPING))
-        return Patch(ghost.requires_grad_(False))
+        return Patch(plain_ghost(self._decoder, self._equations.solve(DAMPING)))

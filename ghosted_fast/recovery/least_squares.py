@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ghosted_fast.errors import SolveError
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.ghost_linear import GhostLinear
 
 _BYTES_PER_DOUBLE = 8
 
@@ -13,6 +15,19 @@ _BYTES_PER_DOUBLE = 8
 def plain_bytes(size: int) -> int:
     """Return the bytes of one `PlainEquations`."""
     return 2 * _BYTES_PER_DOUBLE * size * size
+
+
+def plain_ghost(decoder: Decoder, weight: Tensor) -> GhostLinear:
+    """Return the ghost y = x + M x of a model.
+
+    Args:
+        decoder: Gives it its dtype and device.
+        weight: M [d, d] fp64, [out, in].
+    """
+    ghost = GhostLinear(len(weight), device=decoder.device, dtype=decoder.dtype)
+    with torch.no_grad():
+        ghost.weight.copy_(weight)
+    return ghost.requires_grad_(False)
 
 
 class PlainEquations:
@@ -26,6 +41,11 @@ class PlainEquations:
     def __init__(self, size: int, device: torch.device) -> None:
         self._gram = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._cross = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The sums, which add up over texts."""
+        return [self._gram, self._cross]
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Add rows [n, d], fp64."""

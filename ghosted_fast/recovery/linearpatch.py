@@ -16,32 +16,31 @@ Source: Chen et al., "A Simple Linear Patch Revives Layer-Pruned Large Language 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ghosted_fast.models.families import hidden_size
-from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.recovery.collector import Collector, Patch, Sample
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.recovery.collector import Collector, Patch
 from ghosted_fast.recovery.hadamard import hadamard
+from ghosted_fast.recovery.least_squares import plain_ghost
+from ghosted_fast.statistics.sample import Interval, Sample
 
 
 class LinearPatchCollector(Collector):
     """Means of |z| per sequence and channel, as the sum of their ratios.
 
     Args:
-        model: The dense model.
-        start: First removed layer.
-        stop: One past the last removed layer.
+        decoder: The dense model.
+        gap: The removed layers (start, stop).
         rotated: Whether the channels are those of the Hadamard basis.
     """
 
-    def __init__(self, model: nn.Module, start: int, stop: int, rotated: bool) -> None:
-        super().__init__(start, stop)
-        parameter = next(model.parameters())
-        self._device, self._dtype = parameter.device, parameter.dtype
-        size = hidden_size(model)
-        self._basis = hadamard(size).to(self._device) if rotated else None
-        self._ratios = torch.zeros(size, dtype=torch.float64, device=self._device)
-        self._sequences = 0
+    def __init__(self, decoder: Decoder, gap: Interval, rotated: bool) -> None:
+        super().__init__(gap)
+        self._decoder = decoder
+        size, device = decoder.hidden_size, decoder.device
+        self._basis = hadamard(size).to(device) if rotated else None
+        self._ratios = torch.zeros(size, dtype=torch.float64, device=device)
+        self._sequences = torch.zeros((), dtype=torch.int64)
 
     def update(self, sample: Sample) -> None:
         """Add the ratios of the batch's sequences."""
@@ -61,12 +60,13 @@ class LinearPatchCollector(Collector):
             sums.append(z.abs().sum(0, dtype=torch.float64))
         return torch.stack(sums)
 
+    def sums(self) -> list[Tensor]:
+        """Return the sum of the ratios, and their number."""
+        return [self._ratios, self._sequences]
+
     def patch(self) -> Patch:
         """Return the operator as a ghost: M = diag(r) - I, or H diag(r) H^T - I."""
-        change = torch.diag(self._ratios / self._sequences - 1.0)
+        change = torch.diag(self._ratios / int(self._sequences) - 1.0)
         if self._basis is not None:
             change = self._basis @ change @ self._basis.mT
-        ghost = GhostLinear(len(change), device=self._device, dtype=self._dtype)
-        with torch.no_grad():
-            ghost.weight.copy_(change)
-        return Patch(ghost.requires_grad_(False))
+        return Patch(plain_ghost(self._decoder, change))

@@ -14,22 +14,6 @@ from ghosted_fast.models.ghosted_layers import swap_class
 from ghosted_fast.models.runtime_classes import bases_of, maker
 
 
-def mlp_output_module(model: Any, layer: int) -> nn.Module:
-    """Return the module whose output a layer adds last: its MLP, or the norm behind it.
-
-    Raises:
-        UnsupportedModelError: The family's record does not say which it is.
-    """
-    family = find_family(model)
-    if not family.mlp_output:
-        raise UnsupportedModelError(
-            f"the recovery 'replaceme' needs to know what a layer of the family {family.name!r} "
-            "adds last: give mlp_output and mlp_projections in its record "
-            "(ghosted_fast.models.families.register_family), or use another recovery"
-        )
-    return decoder_layers(model)[layer].get_submodule(family.mlp_output)
-
-
 @torch.no_grad()
 def map_mlp_output(model: Any, layer: int, change: Tensor) -> None:
     """Make a layer add m + N m in place of m, in place.

@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
-
-from torch import nn
 
 from ghosted_fast import distributed
 from ghosted_fast.errors import (
@@ -18,29 +17,89 @@ from ghosted_fast.errors import (
     SolveError,
     UnsupportedModelError,
 )
-from ghosted_fast.fit.memory_budget import default_memory_budget
-from ghosted_fast.models.families import hidden_size
-from ghosted_fast.options import GhostOptions
+from ghosted_fast.fit.memory_budget import default_memory_budget, groups_within
+from ghosted_fast.fit.walk import walk
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.gap import Gap
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.recovery import RECOVERIES, Job, check_recovery
-from ghosted_fast.recovery.collect import collect
 from ghosted_fast.recovery.collector import Collector, Patch
 from ghosted_fast.recovery.mlp import map_mlp_output
+from ghosted_fast.statistics.interval import IntervalStatistics
+from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals
-from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.calibration_text import CalibrationText
+
+
+def fit_gaps(
+    model: Any,
+    batches: Iterable[Any],
+    recovery: str,
+    gaps: Sequence[Interval],
+    *,
+    options: GhostOptions | None = None,
+    run: RunOptions | None = None,
+    known: IntervalStatistics | None = None,
+) -> list[Patch]:
+    """Learn what one recovery puts into the gaps of one model.
+
+    Args:
+        model: The dense model.
+        batches: Calibration tokens, see `iterate_batches`.
+        recovery: One of `RECOVERIES`.
+        gaps: The removed layers (start, stop), ascending, at least one layer apart.
+        options: How ghosts are fitted.
+        run: Memory for statistics, and whether to show progress.
+        known: Statistics of the only gap, where a criterion has them; they are used up.
+
+    Returns:
+        The operators, in the order of the gaps.
+
+    Raises:
+        ArgumentError: There is no such recovery, or it cannot serve a gap.
+        CalibrationError: There is too little text, or memory for not even one gap.
+        NonFiniteError: An activation is NaN or infinite.
+    """
+    options, run = options or GhostOptions(), run or RunOptions()
+    check_recovery(recovery)
+    decoder, method = Decoder.of(model), RECOVERIES[recovery]
+    if known is not None and method.of_statistics is not None:
+        began = time.perf_counter()
+        work = partial(method.of_statistics, decoder, known, options)
+        patch = distributed.on_first(work, decoder.device)
+        spent = time.perf_counter() - began
+        return [replace(patch, seconds=spent, solve_seconds=spent)]
+    if not (method.sequential and options.sequential and len(gaps) > 1):
+        jobs = [(recovery, gap) for gap in gaps]
+        found = fit_patches(decoder, batches, jobs, options, run.memory_budget, run.progress)
+        return [found[job] for job in jobs]
+    text = CalibrationText.of(batches)
+    text.hold()
+    patches: list[Patch] = []
+    filled: list[Gap] = []
+    for gap in gaps:
+        job = (recovery, gap)
+        found = fit_patches(
+            decoder, text, [job], options, run.memory_budget, run.progress, below=filled
+        )
+        patches.append(found[job])
+        filled.append(Gap(*gap, found[job].ghost))
+    return patches
 
 
 def fit_patches(
-    model: nn.Module,
+    model: Any,
     batches: Iterable[Any],
     jobs: Iterable[Job],
     options: GhostOptions | None = None,
     memory_budget: int | None = None,
     progress: bool = False,
     refused: dict[Job, GhostedFastError] | None = None,
+    below: Sequence[Gap] = (),
 ) -> dict[Job, Patch]:
     """Learn the operators of gaps, several recoveries and gaps in one pass of the dense model.
 
-    In a process group every rank does all of it, and then takes the operators of rank 0.
+    In a process group the ranks share the text and the solves.
 
     Args:
         model: The dense model.
@@ -51,6 +110,7 @@ def fit_patches(
             the free memory.
         progress: Whether to show a progress bar on stderr.
         refused: Where the errors of jobs go that cannot be served; None raises the first.
+        below: Gaps below all of these that have their operators already; see `walk`.
 
     Returns:
         The operator of each job that was not refused.
@@ -61,37 +121,53 @@ def fit_patches(
         NonFiniteError: An activation is NaN or infinite.
     """
     options = options or GhostOptions()
+    decoder = Decoder.of(model)
     jobs = sorted(set(jobs), key=lambda job: (job[1], job[0]))
     for name, _ in jobs:
         check_recovery(name)
     patches = {job: Patch() for job in jobs if RECOVERIES[job[0]].collector is None}
     learned = [job for job in jobs if job not in patches]
-    budget = memory_budget or default_memory_budget(next(model.parameters()).device)
-    groups = _within(learned, hidden_size(model), options, budget)
+    budget = memory_budget or default_memory_budget(decoder.device)
+    groups = _within(learned, decoder.hidden_size, options, budget)
+    text = CalibrationText.of(batches)
     if len(groups) > 1:
-        batches = list(iterate_batches(batches))
+        text.hold()
     for group in groups:
         collectors: dict[Job, Collector] = {}
         for job in group:
             with _refusing(job, refused):
-                collectors[job] = _collector(model, job, options)
+                collectors[job] = _collector(decoder, job, options)
         if not collectors:
             continue
-        seconds = collect(model, batches, list(collectors.values()), progress)
-        for job, item in collectors.items():
-            began = time.perf_counter()
+        seconds = walk(decoder, text, list(collectors.values()), gaps=below, progress=progress)
+        solved = distributed.one_item_per_rank(list(collectors.values()), _solve, decoder.device)
+        for (job, item), found in zip(collectors.items(), solved, strict=True):
             with _refusing(job, refused):
-                patch = item.patch()
-                spent = seconds + item.seconds + time.perf_counter() - began
-                patches[job] = replace(patch, seconds=spent)
-    return distributed.from_first(patches, next(model.parameters()).device)
+                if isinstance(found, GhostedFastError):
+                    raise found
+                spent = seconds + item.seconds + found.solve_seconds
+                patches[job] = replace(found, seconds=spent)
+    return patches
 
 
-def _collector(model: nn.Module, job: Job, options: GhostOptions) -> Collector:
-    name, (start, stop) = job
+def _collector(decoder: Decoder, job: Job, options: GhostOptions) -> Collector:
+    name, gap = job
     make = RECOVERIES[name].collector
     assert make is not None
-    return make(model, start, stop, options)
+    collector = make(decoder, gap, options)
+    if collector.needs_mlp_output:
+        decoder.mlp_output(gap[0] - 1)  # refused before the pass
+    return collector
+
+
+def _solve(collector: Collector) -> Patch | GhostedFastError:
+    """Return a collector's operator, or why there is none."""
+    began = time.perf_counter()
+    try:
+        patch = collector.patch()
+    except SolveError as error:
+        return error
+    return replace(patch, solve_seconds=time.perf_counter() - began)
 
 
 @contextmanager
@@ -106,21 +182,17 @@ def _refusing(job: Job, refused: dict[Job, GhostedFastError] | None) -> Iterator
 
 def _within(jobs: Sequence[Job], size: int, options: GhostOptions, budget: int) -> list[list[Job]]:
     """Cut jobs into groups whose collectors fit a budget of bytes."""
-    groups: list[list[Job]] = []
-    room = 0
+
+    def num_bytes(job: Job) -> int:
+        return RECOVERIES[job[0]].num_bytes(size, options)
+
     for job in jobs:
-        each = RECOVERIES[job[0]].num_bytes(size, options)
-        if each > budget:
+        if num_bytes(job) > budget:
             raise CalibrationError(
-                f"expected a memory budget of at least {each} bytes (one gap of the recovery "
-                f"{job[0]!r} at hidden size {size}), got {budget}: raise it"
+                f"expected a memory budget of at least {num_bytes(job)} bytes (one gap of the "
+                f"recovery {job[0]!r} at hidden size {size}), got {budget}: raise it"
             )
-        if each > room or not groups:
-            groups.append([])
-            room = budget
-        groups[-1].append(job)
-        room -= each
-    return groups
+    return groups_within(jobs, lambda job: [job], num_bytes, budget)
 
 
 def put_patches(

@@ -12,12 +12,13 @@ Linearization", arXiv 2505.02819, the least-squares estimate, and its code.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.models.families import hidden_size
-from ghosted_fast.recovery.collector import Collector, Patch, Sample
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.recovery.collector import Collector, Patch
 from ghosted_fast.recovery.least_squares import PlainEquations
+from ghosted_fast.statistics.sample import Interval, Sample
 
 
 class ReplaceMeCollector(Collector):
@@ -25,22 +26,25 @@ class ReplaceMeCollector(Collector):
 
     needs_mlp_output = True
 
-    def __init__(self, model: nn.Module, start: int, stop: int) -> None:
-        super().__init__(start, stop)
-        if start == 0:
+    def __init__(self, decoder: Decoder, gap: Interval) -> None:
+        super().__init__(gap)
+        if gap[0] == 0:
             raise ArgumentError(
                 "the recovery 'replaceme' maps the output of the MLP before a gap, and the gap "
-                f"[0, {stop}) has none before it: keep layer 0, or use another recovery"
+                f"[0, {gap[1]}) has none before it: keep layer 0, or use another recovery"
             )
-        size = hidden_size(model)
-        self.least_tokens = 2 * size
-        self._equations = PlainEquations(size, next(model.parameters()).device)
+        self.least_tokens = 2 * decoder.hidden_size
+        self._equations = PlainEquations(decoder.hidden_size, decoder.device)
 
     def update(self, sample: Sample) -> None:
         """Add the attended tokens of a batch."""
         assert sample.mlp_output is not None
         x, y = sample.x[sample.attended].double(), sample.y[sample.attended].double()
         self._equations.add(sample.mlp_output[sample.attended].double(), y - x)
+
+    def sums(self) -> list[Tensor]:
+        """Return the equations."""
+        return self._equations.sums
 
     def patch(self) -> Patch:
         """Return the map: with T = I + N, the residue y - x_a - m of the identity is y - x."""

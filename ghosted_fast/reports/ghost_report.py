@@ -17,7 +17,7 @@ class GhostFacts:
     Attributes:
         start: First removed layer.
         stop: The layer of the dense model that the ghost's output enters.
-        input: "normed" or "hidden".
+        features: "normed" or "raw".
         bias: Whether it has a bias.
         first_state: Whether the first token gets a constant state.
         fit_error: Share of the energy of y - x that is left on the tokens of the fit.
@@ -29,7 +29,7 @@ class GhostFacts:
 
     start: int
     stop: int
-    input: str
+    features: str
     bias: bool
     first_state: bool
     fit_error: float

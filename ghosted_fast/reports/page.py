@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghosted_fast._atomic_files import write_whole
+from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.errors import ArgumentError, MissingExtraError
+from ghosted_fast.facts import layers_as_text
 from ghosted_fast.measure.models_table import ratio
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -43,7 +44,7 @@ def write_report(
         page = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     else:
         page = render_report(report, title)
-    write_whole(path, page)
+    write_atomically(path, page)
     return path
 
 
@@ -56,7 +57,7 @@ def render_report(report: Mapping[str, Any], title: str | None = None) -> str:
     return page.render(
         title=title or report.get("model") or "Ghosted model",
         report=report,
-        intervals=_intervals(report.get("removed") or []),
+        layers=layers_as_text(report.get("removed") or []),
         rows=[_with_ratios(row, rows) for row in rows],
         headline=_headline(rows),
         selection_svg=selection_figure(
@@ -82,7 +83,9 @@ def page_template(name: str) -> Any:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(number=_number, short=_short, scientific=_scientific)
+    environment.filters.update(
+        number=_number, short=_short, scientific=_scientific, layers=layers_as_text
+    )
     return environment.get_template(name)
 
 
@@ -114,14 +117,6 @@ def _headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     if decode is not None:
         figures.append((f"{decode:.2f} times", f"decode speed of {dense['name']}"))
     return figures
-
-
-def _intervals(removed: Sequence[int]) -> list[str]:
-    """Return the runs of removed layers as mathematics writes them: [14, 19)."""
-    gone = set(removed)
-    starts = [layer for layer in sorted(gone) if layer - 1 not in gone]
-    stops = [layer + 1 for layer in sorted(gone) if layer + 1 not in gone]
-    return [f"[{start}, {stop})" for start, stop in zip(starts, stops, strict=True)]
 
 
 def _number(value: Any, digits: int = 0) -> str:

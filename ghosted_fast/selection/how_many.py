@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -9,35 +10,76 @@ from functools import cache
 from typing import Any
 
 from ghosted_fast import distributed
-from ghosted_fast.errors import ArgumentError, BudgetError
+from ghosted_fast.errors import BudgetError
 from ghosted_fast.facts import Budget, Trial
-from ghosted_fast.fit.candidates import DEFAULT_SCORE_TOKENS, dense_loss, score_gaps
+from ghosted_fast.fit.candidates import dense_loss, score_gaps
 from ghosted_fast.fit.ghosts import fit_in_sequence
 from ghosted_fast.measure.speed import compare_throughput
-from ghosted_fast.models.families import decoder_layers, hidden_size
-from ghosted_fast.models.families import num_layers as layer_count
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.options import GhostOptions
+from ghosted_fast.options import (
+    Count,
+    GhostOptions,
+    HowMany,
+    Layers,
+    PerplexityBound,
+    RunOptions,
+    SpeedBound,
+)
 from ghosted_fast.selection.criteria.request import Selection
 from ghosted_fast.selection.select import select_layers
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals
-from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.folds import held_out_batches, training_batches
 
+_LOGGER = logging.getLogger(__name__)
 # What a speed is measured with.
 _PROMPT_LENGTH, _NEW_TOKENS, _REPEATS = 64, 24, 5
+
+
+def choose_layers(
+    model: Any,
+    batches: Iterable[Any],
+    how_many: HowMany,
+    criterion: str,
+    options: GhostOptions,
+    run: RunOptions,
+) -> tuple[Selection, Budget | None]:
+    """Return the layers that are asked for, and how a bound led to their number.
+
+    Args:
+        model: The dense model.
+        batches: Calibration tokens.
+        how_many: What is asked for.
+        criterion: What chooses the layers.
+        options: How ghosts are fitted.
+        run: As in `select_layers`.
+
+    Raises:
+        ArgumentError: So many layers cannot be removed.
+        BudgetError: The bound cannot be kept.
+    """
+    if isinstance(how_many, Layers):
+        return Selection(sorted(how_many.removed), [], criterion), None
+    if isinstance(how_many, PerplexityBound):
+        return most_layers_within(model, batches, how_many, criterion, options=options, run=run)
+    budget = None
+    if isinstance(how_many, SpeedBound):
+        budget = fewest_layers_for(model, how_many)
+        how_many = Count(budget.remove)
+    selection = select_layers(model, batches, how_many.layers, criterion, options=options, run=run)
+    return selection, budget
 
 
 def most_layers_within(
     model: Any,
     batches: Iterable[Any],
-    max_perplexity_increase: float,
+    bound: PerplexityBound,
     criterion: str = "ghost",
     *,
     options: GhostOptions | None = None,
-    score_tokens: int = DEFAULT_SCORE_TOKENS,
-    **settings: Any,
+    run: RunOptions | None = None,
 ) -> tuple[Selection, Budget]:
     """Find the most layers that can go while the perplexity stays within a bound.
 
@@ -48,69 +90,54 @@ def most_layers_within(
     Args:
         model: The dense model.
         batches: Calibration tokens.
-        max_perplexity_increase: The bound, relative to the dense model: 0.1 is 10% above.
+        bound: Relative to the dense model.
         criterion: What chooses the layers.
         options: How ghosts are fitted.
-        score_tokens: Held-out tokens that the perplexity is measured on.
-        settings: Others of `select_layers`.
+        run: As in `select_layers`.
 
     Returns:
         The layers, and how their number was found.
 
     Raises:
-        ArgumentError: The bound is not above 0.
         BudgetError: No layer can go within it.
     """
-    bound = max_perplexity_increase
-    if not (math.isfinite(bound) and bound > 0):
-        raise ArgumentError(
-            f"expected max_perplexity_increase above 0, such as 0.1 for 10%, got {bound}"
-        )
-    options = options or GhostOptions()
-    tokens = list(iterate_batches(batches))
-    held_out = held_out_batches(tokens, options, score_tokens)
-    training = training_batches(tokens, options)
-    dense = dense_loss(model, held_out)
+    options, run = options or GhostOptions(), run or RunOptions()
+    decoder, text = Decoder.of(model), CalibrationText.of(batches)
+    held_out = held_out_batches(text.hold(), options, run.score_tokens)
+    training = training_batches(text.hold(), options)
+    dense = dense_loss(decoder, held_out)
     known: dict[int, Selection] = {}
     increases: dict[int, float] = {}
 
     def measure_loss(removed: list[int]) -> float:
-        intervals = removed_intervals(removed, layer_count(model))
-        parameter = next(model.parameters())
-        fits = fit_in_sequence(model, training, intervals, options)
+        intervals = removed_intervals(removed, decoder.num_layers)
+        fits = fit_in_sequence(decoder, training, intervals, options)
         gaps = [
-            Gap(*pair, fitted.to_module(parameter.dtype, parameter.device))
+            Gap(*pair, fitted.module_of(decoder))
             for pair, (fitted, _) in zip(intervals, fits, strict=True)
         ]
-        return score_gaps(model, held_out, [gaps])[0]
+        return score_gaps(decoder, held_out, [gaps])[0]
 
     def holds(count: int) -> bool:
         if count not in known:
-            found = select_layers(
-                model,
-                tokens,
-                count,
-                criterion,
-                options=options,
-                score_tokens=score_tokens,
-                **settings,
-            )
+            found = select_layers(decoder, text, count, criterion, options=options, run=run)
             for number, removed in found.choices.items():
                 known.setdefault(number, replace(found, removed=removed))
         selection = known[count]
         loss = measure_loss(selection.removed) if selection.loss is None else selection.loss
         increases[count] = math.expm1(loss - dense)
-        return increases[count] <= bound
+        return increases[count] <= bound.max_increase
 
-    best = _largest(layer_count(model) - 1, holds)
+    best = _largest(decoder.num_layers - 1, holds)
     tried = [Trial(count, increases[count]) for count in sorted(increases)]
     if not best:
         raise BudgetError(
-            f"no layer can go within a perplexity {bound:.1%} above the dense model's: without "
-            f"layer {known[1].removed[0]} it is {increases[1]:.1%} above on held-out text. "
-            "Allow more"
+            f"no layer can go within a perplexity {bound.max_increase:.1%} above the dense "
+            f"model's: without layer {known[1].removed[0]} it is {increases[1]:.1%} above on "
+            "held-out text. Allow more"
         )
-    return known[best], Budget("max_perplexity_increase", bound, best, increases[best], tried)
+    budget = Budget("max_perplexity_increase", bound.max_increase, best, increases[best], tried)
+    return known[best], budget
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:
@@ -125,7 +152,7 @@ def _largest(most: int, holds: Callable[[int], bool]) -> int:
     return low
 
 
-def fewest_layers_for(model: Any, min_decode_speedup: float) -> Budget:
+def fewest_layers_for(model: Any, bound: SpeedBound) -> Budget:
     """Find the fewest layers without which decoding is faster by a factor.
 
     The number is estimated from the bytes that a decoding step reads, and then measured: layers
@@ -133,29 +160,26 @@ def fewest_layers_for(model: Any, min_decode_speedup: float) -> Budget:
 
     Args:
         model: The dense model, in the dtype and on the device that it decodes in.
-        min_decode_speedup: Decode tokens per second relative to the dense model, above 1.
+        bound: Relative to the dense model.
 
     Raises:
-        ArgumentError: The factor is not above 1.
         BudgetError: Not even one remaining layer is fast enough.
     """
-    factor = min_decode_speedup
-    if not (math.isfinite(factor) and factor > 1):
-        raise ArgumentError(f"expected min_decode_speedup above 1, such as 1.3, got {factor}")
-    layers = layer_count(model)
-    parameter = next(model.parameters())
+    factor = bound.min_speedup
+    decoder = Decoder.of(model)
+    layers = decoder.num_layers
     measured: dict[int, float] = {}
 
     @cache
     def reaches(count: int) -> bool:
         start = (layers - count) // 2
-        ghost = GhostLinear(hidden_size(model), device=parameter.device, dtype=parameter.dtype)
-        smaller = remove_layers(model, range(start, start + count), [ghost])
-        measured[count] = decode_speedup(model, smaller)
+        ghost = GhostLinear(decoder.hidden_size, device=decoder.device, dtype=decoder.dtype)
+        smaller = remove_layers(decoder.model, range(start, start + count), [ghost])
+        measured[count] = decode_speedup(decoder.model, smaller)
         return measured[count] >= factor
 
     count = 1
-    while count < layers - 1 and estimated_speedup(model, count) < factor:
+    while count < layers - 1 and estimated_speedup(decoder, count) < factor:
         count += 1
     while not reaches(count) and count < layers - 1:
         count += 1
@@ -165,10 +189,23 @@ def fewest_layers_for(model: Any, min_decode_speedup: float) -> Budget:
     if not reaches(count):
         best = max(tried, key=lambda trial: trial.value)
         raise BudgetError(
-            f"decoding cannot become {factor:g} times as fast: without {best.num_layers} of the "
+            f"decoding cannot become {factor:g} times as fast: without {best.remove} of the "
             f"{layers} layers it is {best.value:.2f} times as fast here. Ask for less"
         )
     return Budget("min_decode_speedup", factor, count, measured[count], tried)
+
+
+def remeasured(budget: Budget, dense: Any, smaller: Any) -> Budget:
+    """Return a bound on speed with what the finished model gives, and warn if that is less."""
+    reached = decode_speedup(dense, smaller)
+    if reached < budget.asked:
+        _LOGGER.warning(
+            "decoding is %.2f times as fast as the dense model's, less than the %g asked for: "
+            "measured again with the chosen layers and their ghosts",
+            reached,
+            budget.asked,
+        )
+    return replace(budget, reached=reached)
 
 
 def decode_speedup(dense: Any, smaller: Any) -> float:
@@ -192,11 +229,11 @@ def estimated_speedup(model: Any, count: int) -> float:
         model: The dense model.
         count: Layers that one ghost replaces.
     """
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    embedding = model.get_input_embeddings().weight
-    if model.get_output_embeddings().weight is not embedding:
+    decoder = Decoder.of(model)
+    size = sum(parameter.nbytes for parameter in decoder.model.parameters())
+    embedding = decoder.model.get_input_embeddings().weight
+    if decoder.model.get_output_embeddings().weight is not embedding:
         size -= embedding.nbytes  # of which a token reads one row
-    layers = decoder_layers(model)
-    each = sum(parameter.nbytes for parameter in layers.parameters()) / len(layers)
-    ghost = hidden_size(model) ** 2 * next(layers.parameters()).itemsize
+    each = sum(parameter.nbytes for parameter in decoder.layers.parameters()) / decoder.num_layers
+    ghost = decoder.hidden_size**2 * next(decoder.layers.parameters()).itemsize
     return size / (size - count * each + ghost)

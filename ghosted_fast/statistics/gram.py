@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghosted_fast.errors import ArgumentError, NonFiniteError
+from ghosted_fast.errors import ArgumentError, NonFiniteError, check_at_least
 from ghosted_fast.ops import gram_update
+from ghosted_fast.ops.reference import mirror_lower
 
 _BYTES_PER_DOUBLE = 8
 # Tokens are added in fp64 if their energy is this many times the median, and they are this few.
@@ -31,11 +32,6 @@ _OUTLIER_SHARE = 1 / 16
 def statistics_bytes(hidden_size: int, folds: int = 4) -> int:
     """Return the bytes that one `GramAccumulator` holds, known before any token is seen."""
     return _BYTES_PER_DOUBLE * folds * (2 * hidden_size**2 + 3 * hidden_size + 2)
-
-
-def mirror_lower(matrix: Tensor) -> Tensor:
-    """Return the symmetric matrix [d, d] of which only the lower triangle is given."""
-    return matrix.tril() + matrix.tril(-1).mT
 
 
 def mean_square(rows: Tensor) -> Tensor:
@@ -151,10 +147,7 @@ class GramAccumulator:
         norm_eps: float | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if hidden_size < 1 or folds < 1:
-            raise ArgumentError(
-                f"expected hidden_size >= 1 and folds >= 1, got {hidden_size} and {folds}"
-            )
+        check_at_least(1, hidden_size=hidden_size, folds=folds)
         self.hidden_size = hidden_size
         self.folds = folds
         self.norm_eps = norm_eps

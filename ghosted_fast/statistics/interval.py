@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ghosted_fast import distributed
 from ghosted_fast.errors import NonFiniteError
-from ghosted_fast.models.families import hidden_size
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.statistics.gram import (
     GramAccumulator,
     NormalEquations,
     statistics_bytes,
 )
+from ghosted_fast.statistics.sample import Interval, Sample
 from ghosted_fast.statistics.token_weights import energy_floor, token_weights
-from ghosted_fast.text.batches import Batch
 
 # First tokens kept apart to decide whether a ghost needs a state for them: enough for the decision
 # and for a fit that includes them, and small beside the statistics.
 _MAX_FIRST_TOKENS = 1024
-
-
-_DEFAULT_NORM_EPS = 1e-6
 
 
 @dataclass
@@ -119,14 +114,6 @@ class IntervalStatistics:
         first.x, first.y, first.sequences = [x[kept]], [y[kept]], [kept]
 
 
-def norm_eps_of(model: nn.Module, options: GhostOptions) -> float | None:
-    """Return the epsilon of the ghosts' rms: the model's own, which engines know."""
-    if options.input == "hidden":
-        return None
-    config: Any = model.config
-    return float(getattr(config, "rms_norm_eps", None) or _DEFAULT_NORM_EPS)
-
-
 def interval_bytes(size: int, options: GhostOptions) -> int:
     """Return the bytes of one interval's statistics, at most.
 
@@ -138,75 +125,61 @@ def interval_bytes(size: int, options: GhostOptions) -> int:
     return statistics_bytes(size, options.folds) + first
 
 
-def _has_no_floor(item: IntervalStatistics, options: GhostOptions) -> bool:
-    return options.token_weight == "capped" and item.energy_floor is None
-
-
 def new_statistics(
-    model: nn.Module, interval: tuple[int, int], options: GhostOptions
+    interval: Interval,
+    options: GhostOptions,
+    size: int,
+    norm_eps: float,
+    device: torch.device | str | None = None,
 ) -> IntervalStatistics:
-    """Return the statistics of no token yet, for one interval of a model."""
-    size, device = hidden_size(model), next(model.parameters()).device
+    """Return the statistics of no token yet.
+
+    Args:
+        interval: Pair (start, stop) of removed layers.
+        options: How the ghost will be fitted.
+        size: The model's hidden size.
+        norm_eps: Epsilon of the rms, for normed features.
+        device: Where the sums are.
+    """
     first = None
     if options.first_state != "off":
         first = FirstTokens(torch.zeros(size, dtype=torch.float64, device=device), options.folds)
-    gram = GramAccumulator(size, options.folds, norm_eps_of(model, options), device)
-    return IntervalStatistics(*interval, gram, first)
+    eps = norm_eps if options.features == "normed" else None
+    return IntervalStatistics(*interval, GramAccumulator(size, options.folds, eps, device), first)
 
 
-def update_statistics(
-    item: IntervalStatistics,
-    batch: Batch,
-    batch_index: int,
-    sequences: int,
-    options: GhostOptions,
-    x: Tensor,
-    y: Tensor,
-) -> None:
+def lacks_floor(item: IntervalStatistics, options: GhostOptions) -> bool:
+    """Return whether the statistics still need the `energy_floor` of the text's first batch."""
+    return options.token_weight == "capped" and item.energy_floor is None
+
+
+def update_statistics(item: IntervalStatistics, sample: Sample, options: GhostOptions) -> None:
     """Add a batch to an interval's statistics.
 
     Args:
         item: The statistics, changed in place.
-        batch: The tokens.
-        batch_index: Number of the batch, for error messages.
-        sequences: Sequences in the batches before; they decide the folds.
+        sample: The batch.
         options: How the ghost will be fitted.
-        x: States that enter the gap [batch, length, d].
-        y: States that leave it [batch, length, d].
 
     Raises:
         NonFiniteError: An activation is NaN or infinite.
     """
-    y = y.to(x.device)
-    if _has_no_floor(item, options):
+    x, y, batch = sample.x, sample.y, sample.batch
+    if lacks_floor(item, options):
         item.energy_floor = energy_floor(batch, y)
     weight = token_weights(x, y, options, item.gram.norm_eps, item.energy_floor)
     weight = weight * batch.attention_mask
-    rows_of_text = torch.arange(len(x), device=x.device) + sequences
+    rows_of_text = torch.arange(len(x), device=x.device) + sample.sequences
     if item.first is not None:
         is_first = batch.is_first
         weight = weight.masked_fill(is_first, 0.0)
         x_first, y_first = x[is_first], y[is_first]
-        _check_first(x_first, y_first, item, batch_index)
+        if not bool(torch.isfinite(x_first).all() & torch.isfinite(y_first).all()):
+            raise sample.non_finite("the first token of a sequence is not finite")
         item.first.add(x_first, y_first, rows_of_text[is_first.nonzero()[:, 0]])
     for row in range(min(options.folds, len(x))):
-        rows, fold = slice(row, None, options.folds), (sequences + row) % options.folds
+        rows, fold = slice(row, None, options.folds), (sample.sequences + row) % options.folds
         try:
             item.gram.update(x[rows], y[rows], weight[rows], fold=fold)
         except NonFiniteError as error:
-            raise non_finite(item.start, item.stop, batch_index, str(error)) from error
-
-
-def _check_first(x: Tensor, y: Tensor, item: IntervalStatistics, batch_index: int) -> None:
-    if not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
-        detail = "the first token of a sequence is not finite"
-        raise non_finite(item.start, item.stop, batch_index, detail)
-
-
-def non_finite(start: int, stop: int, batch_index: int, detail: str) -> NonFiniteError:
-    """Return the error for activations of a gap that are NaN or infinite."""
-    return NonFiniteError(
-        f"expected finite activations at boundaries {start} and {stop}, got NaN or "
-        f"infinity in calibration batch {batch_index} ({detail}): check the model in this dtype, "
-        "or leave that text out"
-    )
+            raise sample.non_finite(str(error)) from error

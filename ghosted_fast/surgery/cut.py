@@ -11,8 +11,9 @@ from torch import nn
 
 from ghosted_fast.checkpoint.model_card import IMPORTED, attach_report
 from ghosted_fast.checkpoint.record import is_ghosted, refresh_record, removal_record
-from ghosted_fast.checkpoint.transformers_types import make_ghosted
+from ghosted_fast.checkpoint.transformers_types import become_ghosted_class
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
+from ghosted_fast.models.decoder import model_name
 from ghosted_fast.models.families import (
     Family,
     decoder_layers,
@@ -133,7 +134,7 @@ def remove_layers(
     _cut_config(config, decoder, family, kept)
     _replace_entries(layers, remaining)
     if placed or is_ghosted(config):
-        make_ghosted(
+        become_ghosted_class(
             model,
             removed=sorted([*dense_removed, *(dense_kept[layer] for layer in dropped)]),
             num_hidden_layers=dense_count,
@@ -188,8 +189,8 @@ def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int])
     config = _own_config(model)
     _cut_config(config, decoder, family, kept if described == count else [*range(len(layers))])
     _replace_entries(layers, list(layers))
-    make_ghosted(model, removed=sorted(dropped), num_hidden_layers=count)
-    name = getattr(config, "_name_or_path", "") or type(model).__name__
+    become_ghosted_class(model, removed=sorted(dropped), num_hidden_layers=count)
+    name = model_name(model)
     attach_report(config, {"model": name, "recovery": IMPORTED})
 
 

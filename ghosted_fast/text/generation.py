@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ghosted_fast.errors import ArgumentError, SourceError
+from ghosted_fast.errors import ArgumentError, SourceError, check_at_least
 from ghosted_fast.text.loading import adds_bos
+from ghosted_fast.text.progress import progress_bar
 
 # Sampled at once, where 128 are no faster per token on a processor.
 _ROWS = 64
@@ -53,18 +53,11 @@ def generate_texts(
     """
     if not temperatures or not all(value > 0 for value in temperatures):
         raise ArgumentError(f"expected temperatures above 0, got {list(temperatures)}")
-    if sequence_length < 2 or batch_size < 1:
-        raise ArgumentError(
-            f"expected sequence_length >= 2 and batch_size >= 1, got {sequence_length} and "
-            f"{batch_size}"
-        )
+    check_at_least(2, sequence_length=sequence_length)
+    check_at_least(1, batch_size=batch_size)
     generator = torch.Generator().manual_seed(seed)
     found = 0
-    bar = tqdm(
-        desc="writing", total=num_tokens, unit="tok", unit_scale=True, delay=2.0,
-        disable=not progress,
-    )  # fmt: skip
-    with bar:
+    with progress_bar("writing", progress, of=num_tokens, tokens=True) as bar:
         while found < num_tokens:
             before = found
             starts = _starts(tokenizer, batch_size, generator).to(model.device)

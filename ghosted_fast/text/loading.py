@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghosted_fast.errors import ArgumentError, SourceError
+from ghosted_fast.errors import ArgumentError, SourceError, check_at_least
 from ghosted_fast.text.readers import (
     hub_records,
     json_records,
@@ -68,8 +68,7 @@ def load_texts(
     hub_id, _, configuration = name.partition(":")
     if name.endswith(_TEXT_SUFFIXES) or not is_hub_id(hub_id, _TEXT_SUFFIXES):
         raise SourceError(
-            f"there is no file {name!r}; give a text, .jsonl or .parquet file, a hub data set, "
-            "or 'self'"
+            f"there is no file {name!r}; give a text, .jsonl or .parquet file, or a hub data set"
         )
     return texts_of(hub_records(hub_id, configuration or None, split), field, name)
 
@@ -101,11 +100,8 @@ def token_batches(
         SourceError: The texts hold fewer tokens than asked for.
     """
     prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    if sequence_length < len(prefix) + 2 or batch_size < 1:
-        raise ArgumentError(
-            f"expected sequence_length >= {len(prefix) + 2} and batch_size >= 1, "
-            f"got {sequence_length} and {batch_size}"
-        )
+    check_at_least(len(prefix) + 2, sequence_length=sequence_length)
+    check_at_least(1, batch_size=batch_size)
     num_rows = num_tokens // sequence_length
     if num_rows < 1:
         raise ArgumentError(f"expected num_tokens >= {sequence_length}, one row, got {num_tokens}")

@@ -1,4 +1,4 @@
-"""What both forms of `ghost_apply` do with a tile: read weights, finish rows, take their norm."""
+"""What both forms of `ghost_apply` do with a tile: multiply, and finish rows."""
 
 from __future__ import annotations
 
@@ -7,19 +7,38 @@ import triton.language as tl
 
 
 @triton.jit
-def weight_values(raw, dtype: tl.constexpr, IS_FP8: tl.constexpr):
-    """Return a tile of stored weights in x's dtype, exactly.
-
-    e4m3 has an exponent of 4 bits and 3 of mantissa: moved to fp32's place it is off by the
-    difference of the biases, 127 - 7, subnormal numbers included. No instruction of one
-    architecture is needed.
-    """
-    if IS_FP8:
-        bits = raw.to(tl.int32)
-        moved = ((bits & 0x7F) << 20) | ((bits & 0x80) << 24)
-        value = moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-        return tl.where((bits & 0x7F) == 0x7F, float("nan"), value).to(dtype)
-    return raw.to(dtype)
+def multiply(
+    x,
+    weight,
+    rows,
+    columns,
+    start,
+    end,
+    num_tokens,
+    hidden_size,
+    NORMED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+):
+    """Return x W^T of a tile over the inputs [start, end), and the rows' sums of squares; fp32."""
+    row_exists = (rows < num_tokens)[:, None]
+    column_exists = (columns < hidden_size)[:, None]
+    inputs = start + tl.arange(0, BLOCK_INPUTS)
+    x_tile = x + (rows.to(tl.int64)[:, None] * hidden_size + inputs[None, :])
+    weight_tile = weight + (columns.to(tl.int64)[:, None] * hidden_size + inputs[None, :])
+    change = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), tl.float32)
+    squares = tl.zeros((BLOCK_TOKENS,), tl.float32)
+    for _ in range(start, end, BLOCK_INPUTS):
+        values = tl.load(x_tile, mask=row_exists, other=0.0)
+        matrix = tl.load(weight_tile, mask=column_exists, other=0).to(values.dtype)
+        change = tl.dot(values, matrix.T, change)
+        if NORMED:
+            wide = values.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=1)
+        x_tile += BLOCK_INPUTS
+        weight_tile += BLOCK_INPUTS
+    return change, squares
 
 
 @triton.jit
@@ -56,12 +75,3 @@ def finish(
         chosen = tl.load(is_first + rows, mask=row_exists, other=0) != 0
         y = tl.where(chosen[:, None], state.to(y.dtype)[None, :], y)
     return y
-
-
-@triton.jit
-def rms_normed(y, norm_weight, columns, hidden_size, eps):
-    """Return the RMS norm of rounded rows y [1, C] that hold the whole hidden size."""
-    value = y.to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value, axis=1) / hidden_size + eps)[:, None]
-    weight = tl.load(norm_weight + columns, mask=columns < hidden_size, other=0.0)
-    return (weight.to(tl.float32)[None, :] * value.to(y.dtype).to(tl.float32)).to(y.dtype)

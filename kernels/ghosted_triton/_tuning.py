@@ -2,8 +2,8 @@
 
 A table that is chosen by shape alone gives the same bits on every run, works under CUDA graphs and
 needs no warm-up. The figures are derived, not measured: registers and shared memory come from the
-compiled machine code (tests/triton/test_compiled_kernels.py holds them to the limits of each
-architecture), the number of programs from the number of multiprocessors.
+compiled machine code (tests/ghosted_triton/test_compiled_kernels.py holds them to the limits of
+each architecture), the number of programs from the number of multiprocessors.
 """
 
 from __future__ import annotations
@@ -94,52 +94,32 @@ class Architecture:
     gram_wide: GramConfig
 
 
+_SM80 = Architecture(
+    multiprocessors=108,
+    decode=ApplyConfig(16, 64, 128, 4, 4),
+    decode_narrow=ApplyConfig(16, 128, 128, 8, 4),
+    small=ApplyConfig(64, 64, 64, 4, 4),
+    prefill=ApplyConfig(128, 128, 64, 8, 3),
+    prefill_narrow=ApplyConfig(128, 64, 128, 8, 3),
+    gram=GramConfig(128, 128, 16, 8, 4, slices=8),
+    gram_parts=GramConfig(64, 64, 16, 4, 3, slices=4),
+    gram_wide=GramConfig(64, 64, 16, 4, 3, slices=4),
+)
+_SM90 = replace(
+    _SM80,
+    multiprocessors=132,
+    decode=ApplyConfig(16, 64, 64, 4, 5),
+    prefill=ApplyConfig(128, 128, 64, 8, 4),
+    gram=GramConfig(128, 64, 64, 8, 3, slices=4),
+    gram_parts=GramConfig(128, 64, 32, 8, 3, slices=4),
+    gram_wide=GramConfig(64, 64, 32, 8, 3, slices=2),
+)
 _TABLES: dict[int, Architecture] = {
-    80: Architecture(
-        multiprocessors=108,
-        decode=ApplyConfig(16, 64, 128, 4, 4),
-        decode_narrow=ApplyConfig(16, 128, 128, 8, 4),
-        small=ApplyConfig(64, 64, 64, 4, 4),
-        prefill=ApplyConfig(128, 128, 64, 8, 3),
-        prefill_narrow=ApplyConfig(128, 64, 128, 8, 3),
-        gram=GramConfig(128, 128, 16, 8, 4, slices=8),
-        gram_parts=GramConfig(64, 64, 16, 4, 3, slices=4),
-        gram_wide=GramConfig(64, 64, 16, 4, 3, slices=4),
-    ),
+    80: _SM80,
     # 99 KB of shared memory in place of 163 or 227: fewer stages.
-    89: Architecture(
-        multiprocessors=128,
-        decode=ApplyConfig(16, 64, 128, 4, 4),
-        decode_narrow=ApplyConfig(16, 128, 128, 8, 4),
-        small=ApplyConfig(64, 64, 64, 4, 4),
-        prefill=ApplyConfig(128, 128, 32, 8, 3),
-        prefill_narrow=ApplyConfig(128, 64, 128, 8, 3),
-        gram=GramConfig(128, 128, 16, 8, 4, slices=8),
-        gram_parts=GramConfig(64, 64, 16, 4, 3, slices=4),
-        gram_wide=GramConfig(64, 64, 16, 4, 3, slices=4),
-    ),
-    90: Architecture(
-        multiprocessors=132,
-        decode=ApplyConfig(16, 64, 64, 4, 5),
-        decode_narrow=ApplyConfig(16, 128, 128, 8, 4),
-        small=ApplyConfig(64, 64, 64, 4, 4),
-        prefill=ApplyConfig(128, 128, 64, 8, 4),
-        prefill_narrow=ApplyConfig(128, 64, 128, 8, 3),
-        gram=GramConfig(128, 64, 64, 8, 3, slices=4),
-        gram_parts=GramConfig(128, 64, 32, 8, 3, slices=4),
-        gram_wide=GramConfig(64, 64, 32, 8, 3, slices=2),
-    ),
-    100: Architecture(
-        multiprocessors=148,
-        decode=ApplyConfig(16, 64, 64, 4, 5),
-        decode_narrow=ApplyConfig(16, 128, 128, 8, 4),
-        small=ApplyConfig(64, 64, 64, 4, 4),
-        prefill=ApplyConfig(128, 128, 64, 8, 4),
-        prefill_narrow=ApplyConfig(128, 64, 128, 8, 3),
-        gram=GramConfig(128, 64, 64, 8, 3, slices=4),
-        gram_parts=GramConfig(128, 64, 32, 8, 3, slices=4),
-        gram_wide=GramConfig(128, 64, 32, 8, 3, slices=8),
-    ),
+    89: replace(_SM80, multiprocessors=128, prefill=ApplyConfig(128, 128, 32, 8, 3)),
+    90: _SM90,
+    100: replace(_SM90, multiprocessors=148, gram_wide=GramConfig(128, 64, 32, 8, 3, slices=8)),
 }
 # The oldest first: a GPU uses the newest table that is not newer than itself.
 ARCHITECTURES = tuple(_TABLES)

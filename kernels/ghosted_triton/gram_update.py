@@ -221,6 +221,43 @@ def refusal(x: Tensor, y: Tensor | None) -> str:
     return ""
 
 
+def _launch_inspect(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    norm_eps: float | None,
+    block_rows: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Return the factors of the tokens in G and in C, and the problems; see `_gram_rows.py`."""
+    num_tokens, hidden_size = x.shape
+    normed = norm_eps is not None
+    gram_factor = cross_factor = None
+    if normed:
+        gram_factor, cross_factor = x.new_empty((2, num_tokens), dtype=torch.float32)
+    problems = torch.full((4,), num_tokens, dtype=torch.int32, device=x.device)
+    gram_inspect_kernel[(triton.cdiv(num_tokens, block_rows),)](
+        x,
+        y,
+        weight,
+        gram_factor,
+        cross_factor,
+        problems,
+        num_tokens,
+        hidden_size,
+        0 if y is None else y.shape[1],
+        _row_stride(x),
+        0 if y is None else _row_stride(y),
+        norm_eps or 0.0,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=512,
+        num_warps=4,
+        enable_fp_fusion=FP_FUSION,
+    )
+    if normed:
+        return gram_factor, cross_factor, problems
+    return weight, weight, problems
+
+
 def gram_update(
     x: Tensor,
     y: Tensor | None,
@@ -233,7 +270,7 @@ def gram_update(
     *,
     config: GramConfig | None = None,
 ) -> None:
-    """Add the tokens to the sums. Arguments: see `ops.gram.gram_update`.
+    """Add the tokens to the sums. Arguments: see `ops.gram_update`.
 
     `config` overrides the tuning table.
 
@@ -244,55 +281,23 @@ def gram_update(
     num_tokens, hidden_size = x.shape
     if not x.numel():
         return
-    normed = norm_eps is not None
     weight = None if token_weight is None else token_weight.contiguous()
-    gram_factor = cross_factor = weight
-    if normed:
-        gram_factor, cross_factor = x.new_empty((2, num_tokens), dtype=torch.float32)
-    problems = torch.full((4,), num_tokens, dtype=torch.int32, device=x.device)
-    table = architecture(x.device)
-    rows_of_program = (config or gram_config(table, False, _X_PARTS[x.dtype])).inspect_rows
-    gram_inspect_kernel[(triton.cdiv(num_tokens, rows_of_program),)](
-        x,
-        y,
-        weight,
-        gram_factor if normed else None,
-        cross_factor if normed else None,
-        problems,
-        num_tokens,
-        hidden_size,
-        0 if y is None else y.shape[1],
-        _row_stride(x),
-        0 if y is None else _row_stride(y),
-        norm_eps or 0.0,
-        BLOCK_ROWS=rows_of_program,
-        BLOCK_COLUMNS=512,
-        num_warps=4,
-        enable_fp_fusion=FP_FUSION,
-    )
+    table, x_parts = architecture(x.device), _X_PARTS[x.dtype]
+    block_rows = (config or gram_config(table, False, x_parts)).inspect_rows
+    gram_factor, cross_factor, problems = _launch_inspect(x, y, weight, norm_eps, block_rows)
     powers_of_two = weight is None
     if _reads_back(x):
         found = problems.tolist()
         _raise_problem(found, num_tokens, token_weight)
         powers_of_two = found[3] >= num_tokens
     exact_x = x.dtype != torch.float32 and (weight is None or x.dtype == torch.bfloat16)
-    gram_exact = exact_x and powers_of_two and not normed
+    gram_exact = exact_x and powers_of_two and norm_eps is None
     cross_exact = gram_exact and not delta and y is not None and y.dtype == x.dtype
     if gram is not None or cross is not None:
         exact = (gram is None or gram_exact) and (cross is None or cross_exact)
-        launch_gram_update(
-            x,
-            y,
-            gram_factor,
-            cross_factor,
-            problems,
-            delta,
-            gram,
-            cross,
-            gram_exact,
-            cross_exact,
-            config or gram_config(table, exact, _X_PARTS[x.dtype]),
-        )
+        config = config or gram_config(table, exact, x_parts)
+        sums = (gram, cross, gram_exact, cross_exact)
+        launch_gram_update(x, y, gram_factor, cross_factor, problems, delta, *sums, config)
     if moments is not None:
         gram_moments_kernel[(triton.cdiv(hidden_size, 64),)](
             x,

@@ -17,6 +17,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_gates_pass_and_every_variant_runs(bench: ModuleType) -> None:
     import _harness
 

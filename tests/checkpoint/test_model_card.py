@@ -13,6 +13,7 @@ from transformers.utils import hub
 
 from ghosted_fast.checkpoint.model_card import CARD, attach_report, model_card, write_card
 from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.options import GhostOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, tiny_model
@@ -28,7 +29,7 @@ def fitted() -> tuple[Any, Any]:
     dense = tiny_model("llama")
     dense.config._name_or_path = "someone/tiny-llama"
     batches = [random_tokens(8, 32, seed) for seed in range(2)]
-    return ghost_model(dense, batches, removed=[2, 3], bias=True)
+    return ghost_model(dense, batches, removed=[2, 3], options=GhostOptions(bias=True))
 
 
 def test_card_says_what_was_done(tmp_path: Path) -> None:
@@ -38,10 +39,10 @@ def test_card_says_what_was_done(tmp_path: Path) -> None:
     assert card.data.base_model == "someone/tiny-llama"
     assert card.data.library_name == "transformers"
     assert {"ghosted_fast", "ghosted_llama"} <= set(card.data.tags)
-    assert "2 of the 6 decoder layers of someone/tiny-llama were removed: 2, 3." in card.text
+    assert "2 of the 6 decoder layers of someone/tiny-llama were removed: 2-3." in card.text
     (fact,) = report.ghosts
     first_state = "yes" if fact.first_state else "no"
-    row = f"| [2, 4) | behind layer 1 | normed | yes | {first_state} | as the model |"
+    row = f"| 2-3 | behind layer 1 | normed | yes | {first_state} | as the model |"
     assert f"{row} {fact.damping:.1e} | {fact.held_out_error:.4f} |" in card.text
     assert f"over {fact.num_tokens:,} tokens" in card.text
     assert "trust_remote_code=True" in card.text and "import ghosted_fast" in card.text
@@ -66,7 +67,7 @@ def test_card_shows_the_measured_table() -> None:
 
 def test_gaps_are_found_without_a_report(tmp_path: Path) -> None:
     text = model_card(ghosted().config)
-    for gap in ("| [0, 1) | before layer 0", "| [2, 4) | behind layer 0", "| [7, 8) | behind"):
+    for gap in ("| 0 | before layer 0", "| 2-3 | behind layer 0", "| 7 | behind"):
         assert gap in text
     assert "## Calibration" not in text and "base_model" not in text
 

@@ -99,6 +99,7 @@ def run(script: str, *arguments: str, modules: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_every_family_loads_without_the_package(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -126,6 +127,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -167,6 +169,7 @@ print(type(model).__module__, type(again) is type(model), type(ghost).__name__)
 """
 
 
+@pytest.mark.slow
 def test_package_wins_where_it_is_installed_and_not_imported(tmp_path: Path) -> None:
     model = remove_layers(tiny_model("qwen3", NUM_LAYERS), REMOVED, random_ghosts())
     folder, again = save_model(model, tmp_path / "model"), tmp_path / "again"

@@ -92,6 +92,7 @@ def edit_record(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
     path.write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["transformers first", "ghosted_fast first"])
 def test_every_family_loads_in_a_new_process(tmp_path: Path, order: str) -> None:
     torch.save(TOKENS, tmp_path / "tokens.pt")
@@ -110,6 +111,7 @@ def test_every_family_loads_in_a_new_process(tmp_path: Path, order: str) -> None
     assert result.stdout.endswith("loaded\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_naive_model_loads_as_an_ordinary_one(tmp_path: Path, family: str) -> None:
     pruned = prune_model(tiny_model(family, NUM_LAYERS), REMOVED)
@@ -184,7 +186,7 @@ def test_experts_keep_their_layout_on_disk(tmp_path: Path) -> None:
     ):
         save_model(load(save_model(model, tmp_path / name)), tmp_path / f"{name} again")
         with safe_open(tmp_path / f"{name} again" / WEIGHTS, "pt") as file:
-            names.append({key for key in file.keys() if "ghost" not in key})
+            names.append({key for key in file.keys() if "ghost" not in key})  # noqa: SIM118 - no dict
     assert names[0] == names[1]
     assert any("experts.0." in name for name in names[0])
 

@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from ghosted_fast import __version__
 from ghosted_fast.cli.app import app
-from ghosted_fast.cli.options import parse_damping, parse_increase, parse_layers, parse_speedup
+from ghosted_fast.text import generation
 
-VERBS = ("demo", "select", "fit", "import", "eval", "compare", "bench", "doctor")
+VERBS = ("demo", "select", "fit", "import", "eval", "grid", "bench", "export", "doctor")
 
-COMPARE = ("compare", "--model=m", "--calibration=c", "--evaluation=e", "--output=o")
+FIT = ("fit", "--model=m", "--calibration=c")
+SELECT = ("select", "--model=m", "--calibration=c")
+GRID = ("grid", "--model=m", "--calibration=c", "--evaluation=e", "--output=o")
 
 
 def fail(status: int, *arguments: object) -> str:
@@ -47,7 +48,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
 
 
 def test_entry_point_and_version() -> None:
-    command = [sys.executable, "-m", "ghosted_fast.cli", "--version"]
+    command = [sys.executable, "-m", "ghosted_fast", "--version"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.stdout.strip() == f"ghosted-fast {__version__}"
 
@@ -57,49 +58,95 @@ def test_entry_point_and_version() -> None:
     [
         (("nonsense",), "nonsense"),
         (("fit",), "Missing option '--model'"),
-        (("select", "--model", "m", "--calibration", "c", "--num-layers", "0"), "--num-layers"),
-        (("fit", "--model", "m", "--calibration", "c", "--output", "o"), "several or none"),
+        (("select", "--model", "m", "--calibration", "c", "--remove", "0"), "--remove"),
+        ((*FIT, "--output=o"), "expected one of the four, got none"),
         (
-            ("fit", "--model=m", "--calibration=c", "--output=o", "--removed=1", "--num-layers=1"),
-            "several or none",
+            (*FIT, "--output=o", "--removed=1", "--remove=1"),
+            "expected one of the four, got --remove and --removed",
         ),
         (
-            ("fit", "--model=m", "--calibration=c", "--max-perplexity-increase=much"),
+            (*FIT, "--output=o", "--min-speedup=2", "--max-perplexity-increase=1%", "--remove=1"),
+            "got --remove and --max-perplexity-increase and --min-speedup",
+        ),
+        (
+            (*FIT, "--max-perplexity-increase=much"),
             "expected a share above 0 such as '10%', got 'much'",
         ),
         (
-            ("fit", "--model=m", "--calibration=c", "--min-speedup=0.9"),
+            (*FIT, "--min-speedup=0.9"),
             "expected a factor above 1 such as '1.3', got '0.9'",
         ),
         (
-            ("fit", "--model=m", "--calibration=c", "--min-speedup=2", "--recovery=none"),
-            "expected --num-layers or --removed with --dry-run, or with a recovery but ghost",
+            (*FIT, "--min-speedup=2", "--recovery=none"),
+            "'--min-speedup': expected --remove or --removed with --recovery none",
         ),
-        (("select", "--model=m", "--calibration=c", "--num-layers=1", "--beam=0"), "--beam"),
-        (("fit", "--model=m", "--calibration=c", "--removed=1"), "--output"),
-        (("fit", "--model=m", "--calibration=c", "--output=o", "--removed=4-2"), "'4-2'"),
-        (("fit", "--model=m", "--calibration=c", "--removed=1", "--criterion=best"), "--criterion"),
-        (("fit", "--model=m", "--calibration=c", "--removed=1", "--damping=-1"), "--damping"),
         (
-            ("fit", "--model=m", "--calibration=c", "--removed=1", "--corrections=few"),
+            (*FIT, "--max-perplexity-increase=10%", "--dry-run"),
+            "'--max-perplexity-increase': expected --remove or --removed with --dry-run",
+        ),
+        (
+            (*FIT, "--removed=1", "--output=o", "--recovery=replaceme", "--refine=3"),
+            "'--refine': expected --recovery ghost with --refine, got 'replaceme'",
+        ),
+        (
+            (*FIT, "--removed=1", "--output=o", "--recovery=none", "--corrections=1"),
+            "'--corrections': expected --recovery ghost with --corrections, got 'none'",
+        ),
+        ((*SELECT, "--remove=1", "--beam=0"), "--beam"),
+        ((*FIT, "--removed=1"), "--output"),
+        ((*FIT, "--output=o", "--removed=4-2"), "'4-2': write '2-4'"),
+        (
+            (*FIT, "--output=o", "--removed=2-4,3"),
+            "'--removed': expected every layer once, got 3 twice in '2-4,3'",
+        ),
+        (
+            (*FIT, "--output=o", "--removed=1", "--tokens=511"),
+            "'--tokens': expected at least the 512 of one sequence (--sequence-length), got 511",
+        ),
+        (
+            (*SELECT, "--remove=1", "--tokens=31", "--sequence-length=32"),
+            "'--tokens': expected at least the 32 of one sequence",
+        ),
+        (("eval", "--model=m", "--evaluation=e", "--tokens=5"), "'--tokens': expected at least"),
+        (
+            (*FIT, "--output=o", "--removed=1", "--evaluation=self"),
+            "'--evaluation': expected a text to measure on, got 'self'",
+        ),
+        (("eval", "--model=m", "--evaluation=self"), "(--calibration self)"),
+        ((*GRID, "--remove=3", "--evaluation=self"), "(--calibration self)"),
+        (("eval", "--model=m"), "expected one of the two or both, got none"),
+        (("eval", "--model=m", "--tasks= ,"), "'--tasks': expected names with commas between"),
+        ((*FIT, "--removed=1", "--criterion=best"), "--criterion"),
+        ((*FIT, "--removed=1", "--damping=-1"), "--damping"),
+        (
+            (*FIT, "--removed=1", "--corrections=few"),
             "--corrections",
         ),
-        (("fit", "--model=m", "--calibration=c", "--removed=1", "--refine=-1"), "--refine"),
+        ((*FIT, "--removed=1", "--refine=-1"), "--refine"),
         (
-            ("fit", "--model=m", "--calibration=c", "--removed=1", "--output=o", "--report=r.pdf"),
+            (*FIT, "--removed=1", "--output=o", "--report=r.pdf"),
             ".html or .json",
         ),
-        ((*COMPARE, "--num-layers=3,five"), "got '3,five'"),
-        ((*COMPARE, "--num-layers=0"), "numbers above 0"),
-        ((*COMPARE, "--num-layers=3", "--evaluation=e"), "got one of them twice"),
-        ((*COMPARE, "--num-layers=3", "--criterion=luck"), "--criterion"),
-        ((*COMPARE, "--num-layers=3", "--recovery=magic"), "--recovery"),
+        ((*GRID, "--remove=3,five"), "got '3,five'"),
+        ((*GRID, "--remove=0"), "numbers above 0"),
+        ((*GRID, "--remove=3", "--evaluation=e"), "got one of them twice"),
+        ((*GRID, "--remove=3", "--criterion=luck"), "--criterion"),
+        ((*GRID, "--remove=3", "--recovery=magic"), "--recovery"),
+        ((*GRID, "--remove=3", "--criterion=ghost", "--criterion=ghost"), "expected each once"),
+        (
+            ("export", "m", "--to=gguf", "--precision=int4"),
+            "expected f32, f16, q8_0 with --to gguf",
+        ),
+        (
+            ("export", "m", "--to=ort-genai", "--tokenizer=x.gguf"),
+            "'--tokenizer': a tokenizer is taken with --to gguf alone, got --to ort-genai",
+        ),
         (("import", "w.pt", "--model=m", "--output=o"), "Missing option '--removed'"),
         (("import", "w.pt", "--model=m", "--output=o", "--removed=3", "--form=W"), "--form"),
         (("bench", "--model", "m", "--repeats", "0"), "--repeats"),
         (("eval", "--model", "m", "--evaluation", "e", "--dtype", "int3"), "--dtype"),
         (("demo", "--dtype", "int3"), "got 'int3'"),
-        (("demo", "--num-layers", "30"), "--num-layers"),
+        (("demo", "--remove", "30"), "--remove"),
         (("doctor", "--threads", "0"), "--threads"),
     ],
 )
@@ -122,13 +169,58 @@ def test_missing_text(model_folder: Path) -> None:
     assert message.startswith("error: there is no file 'nowhere.jsonl'")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("select", "--remove=1", "--calibration=nowhere.jsonl"),
+        ("fit", "--removed=1", "--output=o", "--calibration=nowhere.jsonl"),
+        ("grid", "--remove=1", "--output=o", "--calibration=nowhere.jsonl", "--evaluation={}"),
+        ("grid", "--remove=1", "--output=o", "--calibration={}", "--evaluation=nowhere.jsonl"),
+        ("fit", "--removed=1", "--output=o", "--calibration={}", "--evaluation=nowhere.jsonl"),
+        ("eval", "--evaluation=nowhere.jsonl"),
+    ],
+)
+def test_a_text_that_is_missing_is_told_before_the_model_is_loaded(
+    command: tuple[str, ...], texts: Path
+) -> None:
+    message = fail(1, *(part.format(texts) for part in command), "--model=./no-model")
+    assert message.startswith("error: there is no file 'nowhere.jsonl'")
+
+
+def test_layers_that_there_are_not_are_told_before_text_is_written(
+    model_folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*_: object, **__: object) -> None:
+        raise AssertionError("the model wrote text")
+
+    monkeypatch.setattr(generation, "generate_texts", generate)
+    rest = ["--model", model_folder, "--calibration", "self"]
+    assert "expected remove in 1..5" in fail(1, "select", *rest, "--remove", 6)
+    fit = ["fit", *rest, "--output", tmp_path / "o"]
+    assert "expected remove in 1..5" in fail(1, *fit, "--remove", 6)
+    assert "0..5" in fail(1, *fit, "--removed", "4-6")
+    grid = ["grid", *rest, "--evaluation", texts, "--output", tmp_path / "o"]
+    assert "expected remove in 1..5" in fail(1, *grid, "--remove", "1,6")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_that_cannot_be_made_is_told_before_the_model_is_loaded(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    command = ["fit", "--model", "./nowhere", "--calibration", texts, "--removed", "1"]
+    command += ["--output", tmp_path / "o", "--report"]
+    assert "pip install 'ghosted_fast[report]'" in fail(1, *command, "r.html")
+    assert "'./nowhere'" in fail(1, *command, "r.json")
+
+
 def test_too_little_text(model_folder: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the cat sat")
     command = ["eval", "--model", model_folder, "--evaluation", short]
     assert "expected 5120 tokens of text for 10 rows of 512, got 3" in fail(1, *command)
-    command = ["compare", "--model", model_folder, "--calibration", short, "--evaluation", short]
-    message = fail(1, *command, "--num-layers", 2, "--output", tmp_path / "grid")
+    command = ["grid", "--model", model_folder, "--calibration", short, "--evaluation", short]
+    message = fail(1, *command, "--remove", 2, "--output", tmp_path / "grid")
     assert f"evaluation text {str(short)!r}: expected 5120 tokens" in message
     assert not (tmp_path / "grid").exists()
 
@@ -163,46 +255,12 @@ def test_debug_shows_the_traceback(texts: Path) -> None:
     assert type(result.exception).__name__ == "SourceError"
 
 
+@pytest.mark.slow
 def test_json_is_all_of_stdout(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     """In a process of its own, so that nothing escapes the test runner's streams."""
-    command = [sys.executable, "-m", "ghosted_fast.cli", "fit", "--model", str(model_folder)]
+    command = [sys.executable, "-m", "ghosted_fast", "fit", "--model", str(model_folder)]
     command += ["--calibration", str(texts), "--removed", "2", "--output", str(tmp_path / "o")]
     command += ["--tokens", "512", "--sequence-length", "32", "--json"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout)["removed"] == [2]
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"),
-    [("3", [3]), ("14-18", [14, 15, 16, 17, 18]), ("8,3, 7", [3, 7, 8]), ("1-2,5-5", [1, 2, 5])],
-)
-def test_parse_layers(text: str, layers: list[int]) -> None:
-    assert parse_layers(text) == layers
-
-
-@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3,3", "2-4,3", "5-2", "1:3"])
-def test_parse_layers_refuses(text: str) -> None:
-    with pytest.raises(typer.BadParameter):
-        parse_layers(text)
-
-
-def test_parse_damping() -> None:
-    assert parse_damping("auto") == "auto"
-    assert parse_damping("1e-4") == 1e-4
-    assert parse_damping("0") == 0.0
-    for text in ("-1", "nan", "inf", "much"):
-        with pytest.raises(typer.BadParameter):
-            parse_damping(text)
-
-
-def test_parse_budgets() -> None:
-    assert parse_increase(None) is None and parse_speedup(None) is None
-    assert parse_increase("10%") == pytest.approx(0.1) and parse_increase("0.05") == 0.05
-    assert parse_speedup("1.3") == 1.3 and parse_speedup("1.3x") == 1.3
-    for text in ("0%", "-1", "nan", "ten", "inf"):
-        with pytest.raises(typer.BadParameter):
-            parse_increase(text)
-    for text in ("1", "0.5", "nan", "fast"):
-        with pytest.raises(typer.BadParameter):
-            parse_speedup(text)

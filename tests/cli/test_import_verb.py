@@ -39,7 +39,7 @@ def test_import(model_folder: Path, operators: Path, tmp_path: Path) -> None:
     status, shown, _ = run(*command)
     assert status == 0
     assert shown.splitlines() == [
-        f"removed 1,2,4; saved {output}",
+        f"removed 1-2, 4; saved {output}",
         "read as y = x @ A",
         "gap 0: gap_0.weight",
         "gap 1: gap_1.weight",

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from support.tiny_text import save_tiny_model
 from typer.testing import CliRunner
 
-from ghosted_fast.cli import options
 from ghosted_fast.cli.app import app
-from ghosted_fast.fit import collect
 from ghosted_fast.models.families import num_layers
 from ghosted_fast.models.loading import load_model
-from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.selection.criteria import CRITERIA
 
 SMALL = ["--tokens", "512", "--sequence-length", "32"]
@@ -35,7 +32,7 @@ def run_json(*arguments: object) -> Any:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_select(model_folder: Path, texts: Path, criterion: str) -> None:
-    command = ["select", "--model", model_folder, "--calibration", texts, "--num-layers", 2]
+    command = ["select", "--model", model_folder, "--calibration", texts, "--remove", 2]
     found = run_json(*command, "--criterion", criterion, *SMALL)
     assert len(found["removed"]) == 2
     assert found["criterion"] == criterion
@@ -43,20 +40,21 @@ def test_select(model_folder: Path, texts: Path, criterion: str) -> None:
 
 
 def test_select_shows_the_scores(model_folder: Path, texts: Path) -> None:
-    command = ["select", "--model", model_folder, "--calibration", texts, "--num-layers", 5]
+    command = ["select", "--model", model_folder, "--calibration", texts, "--remove", 5]
     shown = run(*command, "--criterion", "streamline", *SMALL).splitlines()
     assert shown[0].split() == ["layers", "score"]
-    assert shown[1].startswith("[") and shown[1].rstrip().endswith("removed")
-    assert shown[-1] in ("remove 0,1,2,3,4", "remove 1,2,3,4,5")
+    assert shown[1].split()[0] in ("0-4", "1-5") and shown[1].rstrip().endswith("removed")
+    assert shown[-1] == f"remove {shown[1].split()[0]}"
 
 
 def test_select_dry_run(model_folder: Path, texts: Path) -> None:
-    command = ["select", "--model", model_folder, "--calibration", texts, "--num-layers", 2]
+    command = ["select", "--model", model_folder, "--calibration", texts, "--remove", 2]
     needed = run_json(*command, "--dry-run")["statistics_bytes"]
     assert needed > 5 * 8 * 32 * 32
     assert f"{needed} bytes" in run(*command, "--dry-run")
 
 
+@pytest.mark.slow
 def test_fit_saves_a_model_and_a_report(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     output, page = tmp_path / "ghosted", tmp_path / "report.html"
     command = ["fit", "--model", model_folder, "--calibration", texts, "--removed", "2-3"]
@@ -79,21 +77,22 @@ def test_fit_saves_a_model_and_a_report(model_folder: Path, texts: Path, tmp_pat
 def test_fit_with_every_option(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     output = tmp_path / "ghosted"
     shown = run(
-        "fit", "--model", model_folder, "--calibration", texts, "--num-layers", 1, "--output",
-        output, "--criterion", "streamline", "--input", "hidden", "--bias", "--first-state", "on",
+        "fit", "--model", model_folder, "--calibration", texts, "--remove", 1, "--output",
+        output, "--criterion", "streamline", "--features", "raw", "--bias", "--first-state", "on",
         "--token-weight", "uniform", "--damping", "0.01", "--batch-size", "4", "--dtype", "bf16",
         "--device", "cpu", "--seed", "3", "--threads", torch.get_num_threads(), "--field", "text",
         "--report", tmp_path / "report.json", *SMALL,
     )  # fmt: skip
     assert f"saved {output}" in shown
     ghost = json.loads((tmp_path / "report.json").read_text())["ghosts"][0]
-    assert ghost["input"] == "hidden"
+    assert ghost["features"] == "raw"
     assert ghost["bias"] is True
     assert ghost["first_state"] is True
     assert ghost["damping"] == 0.01
     assert load_model(output)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_fit_corrects_and_refines(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     output, page = tmp_path / "ghosted", tmp_path / "report.html"
     shown = run(
@@ -109,7 +108,7 @@ def test_fit_corrects_and_refines(model_folder: Path, texts: Path, tmp_path: Pat
 
 def test_fit_without_recovery(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     command = ["fit", "--model", model_folder, "--calibration", texts, "--recovery", "none"]
-    command += ["--num-layers", 2, "--criterion", "shortgpt", *SMALL]
+    command += ["--remove", 2, "--criterion", "shortgpt", *SMALL]
     found = run_json(*command, "--output", tmp_path / "pruned", "--evaluation", texts,
                      "--evaluation-tokens", "256")  # fmt: skip
     assert [row["name"] for row in found["models"]] == ["dense", "pruned"]
@@ -127,6 +126,7 @@ def test_fit_with_a_published_recovery(model_folder: Path, texts: Path, tmp_path
     assert folded["perplexity"] != pruned["perplexity"]
 
 
+@pytest.mark.slow
 def test_fit_on_text_of_its_own(model_folder: Path, tmp_path: Path) -> None:
     found = run_json("fit", "--model", model_folder, "--calibration", "self", "--removed", "3",
                      "--output", tmp_path / "ghosted", "--tokens", "256",
@@ -159,17 +159,18 @@ def test_eval_compares_models(model_folder: Path, texts: Path, tmp_path: Path) -
     assert f"{found['models'][1]['perplexity']['value']:.2f}" in shown
 
 
-def test_compare_goes_on_where_it_was(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_grid_goes_on_where_it_was(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(["a bird saw the dog and the cat sat on it ."] * 60))
-    command = ["compare", "--model", model_folder, "--calibration", texts, "--evaluation", texts]
-    command += ["--evaluation", other, "--evaluation-tokens", 256, *SMALL, "--num-layers", "1,3"]
+    command = ["grid", "--model", model_folder, "--calibration", texts, "--evaluation", texts]
+    command += ["--evaluation", other, "--evaluation-tokens", 256, *SMALL, "--remove", "1,3"]
     command += ["--output", tmp_path / "grid", "--criterion", "streamline"]
-    run(*command, "--recovery", "none", "--num-layers", 2)
+    run(*command, "--recovery", "none", "--remove", 2)
     state = (tmp_path / "grid" / "state.jsonl").read_text()
     command += ["--corrections", 1]
     found = run_json(*command, "--recovery", "none", "--recovery", "ghost")
-    assert [(row["num_layers"], row["recovery"]) for row in found["rows"]] == [
+    assert [(row["remove"], row["recovery"]) for row in found["rows"]] == [
         (count, name) for count in (1, 3) for name in ("none", "ghost", "ghost + 1 corrections")
     ]
     assert list(found["rows"][0]["perplexity"]) == ["texts", "other"]
@@ -196,11 +197,3 @@ def test_doctor() -> None:
     assert {item["name"] for item in found["backends"]} >= {"native", "reference"}
     assert "llama" in found["families"]
     assert "reference" in run("doctor")
-
-
-def test_choices_are_those_of_the_library() -> None:
-    assert set(get_args(options.Criterion)) == set(CRITERIA)
-    assert set(get_args(options.Recovery)) == set(RECOVERIES)
-    assert options.GhostInput == collect.Input
-    assert options.FirstState == collect.FirstState
-    assert options.TokenWeight == collect.TokenWeight

@@ -34,7 +34,7 @@ def unavailable() -> str:
 def _compile(source: str, output: str, flags: list[str]) -> Path:
     """Compile a file of this folder, once for the same sources, and return what was made."""
     csrc = ROOT / "csrc"
-    files = [*csrc.glob("*.h"), *(csrc / "cuda").glob("*"), csrc / "cpu" / "kernels.h"]
+    files = [*csrc.glob("*.h"), *(csrc / "cuda").glob("*")]
     digest = hashlib.sha256()
     for path in sorted([*files, *HERE.glob("*.h"), HERE / source, Path(__file__)]):
         digest.update(path.read_bytes())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulator import build_binding, unavailable
+from cuda_emulation.emulator import build_binding, unavailable
 from support.gram_sums import assert_close, exact_sums, make_sums, make_weights
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from ghosted_fast.ops import gram_update as _gram_update  # noqa: F401  (defines
 from ghosted_fast.testing import outlier_activations
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
     pytest.mark.xdist_group("cuda_emulation"),
 ]

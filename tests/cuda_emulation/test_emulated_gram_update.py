@@ -10,13 +10,14 @@ import math
 
 import pytest
 import torch
-from emulator import NO_TOKEN, emulate, unavailable
+from cuda_emulation.emulator import NO_TOKEN, emulate, unavailable
 from support.gram_sums import assert_close, exact_sums, make_sums, make_weights
 from torch import Tensor
 
 from ghosted_fast.testing import outlier_activations, relative_rms
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
     pytest.mark.xdist_group("cuda_emulation"),
 ]

@@ -11,8 +11,10 @@ from pathlib import Path
 from support.cuda_toolchain import find_nvcc, find_tool
 
 ROOT = Path(__file__).parent.parent.parent
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
-_SECTION = re.compile(r"^//-+ \.text\.(\S+) -+$", re.M)
+_INSTRUCTION = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
+)
+_SECTION = re.compile(r"^//-+ \.text\.(\S+) -+$", re.MULTILINE)
 _USAGE = re.compile(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 

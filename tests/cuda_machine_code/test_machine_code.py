@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from machine_code import Kernel, compile_kernels
+from cuda_machine_code.machine_code import Kernel, compile_kernels
 from support.cuda_toolchain import missing_tools
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(bool(missing_tools()), reason=missing_tools()),
     pytest.mark.xdist_group("cuda_machine_code"),
 ]

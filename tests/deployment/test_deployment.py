@@ -19,6 +19,8 @@ from ghosted_fast.models.ghosted_layers import ghosts_of
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms, tiny_model
 
+pytestmark = pytest.mark.slow
+
 TOKENS = random_tokens(2, 12)
 
 

@@ -21,6 +21,8 @@ from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import tiny_model
 
+pytestmark = pytest.mark.slow
+
 if not is_serve_available():
     pytest.skip("the server needs: pip install 'transformers[serving]'", allow_module_level=True)
 

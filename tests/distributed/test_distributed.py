@@ -21,6 +21,8 @@ from ghosted_fast.cli.app import app
 from ghosted_fast.errors import CalibrationError
 from ghosted_fast.testing import relative_rms
 
+pytestmark = pytest.mark.slow
+
 _WAIT_S = 300.0
 # What takes long to import; each rank is a fork of one process that has it.
 _IMPORTED = ["ghosted_fast.pipeline", "ghosted_fast.cli.app", "ghosted_fast.grid"]
@@ -151,7 +153,7 @@ def test_nobody_is_waited_for_longer_than_the_time_out(tmp_path: Path) -> None:
 
 def test_one_rank_may_work_alone(tmp_path: Path) -> None:
     (name, message), removed = run_ranks(rank_programs.one_alone, 2, tmp_path, tmp_path)
-    assert name == "ArgumentError" and "ghosted_fast.distributed.alone()" in message
+    assert name == "ArgumentError" and "ghosted_fast.distributed.ignoring_group()" in message
     assert removed == [2, 3]
 
 

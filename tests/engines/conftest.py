@@ -1,8 +1,4 @@
-"""The real model, ghosted, for the engines that are installed.
-
-In an engine's environment pytest runs with `--confcutdir=tests/engines`: the folder above, which
-its conftest would put on the path, holds a folder `triton` that libraries take for the package.
-"""
+"""The real model, ghosted, for the engines that are installed."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ import torch
 
 from ghosted_fast.assets.downloads import fetch_demo_assets
 from ghosted_fast.models.loading import load_model
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.text.loading import load_texts, token_batches
 
@@ -35,7 +32,13 @@ def smollm2() -> Callable[..., tuple[Any, Path, Any]]:
             texts = load_texts(fetch_demo_assets().calibration)
             batches = token_batches(tokenizer, texts, 4096)
             # Corrections are not what is tested, and take most of the time.
-            made[key], _ = ghost_model(dense, batches, removed=REMOVED, corrections=0, **options)
+            made[key], _ = ghost_model(
+                dense,
+                batches,
+                removed=REMOVED,
+                options=GhostOptions(**options),
+                run=RunOptions(corrections=0),
+            )
         return made[key], path, tokenizer
 
     def text(num_tokens: int, length: int = 512) -> list[list[int]]:

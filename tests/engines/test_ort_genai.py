@@ -60,7 +60,7 @@ def test_tokens_and_loss(
 @pytest.mark.skipif(not (cache_folder() / "demo").is_dir(), reason="no demo model: `make setup`")
 @pytest.mark.parametrize(
     "options",
-    [{"input": "normed", "first_state": "off"}, {"input": "hidden", "first_state": "on"}],
+    [{"features": "normed", "first_state": "off"}, {"features": "raw", "first_state": "on"}],
 )
 def test_smollm2(tmp_path: Path, smollm2: Any, options: dict[str, str]) -> None:
     model, _, tokenizer = smollm2(**options)

@@ -98,6 +98,7 @@ def test_several_gaps_give_the_loss_of_the_model_after_surgery(family: str) -> N
     assert losses[3] == pytest.approx(float(torch.tensor(pruned).log()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_clearly_worse_candidates_are_dropped_and_still_ranked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,10 +9,11 @@ from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
 from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.fit.ghosts import FittedGhost, fit_ghost, fit_on_training_folds
 from ghosted_fast.models.boundaries import visit_boundaries
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.statistics.gram import GramAccumulator
-from ghosted_fast.statistics.interval import interval_bytes, norm_eps_of
+from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.statistics.token_weights import token_weights
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 from ghosted_fast.text.batches import Batch
@@ -29,13 +30,13 @@ def batches() -> list[Batch]:
 
 
 @pytest.mark.parametrize("first_state", ["off", "on"])
-@pytest.mark.parametrize("input_form", ["normed", "hidden"])
+@pytest.mark.parametrize("input_form", ["normed", "raw"])
 def test_statistics_are_those_of_the_dense_states(first_state: str, input_form: str) -> None:
     model = tiny_model("llama")
-    options = GhostOptions(input=input_form, first_state=first_state)  # type: ignore[arg-type]
+    options = GhostOptions(features=input_form, first_state=first_state)  # type: ignore[arg-type]
     intervals = [(1, 3), (0, 2), (4, 6)]
     collected = collect_statistics(model, batches(), intervals, options)
-    eps = norm_eps_of(model, options)
+    eps = Decoder.of(model).norm_eps if input_form == "normed" else None
     for item, (start, stop) in zip(collected, intervals, strict=True):
         expected = GramAccumulator(32, 4, eps)
         sequence, first_sum, firsts, floor = 0, torch.zeros(32, dtype=torch.float64), 0, None
@@ -158,13 +159,14 @@ def test_non_finite_activations_name_boundary_and_batch(position: int) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"input": "raw"}, {"token_weight": "none"}, {"first_state": "yes"}, {"folds": 1}],
+    [{"features": "hidden"}, {"token_weight": "none"}, {"first_state": "yes"}, {"folds": 1}],
 )
 def test_refused_options(wrong: dict[str, object]) -> None:
     with pytest.raises(ArgumentError, match=next(iter(wrong))):
         GhostOptions(**wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_memory_is_what_was_announced() -> None:
     model = tiny_model("llama")
     options = GhostOptions()
@@ -185,7 +187,7 @@ def test_memory_is_what_was_announced() -> None:
 def test_capped_weights_count_usual_tokens_alike() -> None:
     """All tokens of a tiny model are usual: as uniform weights, but for the rounding."""
     model, batch = tiny_model("llama", 4), random_tokens(8, 64)
-    options = GhostOptions(input="hidden", token_weight="capped")
+    options = GhostOptions(features="raw", token_weight="capped")
     (capped,) = collect_statistics(model, [batch], [(1, 3)], options)
     usual = 0.25 * capped.energy_floor
     y = torch.full((3, 8), usual**0.5)

@@ -11,7 +11,7 @@ from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 from ghosted_fast.text.batches import iterate_batches
 
-PLAIN = GhostOptions("hidden", "uniform", "off", damping=1e-3)
+PLAIN = GhostOptions("raw", "uniform", "off", damping=1e-3)
 
 
 def least_squares(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""compare_grid: what its cells hold, what is shared, and that it goes on after it was killed."""
+"""run_grid: what its cells hold, what is shared, and that it goes on after it was killed."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import pytest
 import torch
 
 from ghosted_fast.errors import ArgumentError, CalibrationError
-from ghosted_fast.grid import Variant, cells, compare_grid, corrected, grid, judging, refined
+from ghosted_fast.grid import GridPlan, Variant, cells, corrected, refined, run_grid
+from ghosted_fast.grid import judge as judge_module
+from ghosted_fast.grid import run as grid_run
 from ghosted_fast.grid.state import STATE_FILE
 from ghosted_fast.measure.perplexity import perplexity, perplexity_from
-from ghosted_fast.options import GhostOptions
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.surgery.cut import prune_model
@@ -33,12 +36,14 @@ def calibration() -> list[torch.Tensor]:
 
 def run(output: Path, model: Any = None, **options: Any) -> Any:
     asked = {
-        "num_layers": [1, 2],
+        "remove": [1, 2],
         "criteria": ["ghost", "shortgpt"],
         "recoveries": list(RECOVERIES),
         **options,
     }
-    return compare_grid(model or tiny_model("llama"), calibration(), TEXTS, output=output, **asked)
+    direct = {name: asked.pop(name) for name in ("remove", "options", "run") if name in asked}
+    model = model or tiny_model("llama")
+    return run_grid(model, calibration(), TEXTS, output=output, plan=GridPlan(**asked), **direct)
 
 
 @pytest.fixture
@@ -50,20 +55,21 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         seen.append(args)
         return perplexity_from(*args, **kwargs)
 
-    monkeypatch.setattr(judging, "perplexity_from", counted)
+    monkeypatch.setattr(judge_module, "perplexity_from", counted)
     yield seen
 
 
+@pytest.mark.slow
 def test_rows_hold_what_the_single_calls_give(tmp_path: Path) -> None:
     model = tiny_model("llama")
     found = run(tmp_path / "grid", model)
     assert len(found.rows) == 2 * 2 * len(RECOVERIES)
     for row in found.rows:
-        kwargs = {"removed": row["removed"], "recovery": row["recovery"], "corrections": 0}
+        kwargs = {"removed": row["removed"], "recovery": row["recovery"]}
         if row["recovery"] == "replaceme" and 0 in row["removed"]:
             assert "keep layer 0" in row["refused"]
             continue
-        smaller, _ = ghost_model(model, calibration(), **kwargs)
+        smaller, _ = ghost_model(model, calibration(), **kwargs, run=RunOptions(corrections=0))
         for text, batches in TEXTS.items():
             exact = perplexity(smaller, batches)
             assert row["perplexity"][text]["value"] == pytest.approx(exact.value, rel=1e-6)
@@ -76,10 +82,11 @@ def test_rows_hold_what_the_single_calls_give(tmp_path: Path) -> None:
         assert row["excess"]["first"] == pytest.approx(excess, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_marks(tmp_path: Path) -> None:
     found = run(tmp_path, criteria=["ghost", "streamline", "shortgpt"])
     for count in (1, 2):
-        rows = [row for row in found.rows if row["num_layers"] == count]
+        rows = [row for row in found.rows if row["remove"] == count]
         (ours,) = [row for row in rows if "default" in row["marks"]]
         assert (ours["criterion"], ours["recovery"]) == ("ghost", "ghost")
         rivals = [
@@ -91,13 +98,15 @@ def test_marks(tmp_path: Path) -> None:
         assert best and all(row["perplexity"]["first"]["value"] == min(rivals) for row in best)
 
 
+@pytest.mark.slow
 def test_a_variant_may_have_criteria_of_its_own(tmp_path: Path) -> None:
     variant = Variant("mine", "ghost-paper", criteria=("ghost",))
-    found = run(tmp_path, recoveries=["none", variant], num_layers=[2])
+    found = run(tmp_path, recoveries=["none", variant], remove=[2])
     pairs = {(row["criterion"], row["recovery"]) for row in found.rows}
     assert pairs == {("ghost", "none"), ("shortgpt", "none"), ("ghost", "mine")}
 
 
+@pytest.mark.slow
 def test_equal_sets_are_judged_once(tmp_path: Path, evaluated: list[Any]) -> None:
     found = run(tmp_path, criteria=["streamline", "angular", "shortgpt"])
     sets = {tuple(row["removed"]) for row in found.rows}
@@ -108,7 +117,7 @@ def test_equal_sets_are_judged_once(tmp_path: Path, evaluated: list[Any]) -> Non
 def test_the_dense_part_below_a_gap_is_computed_once() -> None:
     model = tiny_model("llama")
     ids = random_tokens(6, 24, 90)
-    judge = judging.Judge(model, {"text": [Batch(ids, torch.ones_like(ids))]}, None, 0)
+    judge = judge_module.Judge(model, {"text": [Batch(ids, torch.ones_like(ids))]}, None, 0)
     ran = []
     model.model.layers[1].register_forward_hook(lambda *_: ran.append(1))
     for removed in ([4], [4, 5], [5]):
@@ -121,6 +130,7 @@ def test_the_dense_part_below_a_gap_is_computed_once() -> None:
     assert judge(model)["perplexity"]["text"]["value"] == perplexity(model, [ids]).value
 
 
+@pytest.mark.slow
 def test_one_pass_serves_all_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     run(tmp_path / "a", model, recoveries=["none"])
@@ -139,7 +149,7 @@ def test_one_pass_serves_all_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         tmp_path / "c",
         model,
         recoveries=["ghost-paper", "replaceme"],
-        memory_budget=16 * 32 * 32,
+        run=RunOptions(memory_budget=16 * 32 * 32),
         criteria=["streamline", "shortgpt"],
     )
     assert len(calls) > 1
@@ -148,6 +158,7 @@ def test_one_pass_serves_all_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
 
 
+@pytest.mark.slow
 def test_variants_change_models_of_their_own(tmp_path: Path) -> None:
     def spoil(smaller: Any, dense: Any, batches: Any) -> int:
         assert len(dense.model.layers) == 6 and len(batches) == 4
@@ -160,19 +171,20 @@ def test_variants_change_models_of_their_own(tmp_path: Path) -> None:
     found = run(tmp_path, criteria=["streamline"], recoveries=variants)
     plain = run(tmp_path / "plain", criteria=["streamline"], recoveries=["ghost"])
     for count in (1, 2):
-        rows = {r["recovery"]: r for r in found.rows if r["num_layers"] == count}
+        rows = {r["recovery"]: r for r in found.rows if r["remove"] == count}
         spoiled = rows["ghost + 2 corrections"]
         assert (spoiled["corrections"], rows["ghost"]["corrections"]) == (2, 0)
         assert not spoiled["published"] and rows["ghost-paper"]["published"]
         assert spoiled["perplexity"] != rows["ghost"]["perplexity"]
-        same = next(r for r in plain.rows if r["num_layers"] == count)
+        same = next(r for r in plain.rows if r["remove"] == count)
         assert same["perplexity"] == rows["ghost"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_corrections_and_refinement_are_those_of_ghost_model(tmp_path: Path) -> None:
     model = tiny_model("llama")
     variants = ["ghost", corrected(), corrected(1), refined(2), refined(2, "ghost-paper")]
-    found = run(tmp_path, model, criteria=["ghost"], recoveries=variants, num_layers=[2])
+    found = run(tmp_path, model, criteria=["ghost"], recoveries=variants, remove=[2])
     rows = {row["recovery"]: row for row in found.rows}
     for name, kwargs in (
         ("ghost + corrections", {}),
@@ -180,7 +192,9 @@ def test_corrections_and_refinement_are_those_of_ghost_model(tmp_path: Path) -> 
         ("ghost refined, 2 steps", {"refine": 2}),
     ):
         removed = rows[name]["removed"]
-        smaller, report = ghost_model(model, calibration(), removed=removed, **kwargs)
+        smaller, report = ghost_model(
+            model, calibration(), removed=removed, run=RunOptions(**kwargs)
+        )
         assert rows[name]["corrections"] == sum(item.accepted for item in report.corrections)
         exact = perplexity(smaller, TEXTS["first"]).value
         assert rows[name]["perplexity"]["first"]["value"] == pytest.approx(exact, rel=1e-5)
@@ -195,6 +209,7 @@ def test_corrections_and_refinement_are_those_of_ghost_model(tmp_path: Path) -> 
         refined(0)
 
 
+@pytest.mark.slow
 def test_accuracy_and_speed(tmp_path: Path) -> None:
     speed = {"prompt_length": 4, "new_tokens": 2, "repeats": 1}
     found = run(
@@ -205,7 +220,7 @@ def test_accuracy_and_speed(tmp_path: Path) -> None:
     )
     for row in found.rows:
         if row["refused"] is None:
-            assert row["accuracy"] == {"quiz": (6 - row["num_layers"]) / 10}
+            assert row["accuracy"] == {"quiz": (6 - row["remove"]) / 10}
             assert row["decode_ratio"] > 0 and row["decode_tokens_per_s"] > 0
     lines = (tmp_path / STATE_FILE).read_text().splitlines()
     shapes = [line for line in lines if json.loads(line).get("key", [""])[0] == "speed"]
@@ -215,6 +230,7 @@ def test_accuracy_and_speed(tmp_path: Path) -> None:
         run(tmp_path, criteria=["streamline"])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(
     tmp_path: Path, evaluated: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,22 +238,22 @@ def test_a_stopped_run_goes_on(
     whole = run(tmp_path / "whole", model)
     total = len(evaluated)
     evaluated.clear()
-    judge = judging.Judge.__call__
+    judge = judge_module.Judge.__call__
 
     def interrupted(*args: Any) -> Any:
         if len(evaluated) >= 8:
             raise KeyboardInterrupt
         return judge(*args)
 
-    monkeypatch.setattr(judging.Judge, "__call__", interrupted)
+    monkeypatch.setattr(judge_module.Judge, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", model)
     assert not (tmp_path / "cut" / "results.json").exists()
-    monkeypatch.setattr(judging.Judge, "__call__", judge)
+    monkeypatch.setattr(judge_module.Judge, "__call__", judge)
     state = tmp_path / "cut" / STATE_FILE
     before = state.read_text()
     state.write_text(before + '{"key": ["cell", [2], "no')  # a line that was cut off
-    monkeypatch.setattr(grid, "select_layers", None)  # all selections are known
+    monkeypatch.setattr(grid_run, "select_layers", None)  # all selections are known
     again = run(tmp_path / "cut", model)
     assert len(evaluated) == total and state.read_text().startswith(before)
     for one, other in zip(whole.rows, again.rows, strict=True):
@@ -245,21 +261,25 @@ def test_a_stopped_run_goes_on(
             assert one[key] == other[key]
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; sys.path[:0] = [sys.argv[2]]\n"
-        "from ghosted_fast.grid.judging import Judge\n"
+        "import sys; from pathlib import Path\n"
+        "from ghosted_fast.grid.judge import Judge\n"
         "judge, turns = Judge.__call__, iter(range(5))\n"
         "def stopping(*args):\n"
         "    if next(turns) == 4:\n"
         "        print('stopped', flush=True); sys.stdin.read()\n"
         "    return judge(*args)\n"
         "Judge.__call__ = stopping\n"
-        "import test_grid; test_grid.run(Path(sys.argv[1]))\n"
+        "from grid.test_grid import run; run(Path(sys.argv[1]))\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     state = tmp_path / STATE_FILE
     assert process.stdout is not None and process.stdout.readline() == b"stopped\n"
@@ -276,25 +296,27 @@ def test_a_killed_process_goes_on(tmp_path: Path) -> None:
     assert len({json.dumps(key) for key in keys}) == len(keys)
 
 
+@pytest.mark.slow
 def test_a_later_run_asks_for_more(tmp_path: Path, evaluated: list[Any]) -> None:
-    run(tmp_path, recoveries=["none"], num_layers=[1])
+    run(tmp_path, recoveries=["none"], remove=[1])
     evaluated.clear()
-    found = run(tmp_path, recoveries=["none", "linearpatch-d"], num_layers=[1])
+    found = run(tmp_path, recoveries=["none", "linearpatch-d"], remove=[1])
     sets = {tuple(row["removed"]) for row in found.rows}
     assert len(evaluated) == len(TEXTS) * len(sets)
 
 
+@pytest.mark.slow
 def test_results_of_other_settings_are_kept(tmp_path: Path) -> None:
     run(tmp_path, recoveries=["none"])
     for change, what in (
-        ({"options": GhostOptions(input="hidden")}, "ghosts"),
+        ({"options": GhostOptions(features="raw")}, "ghosts"),
         ({"model": tiny_model("llama", seed=1)}, "weights"),
         ({"model": tiny_model("llama", dtype=torch.bfloat16)}, "dtype: there float32, now bfloat"),
     ):
         with pytest.raises(ArgumentError, match=f"other settings.*{what}.*overwrite"):
             run(tmp_path, recoveries=["none"], **change)
     with pytest.raises(ArgumentError, match=r"other settings.*calibration"):
-        compare_grid(tiny_model("llama"), calibration()[:3], TEXTS, [1], tmp_path)
+        run_grid(tiny_model("llama"), calibration()[:3], TEXTS, [1], tmp_path)
     found = run(tmp_path, recoveries=["none"], model=tiny_model("llama", seed=1), overwrite=True)
     assert found.about["weights"] in (tmp_path / STATE_FILE).read_text()
     (tmp_path / STATE_FILE).write_text("not ours\n")
@@ -304,21 +326,21 @@ def test_results_of_other_settings_are_kept(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"criteria out of ghost, .* got 'luck'"):
+    with pytest.raises(ArgumentError, match=r"criterion out of ghost, .* got 'luck'"):
         run(tmp_path, criteria=["luck"])
     with pytest.raises(ArgumentError, match=r"recovery out of none, .* got 'magic'"):
         run(tmp_path, recoveries=["magic"])
-    with pytest.raises(ArgumentError, match=r"num_layers in 1\.\.5"):
-        run(tmp_path, num_layers=[1, 6])
+    with pytest.raises(ArgumentError, match=r"remove in 1\.\.5"):
+        run(tmp_path, remove=[1, 6])
     with pytest.raises(ArgumentError, match="at least one number of layers, and each once"):
-        run(tmp_path, num_layers=[2, 2])
+        run(tmp_path, remove=[2, 2])
     with pytest.raises(ArgumentError, match="at least one recovery, and each once"):
         run(tmp_path, recoveries=["none", Variant("none", "ghost")])
     model = tiny_model("llama")
     with pytest.raises(ArgumentError, match="at least one evaluation text"):
-        compare_grid(model, calibration(), {}, [1], tmp_path)
+        run_grid(model, calibration(), {}, [1], tmp_path)
     with pytest.raises(ArgumentError, match="tokens to predict in the text 'short'"):
-        compare_grid(model, calibration(), {"short": [random_tokens(1, 1)]}, [1], tmp_path)
+        run_grid(model, calibration(), {"short": [random_tokens(1, 1)]}, [1], tmp_path)
     with pytest.raises(CalibrationError, match="at least 64 calibration tokens"):
-        compare_grid(model, [random_tokens(1, 20)], TEXTS, [1], tmp_path)
+        run_grid(model, [random_tokens(1, 20)], TEXTS, [1], tmp_path)
     assert not list(tmp_path.iterdir())

@@ -11,9 +11,10 @@ import pytest
 from support.html_balance import Balance
 
 from ghosted_fast.errors import MissingExtraError
+from ghosted_fast.facts import layers_as_text
 from ghosted_fast.grid.outputs import check_outputs, markdown, page, write_outputs
 from ghosted_fast.grid.summary import summaries
-from ghosted_fast.grid.table import Grid, layers_as_text
+from ghosted_fast.grid.table import Grid
 
 OF_CRITERION = {"ghost": 0.9, "streamline": 1.2, "shortgpt": 1.1}
 PUBLISHED = {"none": 3.0, "replaceme": 1.6, "ghost-paper": 1.5}
@@ -43,7 +44,7 @@ def made_up(with_speed: bool = True) -> Grid:
                     marks = ["best published"]
                 rows.append(
                     {
-                        "num_layers": count,
+                        "remove": count,
                         "criterion": criterion,
                         "recovery": recovery,
                         "corrections": 0,
@@ -62,7 +63,7 @@ def made_up(with_speed: bool = True) -> Grid:
                     }
                 )
     refused = dict.fromkeys(rows[0]) | {
-        "num_layers": 5, "criterion": "taylor", "recovery": "replaceme", "marks": [],
+        "remove": 5, "criterion": "taylor", "recovery": "replaceme", "marks": [],
         "removed": [0], "published": True, "refused": "no <layer> before", "seconds": {},
     }  # fmt: skip
     scores = [{"start": start, "stop": start + 3, "score": 3 + start / 10} for start in range(9)]
@@ -79,7 +80,7 @@ def made_up(with_speed: bool = True) -> Grid:
         selections=[
             {
                 "criterion": "ghost",
-                "num_layers": 3,
+                "remove": 3,
                 "removed": [0, 1, 2],
                 "seconds": 1.0,
                 "scores": scores,
@@ -101,6 +102,7 @@ def test_summaries_are_geometric_means_of_excess() -> None:
     assert ratios == sorted(ratios, key=lambda value: value or 0.0)
 
 
+@pytest.mark.slow
 def test_no_summary_where_an_excess_is_not_above_zero() -> None:
     grid = made_up()
     for row in grid.rows:
@@ -120,6 +122,7 @@ def test_markdown() -> None:
     assert len({line.replace("\\|", "").count("|") for line in tables}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_speed", [True, False])
 def test_page(with_speed: bool) -> None:
     html = page(made_up(with_speed))
@@ -145,6 +148,7 @@ def test_page(with_speed: bool) -> None:
     assert html == page(made_up(with_speed))
 
 
+@pytest.mark.slow
 def test_files(tmp_path: Path) -> None:
     write_outputs(tmp_path, made_up())
     write_outputs(tmp_path, made_up())

@@ -14,6 +14,7 @@ from ghosted_fast.improve import correction
 from ghosted_fast.improve.correction import correct_ghosts
 from ghosted_fast.improve.divergence import Divergence
 from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
@@ -25,7 +26,13 @@ def text(count: int = 12) -> list[torch.Tensor]:
 
 
 def fitted(dense: Any, removed: list[int], **options: Any) -> Any:
-    return ghost_model(dense, text(), removed=removed, corrections=0, **options)[0]
+    return ghost_model(
+        dense,
+        text(),
+        removed=removed,
+        options=GhostOptions(**options),
+        run=RunOptions(corrections=0),
+    )[0]
 
 
 def weights(model: Any) -> list[torch.Tensor]:
@@ -54,7 +61,7 @@ def held_out_divergence(ghosted: Any, dense: Any, batches: list[Any]) -> float:
 def test_direction_solves_the_damped_equations(bias: bool) -> None:
     dense = tiny_model("llama")
     ghosted = fitted(dense, [2, 3], bias=bias)
-    slopes = Divergence(ghosted, dense).slopes(iterate_batches(text(2)))
+    slopes = Divergence(ghosted, dense).gradients(iterate_batches(text(2)))
     direction = correction._descent(slopes, 0.1)
     found = slopes[0].equations()
     gram = found.gram.tril() + found.gram.tril(-1).mT
@@ -79,7 +86,7 @@ def test_scaled_direction_divides_by_the_gradients_gram() -> None:
     dense = tiny_model("llama")
     ghosted = fitted(dense, [2, 3], first_state="off", bias=True)
     batches = list(iterate_batches(text(2)))
-    (slope,) = Divergence(ghosted, dense).slopes(batches)
+    (slope,) = Divergence(ghosted, dense).gradients(batches)
     (ghost,) = [m for m in ghosted.modules() if isinstance(m, GhostLinear)]
     gram = torch.zeros(32, 32, dtype=torch.float64)
     for batch in batches:
@@ -99,6 +106,7 @@ def test_scaled_direction_divides_by_the_gradients_gram() -> None:
         assert relative_rms(found / found.norm(), part / part.norm()) > 0.01
 
 
+@pytest.mark.slow
 def test_trial_that_is_too_long_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_model("llama")
     gains = {}
@@ -118,7 +126,7 @@ def test_local_model_is_that_of_the_logits() -> None:
     ghosted = fitted(dense, [1, 3, 4])
     divergence = Divergence(ghosted, dense)
     (batch,) = iterate_batches([{"input_ids": random_tokens(4, 20), "attention_mask": mask()}])
-    point = divergence.point()
+    point = divergence.parameters64()
     generator = torch.Generator().manual_seed(0)
     directions = [
         [torch.randn(p.shape, generator=generator).double() * 0.02 for p in point] for _ in range(2)
@@ -136,9 +144,9 @@ def test_local_model_is_that_of_the_logits() -> None:
     q = z.softmax(-1)
     changes = []
     for direction in directions:
-        divergence.move([a + b for a, b in zip(point, direction, strict=True)])
+        divergence.set_parameters([a + b for a, b in zip(point, direction, strict=True)])
         changes.append(logits(ghosted) - z)
-    divergence.move(point)
+    divergence.set_parameters(point)
     fisher = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
     for i in range(2):
         assert slope[i] == pytest.approx(float(((q - p) * changes[i]).sum(-1).mean()), rel=1e-3)
@@ -146,7 +154,7 @@ def test_local_model_is_that_of_the_logits() -> None:
             exact = torch.einsum("tv,tvw,tw->t", changes[i], fisher, changes[j]).mean()
             assert curvature[i, j] == pytest.approx(float(exact), rel=1e-3)
     assert value == pytest.approx(float((p * (p.log() - z.log_softmax(-1))).sum(-1).mean()), 1e-4)
-    for old, new in zip(point, divergence.point(), strict=True):
+    for old, new in zip(point, divergence.parameters64(), strict=True):
         assert torch.equal(old, new)
 
 
@@ -157,11 +165,12 @@ def mask() -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("removed", "options"),
     [
         ([2, 3], {}),
-        ([2, 3], {"input": "hidden", "bias": True}),
+        ([2, 3], {"features": "raw", "bias": True}),
         ([0, 2, 5], {"first_state": "on"}),
     ],
 )
@@ -190,6 +199,7 @@ def test_held_out_divergence_falls(removed: list[int], options: dict[str, Any]) 
         assert all(torch.equal(a, b) for a, b in zip(first_states, kept, strict=True))
 
 
+@pytest.mark.slow
 def test_fresh_text_gains_too() -> None:
     dense = tiny_model("llama")
     ghosted = fitted(dense, [2, 3])
@@ -199,6 +209,7 @@ def test_fresh_text_gains_too() -> None:
     assert held_out_divergence(ghosted, dense, fresh) < start
 
 
+@pytest.mark.slow
 def test_same_text_same_bits_and_bf16() -> None:
     dense = tiny_model("llama", dtype=torch.bfloat16)
     found = []
@@ -211,6 +222,7 @@ def test_same_text_same_bits_and_bf16() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
 
 
+@pytest.mark.slow
 def test_step_that_makes_it_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_model("llama")
     ghosted = fitted(dense, [2, 3])
@@ -238,6 +250,7 @@ def test_perfect_ghost_stays() -> None:
     assert not weights(ghosted)[0].any()
 
 
+@pytest.mark.slow
 def test_auto_needs_text_to_judge_by(caplog: pytest.LogCaptureFixture) -> None:
     dense = tiny_model("llama")
     ghosted = fitted(dense, [2, 3])
@@ -248,12 +261,15 @@ def test_auto_needs_text_to_judge_by(caplog: pytest.LogCaptureFixture) -> None:
     assert 1 <= len(correct_ghosts(ghosted, dense, text(44), "auto")) <= 8
 
 
+@pytest.mark.slow
 def test_pipeline_reports_and_keeps_the_given_model() -> None:
     dense = tiny_model("llama")
-    plain = ghost_model(dense, text(), removed=[2, 3], corrections=0)
+    plain = ghost_model(dense, text(), removed=[2, 3], run=RunOptions(corrections=0))
     assert plain[1].corrections == [] and plain[1].refinement is None
     before = copy.deepcopy(dense.state_dict())
-    ghosted, report = ghost_model(dense, iter(text()), removed=[2, 3], corrections=2)
+    ghosted, report = ghost_model(
+        dense, iter(text()), removed=[2, 3], run=RunOptions(corrections=2)
+    )
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     assert len(report.corrections) == 2 and report.corrections[0].accepted
     assert report.to_dict()["corrections"][1]["after"] <= report.corrections[0].after
@@ -261,7 +277,9 @@ def test_pipeline_reports_and_keeps_the_given_model() -> None:
     by_hand = plain[0]
     correct_ghosts(by_hand, dense, text(), 2)
     assert all(torch.equal(a, b) for a, b in zip(weights(by_hand), weights(ghosted), strict=True))
-    in_place, _ = ghost_model(dense, text(), removed=[2, 3], corrections=2, inplace=True)
+    in_place, _ = ghost_model(
+        dense, text(), removed=[2, 3], run=RunOptions(corrections=2, inplace=True)
+    )
     assert in_place is dense
     assert all(torch.equal(a, b) for a, b in zip(weights(in_place), weights(ghosted), strict=True))
 
@@ -270,7 +288,7 @@ def test_pipeline_reports_and_keeps_the_given_model() -> None:
 def test_number_of_corrections(wrong: Any) -> None:
     dense = tiny_model("llama")
     with pytest.raises(ArgumentError, match='int >= 0 or "auto"'):
-        ghost_model(dense, text(), removed=[2], corrections=wrong)
+        ghost_model(dense, text(), removed=[2], run=RunOptions(corrections=wrong))
 
 
 def test_arguments() -> None:

@@ -52,19 +52,19 @@ def kl_sum(ghosted: Any, dense: Any, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("removed", "gaps"), [([2, 3], 1), ([1, 3, 4], 2), ([0, 5], 2), ([4, 5], 1)]
 )
-@pytest.mark.parametrize("form", ["normed", "hidden", "full"])
+@pytest.mark.parametrize("form", ["normed", "raw", "full"])
 def test_gradient_is_that_of_the_parameters(
     family: str, removed: list[int], gaps: int, form: str
 ) -> None:
     dense, batch = tiny_model(family), padded_batch()
     options = {
         "normed": {"norm_eps": 1e-5},
-        "hidden": {},
+        "raw": {},
         "full": {"norm_eps": 1e-5, "bias": True, "first_state": True},
     }[form]
     ghosted = ghosts_in(dense, removed, gaps, **options)
     divergence = Divergence(ghosted, dense)
-    slopes = divergence.slopes(in_passes(batch.rows(torch.tensor([i])) for i in range(4)))
+    slopes = divergence.gradients(in_passes(batch.rows(torch.tensor([i])) for i in range(4)))
     found = [part for slope in slopes for part in slope.gradient(batch.num_tokens)]
     loss = kl_sum(ghosted, dense, batch) / batch.num_tokens
     expected = torch.autograd.grad(loss, divergence.parameters)
@@ -79,14 +79,14 @@ def test_models_are_left_as_they_were() -> None:
     dense = tiny_model("llama")
     ghosted = ghosts_in(dense, [2, 3], 1)
     divergence = Divergence(ghosted, dense)
-    before = divergence.point()
-    divergence.slopes([padded_batch()])
+    before = divergence.parameters64()
+    divergence.gradients([padded_batch()])
     assert all(parameter.requires_grad for parameter in ghosted.parameters())
     assert all(parameter.grad is None for parameter in ghosted.parameters())
     assert not any(module._forward_hooks for module in ghosted.modules())
     for old, new in zip(before, divergence.parameters, strict=True):
         assert torch.equal(old, new.double())
-    divergence.move([2.0 * part for part in before])
+    divergence.set_parameters([2.0 * part for part in before])
     assert torch.equal(divergence.parameters[0].double(), 2.0 * before[0])
 
 
@@ -119,7 +119,7 @@ def test_gram_of_the_features_is_weighted_by_inverse_energy() -> None:
     x, y = (part[counted].double() for part in seen)
     f = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     exact = (f / y.square().mean(-1, keepdim=True)).mT @ f
-    (slope,) = Divergence(ghosted, dense).slopes([batch])
+    (slope,) = Divergence(ghosted, dense).gradients([batch])
     gram = slope.equations().gram.tril()
     ratio = gram.diagonal().sum() / exact.diagonal().sum()
     assert 0.5 < ratio < 2.0  # weights are moved by up to a factor of 2
@@ -170,6 +170,6 @@ def test_values_that_are_not_finite() -> None:
     dense = tiny_model("llama")
     ghosted = ghosts_in(dense, [2, 3], 1)
     divergence = Divergence(ghosted, dense)
-    divergence.move([torch.full((SIZE, SIZE), float("inf"))])
+    divergence.set_parameters([torch.full((SIZE, SIZE), float("inf"))])
     with pytest.raises(NonFiniteError, match="finite states and gradients"):
-        divergence.slopes([padded_batch()])
+        divergence.gradients([padded_batch()])

@@ -12,8 +12,9 @@ from ghosted_fast.errors import ArgumentError, CalibrationError, CheckpointError
 from ghosted_fast.facts import RefinementFacts
 from ghosted_fast.improve import refinement
 from ghosted_fast.improve.divergence import Divergence
-from ghosted_fast.improve.refinement import refine_ghosts
+from ghosted_fast.improve.refinement import RefinementOptions, refine_ghosts
 from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
@@ -25,7 +26,13 @@ def text(count: int = 12) -> list[torch.Tensor]:
 
 
 def fitted(dense: Any, **options: Any) -> Any:
-    return ghost_model(dense, text(), removed=[1, 3], corrections=0, **options)[0]
+    return ghost_model(
+        dense,
+        text(),
+        removed=[1, 3],
+        options=GhostOptions(**options),
+        run=RunOptions(corrections=0),
+    )[0]
 
 
 def weights(model: Any) -> list[torch.Tensor]:
@@ -38,10 +45,12 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def refine(ghosted: Any, dense: Any, **options: Any) -> RefinementFacts:
-    given = {"steps": 24, "tokens": 480, "step_size": 0.02, **options}
-    return refine_ghosts(ghosted, dense, text(), **given)
+    steps, state = options.pop("steps", 24), options.pop("state", None)
+    given = RefinementOptions(**{"tokens": 480, "step_size": 0.02, **options})
+    return refine_ghosts(ghosted, dense, text(), steps, options=given, state=state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"bias": True, "first_state": "on"}])
 def test_ghosts_become_better_and_nothing_else_changes(options: dict[str, Any]) -> None:
     dense = tiny_model("llama")
@@ -56,6 +65,7 @@ def test_ghosts_become_better_and_nothing_else_changes(options: dict[str, Any]) 
         assert same(states, [p for p in weights(ghosted) if p.dim() == 1][-1:])
 
 
+@pytest.mark.slow
 def test_operators_of_any_origin_can_be_refined() -> None:
     dense = tiny_model("gpt2")
     patch = GhostLinear(32)
@@ -69,10 +79,10 @@ def test_first_step_is_adam_in_white_coordinates() -> None:
     dense = tiny_model("llama")
     ghosted = fitted(dense)
     divergence = Divergence(ghosted, dense)
-    slopes = divergence.slopes(iterate_batches(text(1)))
+    slopes = divergence.gradients(iterate_batches(text(1)))
     run = refinement._start("", divergence, 0.0)
     refinement._take_step(run, slopes, 0.5)
-    for slope, old, new in zip(slopes, divergence.point(), run.point, strict=True):
+    for slope, old, new in zip(slopes, divergence.parameters64(), run.point, strict=True):
         gram = slope.equations().gram
         gram = (gram.tril() + gram.tril(-1).mT) / slope.num_tokens
         gram += 0.1 * gram.diagonal().mean() * torch.eye(32, dtype=torch.float64)
@@ -80,11 +90,12 @@ def test_first_step_is_adam_in_white_coordinates() -> None:
         white = slope.gradient(192)[0] @ torch.linalg.inv(root).mT
         assert relative_rms((old - new) @ root, 0.5 * white.sign()) < 1e-6
     # A step of 1 in all coordinates changes the output by its own rms, but for the damping.
-    (slope, *_), change = slopes, (run.point[0] - divergence.point()[0]) / 0.5
+    (slope, *_), change = slopes, (run.point[0] - divergence.parameters64()[0]) / 0.5
     share = (slope.relative_energy(change, None) / slope.num_tokens) ** 0.5
     assert 0.3 < share <= 1.0
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits_other_seed_others() -> None:
     dense = tiny_model("llama")
     found = []
@@ -95,6 +106,7 @@ def test_same_seed_same_bits_other_seed_others() -> None:
     assert same(found[0], found[1]) and not same(found[0], found[2])
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +160,7 @@ def test_text_comes_in_random_order_epoch_after_epoch(monkeypatch: pytest.Monkey
     assert starts == [(0, 20, 5), (20, 20, 5), (40, 20, 5)]
 
 
+@pytest.mark.slow
 def test_worse_steps_are_not_kept_and_end_the_run() -> None:
     dense = tiny_model("llama")
     ghosted = fitted(dense)
@@ -157,6 +170,7 @@ def test_worse_steps_are_not_kept_and_end_the_run() -> None:
     assert same(old, weights(ghosted))
 
 
+@pytest.mark.slow
 def test_state_of_another_run(tmp_path: Path) -> None:
     dense, path = tiny_model("llama"), tmp_path / "state"
     refine(fitted(dense), dense, steps=8, state=path)
@@ -180,10 +194,11 @@ def test_arguments() -> None:
         refine_ghosts(ghosted, dense, text(1))
 
 
+@pytest.mark.slow
 def test_pipeline_refines_after_the_corrections(tmp_path: Path) -> None:
     dense, path = tiny_model("llama"), tmp_path / "state"
     _, report = ghost_model(
-        dense, text(), removed=[1, 3], corrections=1, refine=8, refine_state=path
+        dense, text(), removed=[1, 3], run=RunOptions(corrections=1, refine=8, refine_state=path)
     )
     assert report.refinement is not None and path.is_file()
     assert report.refinement.before == report.corrections[-1].after

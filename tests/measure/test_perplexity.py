@@ -46,7 +46,7 @@ def test_cross_entropy_sum(
     logits = (4 * torch.randn(4, 20, 97, generator=generator)).to(dtype)
     logits[1, 13:] = math.nan
     total, count = cross_entropy_sum(logits, **batch)
-    exact = exact_losses(logits, **{"ids": batch["input_ids"], "mask": batch["attention_mask"]})
+    exact = exact_losses(logits, ids=batch["input_ids"], mask=batch["attention_mask"])
     assert total.dtype == torch.float64
     assert count.tolist() == [len(row) for row in exact] == [19, 12, 14, 0]
     assert relative_rms(total, torch.tensor([sum(row) for row in exact])) <= 1e-6

@@ -177,6 +177,7 @@ def test_first_tokens_are_sought_once_and_only_if_a_ghost_asks(
     assert not calls
 
 
+@pytest.mark.slow
 def test_compiled_decode_with_a_static_cache() -> None:
     dense, ghosts = tiny_model("llama", 3), random_ghosts()[:1]
     model, tokens = remove_layers(dense, [1], ghosts), random_tokens(2, 8)

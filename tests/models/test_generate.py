@@ -33,6 +33,7 @@ def left_padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ghosted", "naive"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_greedy_tokens_are_those_of_the_reference(family: str, kind: str) -> None:

@@ -12,9 +12,9 @@ import torch
 from support.dense_reference import ghost_formula, random_ghost
 from torch import Tensor, nn
 
-from ghosted_fast import _native
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.ops import compiled
 from ghosted_fast.surgery.adopt.swap import swap_ghosts
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 
@@ -51,7 +51,7 @@ def packed_of(ghost: GhostLinear) -> Any:
     return None if ghost._packed is None else ghost._packed.weight
 
 
-@pytest.mark.skipif(_native.extension() is None, reason="only the compiled kernels read it")
+@pytest.mark.skipif(compiled.extension() is None, reason="only the compiled kernels read it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weight_follows_the_weight(dtype: torch.dtype) -> None:
     ghost, x = random_ghost(0).to(dtype), hidden(dtype=dtype)
@@ -92,7 +92,7 @@ def test_packed_weight_follows_the_weight(dtype: torch.dtype) -> None:
     check()
 
 
-@pytest.mark.skipif(_native.extension() is None, reason="only the compiled kernels read it")
+@pytest.mark.skipif(compiled.extension() is None, reason="only the compiled kernels read it")
 def test_packed_weight_is_no_state() -> None:
     ghost, x = random_ghost(0).requires_grad_(False), hidden()
     keys = set(ghost.state_dict())
@@ -102,6 +102,7 @@ def test_packed_weight_is_no_state() -> None:
         assert packed_of(again) is None and torch.equal(again(x), y)
 
 
+@pytest.mark.slow
 def test_packed_weight_only_where_it_serves() -> None:
     with torch.no_grad():
         half = random_ghost(0).half()

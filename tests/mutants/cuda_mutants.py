@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import cuda_operand_mutants
-from mutant import Mutant
+from mutants import cuda_operand_mutants
+from mutants.mutant import Mutant
 
 _TILES = "csrc/cuda/gram_tiles.cuh"
 _TOKENS = "csrc/cuda/gram_tokens.cuh"

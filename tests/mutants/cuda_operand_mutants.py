@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutant import Mutant
+from mutants.mutant import Mutant
 
 _TILES = "csrc/cuda/gram_tiles.cuh"
 _TOKENS = "csrc/cuda/gram_tokens.cuh"

@@ -1,6 +1,6 @@
 """Plants faults in copies of the tree, one at a time, and demands that the tests find each.
 
-    python tests/mutants/run.py [--jobs N] [words of a name ...]
+    PYTHONPATH=tests python -m mutants.run [--jobs N] [words of a name ...]
 
 Prints the list; exits with 1 if a fault survives, cannot be planted or does not compile, or if the
 tests fail without any. A fault called equivalent is listed with its reason and must survive.
@@ -9,7 +9,6 @@ tests fail without any. A fault called equivalent is listed with its reason and 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import shutil
 import subprocess
@@ -19,6 +18,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mutants import cuda_mutants, triton_mutants
+from mutants.mutant import Mutant
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 COPIED = ("csrc", "ghosted_fast", "kernels", "tests", "pyproject.toml", "setup.py")
@@ -26,17 +28,10 @@ LEFT_OUT = shutil.ignore_patterns("*.so", "__pycache__", ".*")
 PACKAGE_OF_KERNELS = Path("kernels") / "ghosted_triton"
 FAILED_TESTS, PASSED = 1, 0
 
-sys.path.insert(0, str(HERE))
-import cuda_mutants  # noqa: E402
-from mutant import Mutant  # noqa: E402
-
 
 def all_mutants() -> list[Mutant]:
     """Return the mutants of every list that is there."""
-    mutants = [*cuda_mutants.MUTANTS]
-    if (HERE / "triton_mutants.py").exists():
-        mutants += importlib.import_module("triton_mutants").MUTANTS
-    return mutants
+    return [*cuda_mutants.MUTANTS, *triton_mutants.MUTANTS]
 
 
 def copy_tree(to: Path) -> None:
@@ -54,7 +49,11 @@ def copy_tree(to: Path) -> None:
 def run_tests(tree: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     """Run pytest in a copy of the tree, on its own sources."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    environment = {"PYTHONPATH": str(tree), "GHOSTED_FAST_NATIVE": "0", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "tests")]),
+        "GHOSTED_FAST_NATIVE": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run(
         command,
         cwd=tree,

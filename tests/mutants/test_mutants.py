@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from mutant import Mutant
-from run import ROOT, all_mutants
+from mutants.mutant import Mutant
+from mutants.run import ROOT, all_mutants
 
 MUTANTS = all_mutants()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ghosted_fast import _native
+from ghosted_fast.ops import compiled
 
 PATHS = ("avx512bf16", "avx512", "avx2", "portable")
 
@@ -24,9 +24,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "reference":
         yield "reference"
         return
-    module = _native.extension()
+    module = compiled.extension()
     if module is None:
-        pytest.skip(f"the extension is absent: {_native.absence_reason()}")
+        pytest.skip(f"the extension is absent: {compiled.absence_reason()}")
     if request.param not in module.cpu_paths():
         pytest.skip(f"this processor cannot run the path {request.param}")
     module.set_cpu_path(request.param)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghosted_fast import _native
-from ghosted_fast.errors import BackendError
-from ghosted_fast.ops._cuda import unserved_by_native
+from ghosted_fast.ops import backend_status, compiled
+from ghosted_fast.ops.backends import native
+from ghosted_fast.ops.operands import GhostOperands, GramOperands
 
 BF16 = torch.bfloat16
 
@@ -27,28 +27,34 @@ BF16 = torch.bfloat16
     ],
 )
 def test_unserved_rows(x: Tensor, y: Tensor | None, reason: str) -> None:
-    assert reason in unserved_by_native(x, y)
-    assert bool(unserved_by_native(x, y)) == bool(reason)
+    assert reason in native.unserved_rows(x, y)
+    assert bool(native.unserved_rows(x, y)) == bool(reason)
 
 
-@pytest.mark.skipif(_native.extension() is None, reason="the extension is absent")
+class OnCuda(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize("with_cuda", [False, True])
 def test_only_a_cuda_build_serves_cuda_tensors(
     monkeypatch: pytest.MonkeyPatch, with_cuda: bool
 ) -> None:
-    monkeypatch.setattr(_native, "serves_cuda", lambda: with_cuda)
-    device = torch.device("cuda")
-    if with_cuda:
-        _native.require_backend("native", device, "gram_update")
-    else:
-        with pytest.raises(BackendError, match="expected tensors on the CPU, got cuda"):
-            _native.require_backend("native", device, "gram_update")
-    with pytest.raises(BackendError, match="expected tensors on the CPU, got cuda"):
-        _native.require_backend("native", device, "ghost_apply")
+    monkeypatch.setattr(compiled, "serves_cuda", lambda: with_cuda)
+    x = torch.zeros(9, 16).as_subclass(OnCuda)
+    elsewhere = "expected tensors on the CPU, got cuda"
+    assert native.refusal("gram_update", GramOperands(x)) == ("" if with_cuda else elsewhere)
+    assert native.refusal("ghost_apply", GhostOperands(x, x)) == elsewhere
+    narrow = torch.zeros(9, 20).as_subclass(OnCuda)
+    reason = native.refusal("gram_update", GramOperands(narrow))
+    assert ("multiple of 8 columns" in reason) == with_cuda
 
 
-@pytest.mark.skipif(_native.extension() is None, reason="the extension is absent")
+@pytest.mark.skipif(compiled.extension() is None, reason="the extension is absent")
 def test_the_status_of_a_cuda_build_names_what_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "serves_cuda", lambda: True)
-    (text,) = (text for name, _, text in _native.backend_status() if name == "native")
+    monkeypatch.setattr(compiled, "serves_cuda", lambda: True)
+    (text,) = (text for name, _, text in backend_status() if name == "native")
     assert "CUDA C++ for gram_update" in text

@@ -125,6 +125,7 @@ def test_empty(backend: str, shape: tuple[int, int]) -> None:
     assert solution.shape == shape and info[0] == 0 and info[2] == 0
 
 
+@pytest.mark.slow
 def test_bitwise_repeatable_on_any_number_of_threads(backend: str, two_threads: None) -> None:
     gram, cross = make_system(300, 300)
     results = []
@@ -183,6 +184,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.ghosted_fast.ghost_solve.default, (gram, cross, 0.1))
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break() -> None:
     def step(gram: Tensor, cross: Tensor) -> Tensor:
         return ghost_solve(gram * 2, cross, 0.1)[0] + 1

@@ -9,9 +9,8 @@ import torch
 from support.gram_sums import assert_close, exact_sums, make_sums, make_weights
 from torch import Tensor
 
-from ghosted_fast import _native
 from ghosted_fast.errors import BackendError
-from ghosted_fast.ops import gram_update
+from ghosted_fast.ops import compiled, gram_update
 from ghosted_fast.testing import outlier_activations
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -19,7 +18,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not _native.serves_cuda(), reason="the extension was built without CUDA: see `make cuda`"
+        not compiled.serves_cuda(), reason="the extension was built without CUDA: see `make cuda`"
     ),
 ]
 

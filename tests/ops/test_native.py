@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from ghosted_fast import _native
 from ghosted_fast.errors import BackendError
-from ghosted_fast.ops import backend_status, ghost_apply
+from ghosted_fast.ops import backend_status, compiled, ghost_apply
+from ghosted_fast.ops.backends import triton
 
 needs_extension = pytest.mark.skipif(
-    _native.extension() is None, reason=f"the extension is absent: {_native.absence_reason()}"
+    compiled.extension() is None, reason=f"the extension is absent: {compiled.absence_reason()}"
 )
 
 
@@ -33,7 +33,7 @@ def run_python(code: str, **environment: str) -> str:
 
 @needs_extension
 def test_build_info_and_paths() -> None:
-    module = _native.extension()
+    module = compiled.extension()
     assert module is not None
     assert set(module.build_info()) == {"kind", "compiler", "torch", "paths", "cuda"}
     paths = module.cpu_paths()
@@ -50,9 +50,9 @@ def test_build_info_and_paths() -> None:
 def test_status_names_every_backend() -> None:
     status = {name: (available, text) for name, available, text in backend_status()}
     assert set(status) == {"native", "reference", "triton"}
-    assert status["native"][0] == (_native.extension() is not None)
+    assert status["native"][0] == (compiled.extension() is not None)
     assert status["reference"][0]
-    assert status["triton"][0] == (not _native.triton_absence_reason())
+    assert status["triton"][0] == (not triton.absence_reason())
     assert all(text for _, text in status.values())
 
 
@@ -68,11 +68,13 @@ APPLY = (
 )
 
 
+@pytest.mark.slow
 def test_switched_off_runs_plain_torch_without_a_warning() -> None:
     output = run_python(APPLY, GHOSTED_FAST_NATIVE="0")
     assert output.count("tensor(8.)") == 3 and "RuntimeWarning" not in output
 
 
+@pytest.mark.slow
 def test_absent_extension_is_warned_about_once_with_the_reason() -> None:
     # None in sys.modules makes the import fail as it does where nothing was built.
     output = run_python(
@@ -83,6 +85,7 @@ def test_absent_extension_is_warned_about_once_with_the_reason() -> None:
     assert "pip install --no-build-isolation" in output
 
 
+@pytest.mark.slow
 def test_named_backend_never_falls_back() -> None:
     code = (
         "import torch; from ghosted_fast.ops import ghost_apply\n"

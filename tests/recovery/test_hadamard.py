@@ -9,6 +9,7 @@ from ghosted_fast.errors import ArgumentError
 from ghosted_fast.recovery.hadamard import hadamard
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 28, 36, 32, 40, 576, 640, 896, 1152, 2880])
 def test_orthonormal_with_entries_of_one_size(size: int) -> None:
     matrix = hadamard(size)

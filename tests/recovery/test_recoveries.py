@@ -8,6 +8,7 @@ from support.padded_text import padded_batches
 
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
 from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.options import RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.recovery.patches import fit_patches
@@ -15,6 +16,7 @@ from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recovery", list(RECOVERIES))
 @pytest.mark.parametrize("criterion", ["streamline", "shortgpt", "sleb"])
 def test_any_criterion_goes_with_any_recovery(recovery: str, criterion: str) -> None:
@@ -62,7 +64,7 @@ def test_a_small_budget_takes_several_passes() -> None:
 def test_in_place() -> None:
     model = tiny_model("llama")
     smaller, _ = ghost_model(
-        model, padded_batches(), removed=[2], recovery="replaceme", inplace=True
+        model, padded_batches(), removed=[2], recovery="replaceme", run=RunOptions(inplace=True)
     )
     assert smaller is model and len(decoder_layers(model)) == 5
 

@@ -10,8 +10,8 @@ from support.padded_text import dense_states, padded_batches
 from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.families import decoder_layers, find_family
-from ghosted_fast.recovery.mlp import mlp_output_module
 from ghosted_fast.recovery.patches import fit_patches, put_patches
 from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import FAMILY_NAMES, relative_rms, tiny_model
@@ -22,7 +22,7 @@ BEHIND_NORM = ("gemma2", "gemma3_text", "olmo2")
 def mlp_outputs(model: Any, layer: int, batch: dict[str, Tensor]) -> Tensor:
     """Return what a layer adds last: the difference that leaving it out makes."""
     kept: list[Tensor] = []
-    module = mlp_output_module(model, layer)
+    module = Decoder.of(model).mlp_output(layer)
     handle = module.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
     with torch.no_grad():
         states = dense_states(model, batch)
@@ -32,6 +32,7 @@ def mlp_outputs(model: Any, layer: int, batch: dict[str, Tensor]) -> Tensor:
     return kept[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_map_and_fold(family: str) -> None:
     model = tiny_model(family)
@@ -55,7 +56,7 @@ def test_map_and_fold(family: str) -> None:
     smaller = put_patches(model, [1, 3, 4], [patches["replaceme", gap] for gap in gaps])
     pruned = prune_model(model, [1, 3, 4])
     for new, old in ((0, 0), (1, 2)):
-        mlp_output_module(pruned, new).register_forward_hook(
+        Decoder.of(pruned).mlp_output(new).register_forward_hook(
             lambda _, __, output, old=old: (output.double() @ maps[old].T).to(output.dtype)
         )
     batch = padded_batches(1)[0]

@@ -39,7 +39,7 @@ def full_report() -> dict[str, Any]:
             {
                 "start": 14,
                 "stop": 17,
-                "input": "normed",
+                "features": "normed",
                 "bias": False,
                 "first_state": True,
                 "fit_error": 0.31,
@@ -58,11 +58,12 @@ def full_report() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_full_page() -> None:
     page = render_report(full_report())
     for expected in (
         "<title>some/model</title>",
-        "4 of 30 layers removed, [3, 4) and [14, 17)",
+        "4 of 30 layers removed, 3, 14-16",
         "49,152 tokens in 61.5 s",
         "29.08",
         "1.20\u00d7",
@@ -80,6 +81,7 @@ def test_full_page() -> None:
     assert balance.open == []
 
 
+@pytest.mark.slow
 def test_page_needs_nothing_else() -> None:
     page = render_report(full_report())
     assert not re.search(r'(?:src|href)="(?!#)', page)
@@ -88,6 +90,7 @@ def test_page_needs_nothing_else() -> None:
     assert "<script" not in page
 
 
+@pytest.mark.slow
 def test_figures_take_the_colours_of_the_page() -> None:
     for svg in re.findall(r"<svg.*?</svg>", render_report(full_report()), re.DOTALL):
         assert "var(--ink)" in svg
@@ -97,10 +100,12 @@ def test_figures_take_the_colours_of_the_page() -> None:
     assert len(set(ids)) == len(ids)
 
 
+@pytest.mark.slow
 def test_page_is_repeatable() -> None:
     assert render_report(full_report()) == render_report(full_report())
 
 
+@pytest.mark.slow
 def test_every_key_may_be_absent() -> None:
     assert "<h1>Ghosted model</h1>" in render_report({})
     for key in full_report():
@@ -109,6 +114,7 @@ def test_every_key_may_be_absent() -> None:
         assert "</html>" in render_report(shorter, "A title")
 
 
+@pytest.mark.slow
 def test_write(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "report.html"
     assert write_report(path, full_report()) == path

@@ -13,6 +13,8 @@ import pytest
 
 from ghosted_fast.measure.system import cpu_features
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 FLAGS = ["-g", "-O1", "-std=c++17", "-fno-math-errno", "-Wno-psabi"]

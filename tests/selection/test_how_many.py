@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 
-from ghosted_fast import pipeline
 from ghosted_fast.errors import ArgumentError, BudgetError
 from ghosted_fast.measure.perplexity import perplexity
 from ghosted_fast.models.families import num_layers
-from ghosted_fast.options import GhostOptions
+from ghosted_fast.options import GhostOptions, PerplexityBound, RunOptions, SpeedBound
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.selection import how_many
 from ghosted_fast.selection.how_many import (
@@ -24,6 +23,8 @@ from ghosted_fast.selection.select import select_layers
 from ghosted_fast.testing import random_tokens, tiny_model
 from ghosted_fast.text.batches import iterate_batches
 from ghosted_fast.text.folds import held_out_batches, training_batches
+
+pytestmark = pytest.mark.slow
 
 
 def spoken(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -56,7 +57,9 @@ def independent_increase(
     """Return the perplexity increase of a ghosted model that never saw the held-out sequences."""
     options = GhostOptions()
     batches = list(iterate_batches(texts))
-    removed = select_layers(model, batches, count, criterion, score_tokens=10**6).removed
+    removed = select_layers(
+        model, batches, count, criterion, run=RunOptions(score_tokens=10**6)
+    ).removed
     ghosted, _ = ghost_model(model, training_batches(batches, options), removed=removed)
     held_out = held_out_batches(batches, options, 10**6)
     return perplexity(ghosted, held_out).value / perplexity(model, held_out).value - 1
@@ -69,32 +72,36 @@ def test_as_many_layers_as_the_quality_allows(criterion: str) -> None:
     increases = [independent_increase(model, texts, criterion, n) for n in (1, 2, 3)]
     bound = (increases[1] + increases[2]) / 2
     ghosted, report = ghost_model(
-        model, texts, max_perplexity_increase=bound, criterion=criterion, score_tokens=10**6
+        model,
+        texts,
+        remove=PerplexityBound(bound),
+        criterion=criterion,
+        run=RunOptions(score_tokens=10**6),
     )
     budget = report.budget
     assert budget is not None and budget.kind == "max_perplexity_increase"
-    assert budget.num_layers == len(report.removed) == 6 - num_layers(ghosted) == 2
+    assert budget.remove == len(report.removed) == 6 - num_layers(ghosted) == 2
     assert budget.reached <= bound == budget.asked
     rough = 1e-3 if criterion == "shortgpt" else 0.1  # another split chose the damping
     assert budget.reached == pytest.approx(increases[1], rel=rough)
-    assert [trial.num_layers for trial in budget.tried] == [1, 2, 3, 4][: len(budget.tried)]
-    assert report.to_dict()["budget"]["num_layers"] == 2
+    assert [trial.remove for trial in budget.tried] == [1, 2, 3, 4][: len(budget.tried)]
+    assert report.to_dict()["budget"]["remove"] == 2
 
 
 def test_a_quality_that_cannot_be_had() -> None:
     model = tiny_model("llama")
     texts = spoken(model)
     with pytest.raises(BudgetError, match=r"within a perplexity 0\.1% above .* is \d+\.\d% above"):
-        ghost_model(model, texts, max_perplexity_increase=0.001)
+        ghost_model(model, texts, remove=PerplexityBound(0.001))
     for bound in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ArgumentError, match="max_perplexity_increase above 0"):
-            most_layers_within(model, texts, bound)
+        with pytest.raises(ArgumentError, match="max_increase above 0"):
+            most_layers_within(model, texts, PerplexityBound(bound))
 
 
 def test_bounds_are_kept_with_ghosts_only() -> None:
-    for bound in ({"max_perplexity_increase": 0.1}, {"min_decode_speedup": 1.3}):
-        with pytest.raises(ArgumentError, match="num_layers or removed with recovery 'replaceme'"):
-            ghost_model(tiny_model("llama"), [], recovery="replaceme", **bound)
+    for bound in (PerplexityBound(0.1), SpeedBound(1.3)):
+        with pytest.raises(ArgumentError, match="layers or removed with recovery 'replaceme'"):
+            ghost_model(tiny_model("llama"), [], bound, recovery="replaceme")
 
 
 @pytest.fixture
@@ -107,14 +114,13 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return (2 + num_layers(dense)) / (2 + num_layers(smaller))
 
     monkeypatch.setattr(how_many, "decode_speedup", speedup)
-    monkeypatch.setattr(pipeline, "decode_speedup", speedup)
     return measured
 
 
 @pytest.mark.parametrize(("factor", "count"), [(1.1, 1), (1.3, 2), (1.6, 3), (2.6, 5)])
 def test_as_few_layers_as_the_speed_needs(pretended: list[int], factor: float, count: int) -> None:
-    budget = fewest_layers_for(tiny_model("llama"), factor)
-    assert budget.num_layers == count
+    budget = fewest_layers_for(tiny_model("llama"), SpeedBound(factor))
+    assert budget.remove == count
     assert budget.reached == 8 / (8 - count) >= factor > 8 / (9 - count)
     assert len(pretended) == len(set(pretended)) == len(budget.tried)
 
@@ -125,22 +131,29 @@ def test_the_finished_model_is_measured_again(
     model = tiny_model("llama")
     texts = [random_tokens(8, 24, seed) for seed in range(4)]
     ghosted, report = ghost_model(
-        model, texts, min_decode_speedup=1.3, criterion="shortgpt", corrections=0, inplace=True
+        model,
+        texts,
+        remove=SpeedBound(1.3),
+        criterion="shortgpt",
+        run=RunOptions(corrections=0, inplace=True),
     )
     assert ghosted is model and num_layers(model) == 4
     assert report.budget is not None and report.budget.reached == 8 / 6 and not caplog.records
-    monkeypatch.setattr(pipeline, "decode_speedup", lambda dense, smaller: 1.25)
-    _, report = ghost_model(tiny_model("llama"), texts, min_decode_speedup=1.3, corrections=0)
+    speeds = iter([1.4, 1.2, 1.25])  # two layers are enough, one is not; the finished model
+    monkeypatch.setattr(how_many, "decode_speedup", lambda dense, smaller: next(speeds))
+    _, report = ghost_model(
+        tiny_model("llama"), texts, remove=SpeedBound(1.3), run=RunOptions(corrections=0)
+    )
     assert report.budget is not None and report.budget.reached == 1.25
     assert "1.25 times as fast" in caplog.text
 
 
 def test_a_speed_that_cannot_be_had(pretended: list[int]) -> None:
     with pytest.raises(BudgetError, match=r"without 5 of the 6 layers it is 2\.67 times"):
-        fewest_layers_for(tiny_model("llama"), 3.0)
+        fewest_layers_for(tiny_model("llama"), SpeedBound(3.0))
     for factor in (1.0, 0.5, math.nan, math.inf):
-        with pytest.raises(ArgumentError, match="min_decode_speedup above 1"):
-            fewest_layers_for(tiny_model("llama"), factor)
+        with pytest.raises(ArgumentError, match="min_speedup above 1"):
+            fewest_layers_for(tiny_model("llama"), SpeedBound(factor))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -75,7 +75,7 @@ def test_weights_are_powers_of_two_near_the_inverse_energy(
     seed: int, log_scale: float, normed: bool
 ) -> None:
     x, y = (10.0**log_scale * t for t in pair(seed, 50, 16))
-    options = GhostOptions(input="normed" if normed else "hidden")
+    options = GhostOptions(features="normed" if normed else "raw")
     eps = 1e-12 if normed else None
     weight = token_weights(x, y, options, eps).double()
     ratio = weight * y.double().square().mean(-1)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ghosted_fast.ops.operands import GramOperands
 from ghosted_fast.ops.reference import gram_update_reference
 from ghosted_fast.testing import relative_rms, scaled_rms
 
@@ -32,9 +33,7 @@ def exact_sums(
 ) -> dict[str, Tensor]:
     """The sums in fp64, and under "y_gram" those of the targets' products with themselves."""
     sums = make_sums(x.shape[1], y.shape[1])
-    gram_update_reference(
-        x, y, weight, norm_eps, delta, sums["gram"], sums["cross"], sums.get("moments")
-    )
+    gram_update_reference(GramOperands(x, y, weight, norm_eps, delta, **sums))
     keep = slice(None) if weight is None else weight > 0
     target = (y.double() - x.double() if delta else y.double())[keep]
     sums["y_gram"] = target.mT @ (target if weight is None else weight[keep, None] * target)

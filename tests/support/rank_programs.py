@@ -19,11 +19,11 @@ from torch import Tensor
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.cli.app import app
-from ghosted_fast.fit import collect
+from ghosted_fast.fit import walk
 from ghosted_fast.fit.collect import collect_statistics
-from ghosted_fast.grid import compare_grid
+from ghosted_fast.grid import run_grid
 from ghosted_fast.models.families import decoder_layers
-from ghosted_fast.options import GhostOptions
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.selection.criteria import CRITERIA
 from ghosted_fast.selection.select import select_layers
@@ -87,7 +87,9 @@ def choices() -> dict[str, tuple[list[int], list[float]]]:
     """Return what each criterion chooses, with all scores."""
     chosen = {}
     for criterion in CRITERIA:
-        found = select_layers(tiny_model("llama"), text(9), 2, criterion, beam=6, score_tokens=200)
+        found = select_layers(
+            tiny_model("llama"), text(9), 2, criterion, run=RunOptions(beam=6, score_tokens=200)
+        )
         chosen[criterion] = (found.removed, [item.score for item in [*found.scores, *found.sets]])
     return chosen
 
@@ -95,8 +97,8 @@ def choices() -> dict[str, tuple[list[int], list[float]]]:
 def checkpoints(folder: Path) -> None:
     """Save models whose ghosts were fitted, corrected and refined, and one with a rival."""
     rank, model = distributed.index(), tiny_model("llama")
-    smaller, _ = ghost_model(model, text(9), removed=[1, 3, 4], corrections=2, refine=3,
-                             refine_state=folder / f"state{rank}")  # fmt: skip
+    run = RunOptions(corrections=2, refine=3, refine_state=folder / f"state{rank}")
+    smaller, _ = ghost_model(model, text(9), removed=[1, 3, 4], run=run)
     patched, _ = ghost_model(model, text(9), 2, recovery="linearpatch-r", criterion="streamline")
     save_model(smaller, folder / "ghosted")
     if dist.is_initialized():  # in a group, only rank 0 saves
@@ -130,14 +132,14 @@ def called_differently(what: str) -> None:
 
 def leave_in(batches: int, how: Callable[[], None]) -> None:
     """Make this process leave when it has run so many batches of a pass."""
-    visit, left = collect.visit_intervals, iter(range(batches))
+    visit, left = walk.visit_intervals, iter(range(batches))
 
     def leave(*arguments: Any) -> None:
         if next(left, None) is None:
             how()
         visit(*arguments)
 
-    collect.visit_intervals = leave
+    walk.visit_intervals = leave
 
 
 def dies(batches: int) -> None:
@@ -157,9 +159,9 @@ def falls_silent(seconds: float) -> None:
 def one_alone(folder: Path) -> list[int]:
     """Work on rank 1 only; then call what does not run in a group."""
     if distributed.index() == 1:
-        with distributed.alone():
+        with distributed.ignoring_group():
             return ghost_model(tiny_model("llama"), text(9), removed=[2, 3])[1].removed
-    compare_grid(tiny_model("llama"), text(9), {"text": text(2)}, [1], folder / "grid")
+    run_grid(tiny_model("llama"), text(9), {"text": text(2)}, [1], folder / "grid")
     return []
 
 

@@ -360,6 +360,7 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
         assert relative_rms(checkpointed[name], gradient) < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "backend"), [("llama", "aot_eager"), ("gemma2", "eager")])
 def test_compiles_as_one_graph(family: str, backend: str) -> None:
     ghosts = random_ghosts()[1:]

@@ -29,6 +29,7 @@ def test_texts_suffice_and_repeat() -> None:
     assert len(token_batches(tokenizer, texts, 200, sequence_length=20)[0]) >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bos", [False, True])
 def test_tokens_are_drawn_from_the_models_distribution(
     monkeypatch: pytest.MonkeyPatch, with_bos: bool
@@ -65,5 +66,5 @@ def test_bad_numbers() -> None:
     for temperatures in ((), (1.0, 0.0)):
         with pytest.raises(ArgumentError, match="expected temperatures above 0, got"):
             list(generate_texts(model, tokenizer, 10, temperatures=temperatures))
-    with pytest.raises(ArgumentError, match="sequence_length >= 2 and batch_size >= 1, got 1 and"):
+    with pytest.raises(ArgumentError, match="sequence_length >= 2, got 1"):
         list(generate_texts(model, tokenizer, 10, sequence_length=1))

@@ -27,6 +27,25 @@ struct Storage<Dtype::kInt8> {
 template <Dtype kType>
 using StorageOf = typename Storage<kType>::type;
 
+// A dtype as a value whose type tells which.
+template <Dtype kType>
+struct DtypeTag {
+  static constexpr Dtype kDtype = kType;
+};
+
+// Returns body(tag), with the tag of a dtype of activations.
+template <class Body>
+inline auto with_dtype(Dtype dtype, Body&& body) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return body(DtypeTag<Dtype::kBFloat16>{});
+    case Dtype::kFloat16:
+      return body(DtypeTag<Dtype::kFloat16>{});
+    default:
+      return body(DtypeTag<Dtype::kFloat32>{});
+  }
+}
+
 inline int64_t bytes_of(Dtype dtype) {
   return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2;
 }
@@ -169,19 +188,12 @@ inline void row_to_float_typed(const StorageOf<kType>* from, int64_t count, int6
 }
 
 inline void row_to_float(const void* from, Dtype dtype, int64_t count, int64_t padded, float* to) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return row_to_float_typed<Dtype::kBFloat16>(static_cast<const uint16_t*>(from), count, padded,
-                                                  to);
-    case Dtype::kFloat16:
-      return row_to_float_typed<Dtype::kFloat16>(static_cast<const uint16_t*>(from), count, padded,
-                                                 to);
-    case Dtype::kFloat32:
-      return row_to_float_typed<Dtype::kFloat32>(static_cast<const float*>(from), count, padded,
-                                                 to);
-    case Dtype::kInt8:
-      return row_to_float_typed<Dtype::kInt8>(static_cast<const int8_t*>(from), count, padded, to);
-  }
+  const auto convert = [&](auto tag) {
+    constexpr Dtype kType = decltype(tag)::kDtype;
+    row_to_float_typed<kType>(static_cast<const StorageOf<kType>*>(from), count, padded, to);
+  };
+  if (dtype == Dtype::kInt8) return convert(DtypeTag<Dtype::kInt8>{});
+  with_dtype(dtype, convert);
 }
 
 #if defined(__AVX512BF16__)

@@ -1,4 +1,4 @@
-// ghost_apply on one path: y = x + f(x) W^T (+ bias), and the RMS norm of y where it is asked for.
+// ghost_apply on one path: y = x + f(x) W^T (+ bias).
 //
 // 2 T d^2 flops and d^2 weights. Few rows: ghost_panels.h for a packed weight, else ghost_dot.h,
 // bound by the reading of the weights. Many: ghost_gemm.h. Accumulated in fp32, rounded once; the
@@ -53,52 +53,8 @@ inline void finish(const Epilogue& epilogue, int64_t row, int64_t column, int64_
 
 inline void finish_of(const Epilogue& epilogue, int64_t row, int64_t column, int64_t count,
                       const float* sums) {
-  switch (epilogue.args.dtype) {
-    case Dtype::kBFloat16:
-      return finish<Dtype::kBFloat16>(epilogue, row, column, count, sums);
-    case Dtype::kFloat16:
-      return finish<Dtype::kFloat16>(epilogue, row, column, count, sums);
-    default:
-      return finish<Dtype::kFloat32>(epilogue, row, column, count, sums);
-  }
-}
-
-// normalized = norm_weight * round(y * rsqrt(mean(y^2) + eps)), row by row.
-template <Dtype kType>
-inline void normalize_row(const ApplyArgs& args, int64_t row) {
-  typedef StorageOf<kType> Stored;
-  const int64_t size = args.hidden_size;
-  const Stored* y = static_cast<const Stored*>(args.y) + row * size;
-  const Stored* weight = static_cast<const Stored*>(args.norm_weight);
-  Stored* out = static_cast<Stored*>(args.normalized) + row * size;
-  const double mean = sum_of_squares(y, kType, size) / static_cast<double>(size);
-  const VecF factor = broadcast(static_cast<float>(1.0 / std::sqrt(mean + args.output_eps)));
-  for (int64_t c = 0; c < size; c += kLanes) {
-    Stored rounded[kLanes];
-    store_rounded<kType>(rounded, load_as_float<kType>(y + c, size - c) * factor);
-    const VecF value = load_as_float<kType>(rounded) * load_as_float<kType>(weight + c, size - c);
-    store_rounded<kType>(out + c, value, size - c);
-  }
-}
-
-inline void normalize_rows(const ApplyArgs& args, int64_t threads) {
-  constexpr int64_t kRowsPerTask = 16;
-  for_each_task((args.num_rows + kRowsPerTask - 1) / kRowsPerTask, threads,
-                [&](int64_t task, int64_t) {
-                  const int64_t end = min64(args.num_rows, (task + 1) * kRowsPerTask);
-                  for (int64_t row = task * kRowsPerTask; row < end; ++row) {
-                    switch (args.dtype) {
-                      case Dtype::kBFloat16:
-                        normalize_row<Dtype::kBFloat16>(args, row);
-                        break;
-                      case Dtype::kFloat16:
-                        normalize_row<Dtype::kFloat16>(args, row);
-                        break;
-                      default:
-                        normalize_row<Dtype::kFloat32>(args, row);
-                    }
-                  }
-                });
+  with_dtype(epilogue.args.dtype,
+             [&](auto tag) { finish<decltype(tag)::kDtype>(epilogue, row, column, count, sums); });
 }
 
 // x as the kernels read it: rows of dwords, zero-padded to a whole step.
@@ -224,89 +180,108 @@ inline void apply_typed(const Epilogue& epilogue, const Inputs& x, int64_t threa
   apply_few<kType, kPairs>(epilogue, x, threads);
 }
 
+// How rows of x are laid out for the kernels.
+struct Layout {
+  int64_t padded = 0;  // numbers of a row, with the zeros after them
+  int64_t stride = 0;  // dwords from one row to the next
+  bool in_place = false;
+};
+
+inline Layout layout_of(const ApplyArgs& args, bool pairs) {
+  Layout layout;
+  layout.padded = round_up(args.hidden_size, pairs ? 2 * kLanes : kLanes);
+  const int64_t dwords = pairs ? layout.padded / 2 : layout.padded;
+  // Several rows of x are read at once: at a distance of whole KiB they would fall into the same
+  // cache sets.
+  const bool spread = args.num_rows > 1 && dwords % 256 == 0;
+  layout.stride = spread ? dwords + kPanel : dwords;
+  // Rows that are whole steps of what the kernel reads are taken where they are.
+  layout.in_place =
+      !spread && layout.padded == args.hidden_size && (pairs || args.dtype == Dtype::kFloat32);
+  return layout;
+}
+
+template <class Body>
+inline void for_each_row(const ApplyArgs& args, int64_t threads, Body&& body) {
+  constexpr int64_t kRowsPerTask = 64;
+  const int64_t row_bytes = args.hidden_size * bytes_of(args.dtype);
+  for_each_task((args.num_rows + kRowsPerTask - 1) / kRowsPerTask, threads,
+                [&](int64_t task, int64_t) {
+                  const int64_t end = min64(args.num_rows, (task + 1) * kRowsPerTask);
+                  for (int64_t row = task * kRowsPerTask; row < end; ++row) {
+                    body(row, static_cast<const char*>(args.x) + row * row_bytes);
+                  }
+                });
+}
+
+inline void copy_rows(const ApplyArgs& args, bool pairs, const Layout& layout, int64_t threads,
+                      float* copy) {
+  const int64_t dwords = layout.padded / 2;
+  for_each_row(args, threads, [&](int64_t row, const char* from) {
+    float* to = copy + row * layout.stride;
+    if (pairs) {
+      std::memset(to + dwords - kLanes, 0, kLanes * sizeof(float));
+      std::memcpy(to, from, static_cast<size_t>(args.hidden_size * bytes_of(args.dtype)));
+    } else {
+      row_to_float(from, args.dtype, args.hidden_size, layout.padded, to);
+    }
+  });
+}
+
+// The first state in x's dtype, rounded once; `values` is scratch.
+inline void round_first_state(const ApplyArgs& args, float* values, void* rounded) {
+  const int64_t size = args.hidden_size;
+  row_to_float(args.first_state, args.first_state_dtype, size, round_up(size, kLanes), values);
+  with_dtype(args.dtype, [&](auto tag) {
+    constexpr Dtype kType = decltype(tag)::kDtype;
+    StorageOf<kType>* to = static_cast<StorageOf<kType>*>(rounded);
+    for (int64_t c = 0; c < size; c += kLanes) store_rounded<kType>(to + c, load(values + c));
+  });
+}
+
 inline void ghost_apply(const ApplyArgs& args) {
   const int64_t size = args.hidden_size, rows = args.num_rows;
   if (size == 0 || rows == 0) return;
   const int64_t threads = max64(1, num_threads());
   const bool pairs = kHasPairs && args.dtype == Dtype::kBFloat16;
-  const int64_t step = pairs ? 2 * kLanes : kLanes;
-  const int64_t padded = round_up(size, step);
-  const int64_t dwords = pairs ? padded / 2 : padded;
-  // Several rows of x are read at once: at a distance of whole KiB they would fall into the same
-  // cache sets.
-  const bool spread = rows > 1 && dwords % 256 == 0;
-  const int64_t stride = spread ? dwords + kPanel : dwords;
-  // Rows that are whole steps of what the kernel reads are taken where they are.
-  const bool in_place = !spread && padded == size && (pairs || args.dtype == Dtype::kFloat32);
-  Scratch scratch(Scratch::bytes_for<float>(in_place ? 0 : rows * stride) +
-                  3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<float>(rows));
-  Inputs x{static_cast<const float*>(args.x), stride};
-  if (!in_place) {
-    float* copy = scratch.take<float>(rows * stride);
+  const Layout layout = layout_of(args, pairs);
+  Scratch scratch(Scratch::bytes_for<float>(layout.in_place ? 0 : rows * layout.stride) +
+                  3 * Scratch::bytes_for<float>(layout.padded) + Scratch::bytes_for<float>(rows));
+  Inputs x{static_cast<const float*>(args.x), layout.stride};
+  if (!layout.in_place) {
+    float* copy = scratch.take<float>(rows * layout.stride);
+    copy_rows(args, pairs, layout, threads, copy);
     x.data = copy;
-    const char* from = static_cast<const char*>(args.x);
-    const int64_t row_bytes = size * bytes_of(args.dtype);
-    for_each_task((rows + 63) / 64, threads, [&](int64_t task, int64_t) {
-      for (int64_t row = task * 64; row < min64(rows, (task + 1) * 64); ++row) {
-        float* to = copy + row * stride;
-        if (pairs) {
-          std::memset(to + dwords - kLanes, 0, kLanes * sizeof(float));
-          std::memcpy(to, from + row * row_bytes, static_cast<size_t>(row_bytes));
-        } else {
-          row_to_float(from + row * row_bytes, args.dtype, size, padded, to);
-        }
-      }
-    });
   }
   Epilogue epilogue{args};
   if (args.bias != nullptr) {
-    float* bias = scratch.take<float>(padded);
+    float* bias = scratch.take<float>(layout.padded);
     row_to_float(args.bias, args.bias_dtype, size, round_up(size, kLanes), bias);
     epilogue.bias = bias;
   }
   if (args.first_state != nullptr) {
-    float* values = scratch.take<float>(padded);
-    float* first_state = scratch.take<float>(padded);
-    row_to_float(args.first_state, args.first_state_dtype, size, round_up(size, kLanes), values);
-    for (int64_t c = 0; c < size; c += kLanes) {
-      if (args.dtype == Dtype::kBFloat16) {
-        store_rounded<Dtype::kBFloat16>(reinterpret_cast<uint16_t*>(first_state) + c,
-                                        load(values + c));
-      } else if (args.dtype == Dtype::kFloat16) {
-        store_rounded<Dtype::kFloat16>(reinterpret_cast<uint16_t*>(first_state) + c,
-                                       load(values + c));
-      } else {
-        store(first_state + c, load(values + c));
-      }
-    }
+    float* values = scratch.take<float>(layout.padded);
+    float* first_state = scratch.take<float>(layout.padded);
+    round_first_state(args, values, first_state);
     epilogue.first_state = first_state;
   }
   if (args.normed) {
     float* factor = scratch.take<float>(rows);
-    for_each_task((rows + 63) / 64, threads, [&](int64_t task, int64_t) {
-      const char* from = static_cast<const char*>(args.x);
-      for (int64_t row = task * 64; row < min64(rows, (task + 1) * 64); ++row) {
-        const char* values = from + row * size * bytes_of(args.dtype);
-        const double mean = sum_of_squares(values, args.dtype, size) / static_cast<double>(size);
-        factor[row] = static_cast<float>(1.0 / std::sqrt(mean + args.norm_eps));
-      }
+    for_each_row(args, threads, [&](int64_t row, const char* from) {
+      const double mean = sum_of_squares(from, args.dtype, size) / static_cast<double>(size);
+      factor[row] = static_cast<float>(1.0 / std::sqrt(mean + args.norm_eps));
     });
     epilogue.row_factor = factor;
   }
-  if (pairs && args.weight_dtype == Dtype::kInt8) {
-    apply_typed<Dtype::kInt8, kHasPairs>(epilogue, x, threads);
-  } else if (pairs) {
-    apply_typed<Dtype::kBFloat16, kHasPairs>(epilogue, x, threads);
-  } else if (args.weight_dtype == Dtype::kInt8) {
-    apply_typed<Dtype::kInt8, false>(epilogue, x, threads);
-  } else if (args.weight_dtype == Dtype::kBFloat16) {
-    apply_typed<Dtype::kBFloat16, false>(epilogue, x, threads);
-  } else if (args.weight_dtype == Dtype::kFloat16) {
-    apply_typed<Dtype::kFloat16, false>(epilogue, x, threads);
-  } else {
-    apply_typed<Dtype::kFloat32, false>(epilogue, x, threads);
-  }
-  if (args.normalized != nullptr) normalize_rows(args, threads);
+  const auto apply = [&](auto tag) {
+    constexpr Dtype kType = decltype(tag)::kDtype;
+    if constexpr (kType == Dtype::kBFloat16 || kType == Dtype::kInt8) {
+      if (pairs) return apply_typed<kType, kHasPairs>(epilogue, x, threads);
+    }
+    apply_typed<kType, false>(epilogue, x, threads);
+  };
+  if (args.weight_dtype == Dtype::kInt8) return apply(DtypeTag<Dtype::kInt8>{});
+  with_dtype(args.weight_dtype, apply);
 }
 
 }  // namespace

@@ -83,9 +83,9 @@ inline double sign_at(uint64_t position) {
 }
 
 // out[row][probe] = -scale[row] * sum_j matrix[row][j] * signs[j][probe], or divided by the scale.
-inline void probe(const double* matrix, const Factor& u, int64_t size, int64_t columns,
-                  const double* signs, const double* scale, bool divide, int64_t threads,
-                  double* out) {
+inline void probe(const double* matrix, const Factor& u, const SolveArgs& args, const double* signs,
+                  const double* scale, bool divide, int64_t threads, double* out) {
+  const int64_t size = args.size, columns = args.num_outputs;
   for_each_task((size + 63) / 64, threads, [&](int64_t task, int64_t) {
     const int64_t end = min64(u.size, (task + 1) * 64);
     for (int64_t row = task * 64; row < end; row += kSolveRows) {
@@ -120,8 +120,8 @@ inline double estimate_residual(const SolveArgs& args, const Factor& u, const do
   double* x = signs + outputs * kProbes;
   double* residual = x + u.size * kProbes;
   for (int64_t i = 0; i < outputs * kProbes; ++i) signs[i] = sign_at(static_cast<uint64_t>(i));
-  probe(args.solution, u, size, outputs, signs, scale, true, threads, x);
-  probe(args.cross, u, size, outputs, signs, scale, false, threads, residual);
+  probe(args.solution, u, args, signs, scale, true, threads, x);
+  probe(args.cross, u, args, signs, scale, false, threads, residual);
   subtract_matrix_product<kProbeVectors>(u, x, residual);
   double squares = 0.0;
   for (int64_t i = 0; i < size; ++i) {

@@ -120,6 +120,13 @@ struct Block {
   int64_t row_panel = 0, column_panel = 0;  // of its corner
 };
 
+// G or C.
+struct Sums {
+  double* data = nullptr;
+  int64_t rows = 0, columns = 0;
+  double factor = 1.0;  // of what is added
+};
+
 // The sums that a tile is added to lie in memory: they travel while its last slab is multiplied.
 inline void prefetch_tile(const double* out, int64_t rows, int64_t stride, int64_t panels) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -127,10 +134,11 @@ inline void prefetch_tile(const double* out, int64_t rows, int64_t stride, int64
   }
 }
 
-// One block of G (lower triangle) or C over all slabs of a chunk, added to the sums times `factor`.
+// One block of G (lower triangle) or C over all slabs of a chunk.
 inline void gram_block(const Block& block, const Panels& left, const Panels& right,
-                       int64_t num_tokens, int64_t rows, int64_t columns, double factor,
-                       int64_t block_panels, double* scratch, double* out) {
+                       int64_t num_tokens, int64_t block_panels, double* scratch,
+                       const Sums& into) {
+  const int64_t columns = into.columns;
   const int64_t row_begin = block.row_panel * kPanel;
   const int64_t row_end = min64(row_begin + block_panels * kPanel, left.count * kPanel);
   const int64_t column_begin = block.column_panel * kPanel;
@@ -157,8 +165,8 @@ inline void gram_block(const Block& block, const Panels& left, const Panels& rig
     const float* b = right.data + slab * right.count * kPanelStride;
     const bool is_last = start + slab_tokens >= num_tokens;
     for_tiles([&](int64_t panels, int64_t i, int64_t j, double* sums) {
-      double* to = out + i * columns + j;
-      const int64_t tile_rows = min64(kTileRows, rows - i);
+      double* to = into.data + i * columns + j;
+      const int64_t tile_rows = min64(kTileRows, into.rows - i);
       if (is_last) prefetch_tile(to, tile_rows, columns, panels);
       const float* a_tile = a + (i / kPanel) * kPanelStride + i % kPanel;
       const float* b_tile = b + (j / kPanel) * kPanelStride;
@@ -172,7 +180,7 @@ inline void gram_block(const Block& block, const Panels& left, const Panels& rig
       for (int64_t r = 0; r < tile_rows; ++r, to += columns) {
         const int64_t limit = block.is_gram ? min64(columns, i + r + 1) : columns;
         const int64_t count = min64(width, limit - j);
-        for (int64_t c = 0; c < count; ++c) to[c] += factor * sums[r * width + c];
+        for (int64_t c = 0; c < count; ++c) to[c] += into.factor * sums[r * width + c];
       }
     });
   }

@@ -57,18 +57,8 @@ inline void permute(T* values, const int64_t* order, int64_t count, double* spar
   for (int64_t i = 0; i < count; ++i) values[i] = copy[order[i]];
 }
 
-// Fills `tokens`, or returns what is wrong with which token.
-inline GramStatus prepare_tokens(const GramArgs& args, int64_t threads, Scratch& scratch,
-                                 Tokens& tokens) {
-  tokens.index = scratch.take<int64_t>(args.num_tokens);
-  tokens.feature_scale = scratch.take<float>(args.num_tokens);
-  tokens.target_scale = scratch.take<float>(args.num_tokens);
-  float* x_largest = scratch.take<float>(args.num_tokens);
-  float* y_largest = scratch.take<float>(args.num_tokens);
-  tokens.weight = scratch.take<double>(args.num_tokens);
-  tokens.feature_weight = scratch.take<double>(args.num_tokens);
-  double* sizes = scratch.take<double>(args.num_tokens);
-  int64_t* order = scratch.take<int64_t>(args.num_tokens);
+// Lists the tokens of a weight above 0, or returns the first that has no weight.
+inline GramStatus list_tokens(const GramArgs& args, Tokens& tokens) {
   for (int64_t token = 0; token < args.num_tokens; ++token) {
     const float weight = args.token_weight == nullptr ? 1.0f : args.token_weight[token];
     if (!(weight >= 0.0f) || std::isinf(weight)) return {GramProblem::kWeight, token};
@@ -77,8 +67,14 @@ inline GramStatus prepare_tokens(const GramArgs& args, int64_t threads, Scratch&
     tokens.weight[tokens.count] = weight;
     ++tokens.count;
   }
+  return {};
+}
+
+// The largest magnitudes of the listed tokens, and 1 / rms of x, 1 where x is not normed. Returns
+// the first token that is not finite.
+inline GramStatus measure_tokens(const GramArgs& args, const Tokens& tokens, int64_t threads,
+                                 float* x_largest, float* y_largest, double* inverse_rms) {
   constexpr int64_t kRowsPerTask = 32;
-  double* inverse_rms = tokens.feature_weight;
   for_each_task(
       (tokens.count + kRowsPerTask - 1) / kRowsPerTask, threads, [&](int64_t task, int64_t) {
         const int64_t end = min64(tokens.count, (task + 1) * kRowsPerTask);
@@ -104,13 +100,22 @@ inline GramStatus prepare_tokens(const GramArgs& args, int64_t threads, Scratch&
   for (int64_t i = 0; i < tokens.count; ++i) {
     if (!std::isfinite(y_largest[i])) return {GramProblem::kY, tokens.index[i]};
   }
+  return {};
+}
+
+// The scales of the tokens, and the sizes of their largest products. What was 1 / rms in
+// `feature_weight` becomes the weight of the features.
+inline void scale_tokens(const GramArgs& args, const float* x_largest, const float* y_largest,
+                         Tokens& tokens, double* sizes) {
+  const double* inverse_rms = tokens.feature_weight;
+  const auto largest_target = [&](int64_t i) {
+    return static_cast<double>(y_largest[i]) + (args.delta ? x_largest[i] : 0.0f);
+  };
   double feature_largest = 0.0, target_largest = 0.0;
   for (int64_t i = 0; i < tokens.count; ++i) {
     const double root = std::sqrt(tokens.weight[i]);
-    const double target =
-        root * (static_cast<double>(y_largest[i]) + (args.delta ? x_largest[i] : 0.0f));
     feature_largest = std::fmax(feature_largest, root * inverse_rms[i] * x_largest[i]);
-    target_largest = std::fmax(target_largest, target);
+    target_largest = std::fmax(target_largest, root * largest_target(i));
   }
   tokens.feature_shift = safe_shift(feature_largest);
   tokens.target_shift = safe_shift(target_largest);
@@ -121,11 +126,28 @@ inline GramStatus prepare_tokens(const GramArgs& args, int64_t threads, Scratch&
     tokens.target_scales_are_exact &= is_power_of_two(root);
     tokens.feature_scale[i] = static_cast<float>(std::ldexp(feature, tokens.feature_shift));
     tokens.target_scale[i] = static_cast<float>(std::ldexp(root, tokens.target_shift));
-    sizes[i] = feature * x_largest[i] *
-               std::fmax(feature * x_largest[i], root * (static_cast<double>(y_largest[i]) +
-                                                         (args.delta ? x_largest[i] : 0.0f)));
+    sizes[i] = feature * x_largest[i] * std::fmax(feature * x_largest[i], root * largest_target(i));
     tokens.feature_weight[i] = tokens.weight[i] * inverse_rms[i];
   }
+}
+
+// Fills `tokens`, or returns what is wrong with which token.
+inline GramStatus prepare_tokens(const GramArgs& args, int64_t threads, Scratch& scratch,
+                                 Tokens& tokens) {
+  tokens.index = scratch.take<int64_t>(args.num_tokens);
+  tokens.feature_scale = scratch.take<float>(args.num_tokens);
+  tokens.target_scale = scratch.take<float>(args.num_tokens);
+  float* x_largest = scratch.take<float>(args.num_tokens);
+  float* y_largest = scratch.take<float>(args.num_tokens);
+  tokens.weight = scratch.take<double>(args.num_tokens);
+  tokens.feature_weight = scratch.take<double>(args.num_tokens);
+  double* sizes = scratch.take<double>(args.num_tokens);
+  int64_t* order = scratch.take<int64_t>(args.num_tokens);
+  GramStatus status = list_tokens(args, tokens);
+  if (status.problem != GramProblem::kNone) return status;
+  status = measure_tokens(args, tokens, threads, x_largest, y_largest, tokens.feature_weight);
+  if (status.problem != GramProblem::kNone) return status;
+  scale_tokens(args, x_largest, y_largest, tokens, sizes);
   if (order_tokens(sizes, tokens.count, order)) {
     permute(tokens.index, order, tokens.count, sizes);
     permute(tokens.feature_scale, order, tokens.count, sizes);

@@ -31,14 +31,8 @@ inline float typed_largest_magnitude(const void* row, int64_t count) {
 
 // The largest |value| of a row; infinity or NaN if it holds either (their bits are the largest).
 inline float largest_magnitude(const void* row, Dtype dtype, int64_t count) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return typed_largest_magnitude<Dtype::kBFloat16>(row, count);
-    case Dtype::kFloat16:
-      return typed_largest_magnitude<Dtype::kFloat16>(row, count);
-    default:
-      return typed_largest_magnitude<Dtype::kFloat32>(row, count);
-  }
+  return with_dtype(
+      dtype, [&](auto tag) { return typed_largest_magnitude<decltype(tag)::kDtype>(row, count); });
 }
 
 template <Dtype kType>
@@ -70,9 +64,8 @@ inline double typed_sum_of_squares(const void* row, int64_t count) {
 }
 
 inline double sum_of_squares(const void* row, Dtype dtype, int64_t count) {
-  const double sum = dtype == Dtype::kBFloat16  ? typed_sum_of_squares<Dtype::kBFloat16>(row, count)
-                     : dtype == Dtype::kFloat16 ? typed_sum_of_squares<Dtype::kFloat16>(row, count)
-                                                : typed_sum_of_squares<Dtype::kFloat32>(row, count);
+  const double sum = with_dtype(
+      dtype, [&](auto tag) { return typed_sum_of_squares<decltype(tag)::kDtype>(row, count); });
   // Squares that may have left the range of fp32 on the way: once more, in fp64.
   if (dtype == Dtype::kFloat16 || (sum > 1e-25 && sum < 1e35)) return sum;
   double exact = 0.0;

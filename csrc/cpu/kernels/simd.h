@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../kernels.h"
+#include "../../arguments.h"
 #include "../parallel.h"
 
 #define GHOSTED_FAST_UNROLL _Pragma("GCC unroll 16")
@@ -42,8 +42,6 @@ constexpr bool kHasPairs = true;
 constexpr bool kHasPairs = false;
 #endif
 
-// Sixteen columns: the width of a panel on every path.
-constexpr int kPanel = 16;
 constexpr int kPanelVectors = kPanel / kLanes;
 
 inline int64_t round_up(int64_t value, int64_t multiple) {

@@ -3,22 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from ghosted_fast.errors import ArgumentError
 from ghosted_fast.selection.criteria.angular import by_angular
 from ghosted_fast.selection.criteria.ghost import by_ghost
-from ghosted_fast.selection.criteria.request import Request, Selection
+from ghosted_fast.selection.criteria.request import Request, Selection, candidate_intervals
 from ghosted_fast.selection.criteria.search import by_ghost_search
 from ghosted_fast.selection.criteria.shortgpt import by_shortgpt
 from ghosted_fast.selection.criteria.sleb import by_sleb
 from ghosted_fast.selection.criteria.streamline import by_streamline
 from ghosted_fast.selection.criteria.taylor import by_taylor
 
-CRITERIA: dict[str, Callable[[Request], Selection]] = {
-    "ghost": by_ghost,
-    "ghost-search": by_ghost_search,
-    "streamline": by_streamline,
-    "shortgpt": by_shortgpt,
-    "sleb": by_sleb,
-    "taylor": by_taylor,
-    "angular": by_angular,
+
+def _one(remove: int, num_layers: int) -> int:
+    return 1
+
+
+def _one_per_layer(remove: int, num_layers: int) -> int:
+    return remove
+
+
+def _one_per_interval(remove: int, num_layers: int) -> int:
+    return len(candidate_intervals(remove, num_layers))
+
+
+def _one_per_interval_of_each_length(remove: int, num_layers: int) -> int:
+    return sum(_one_per_interval(length, num_layers) for length in range(1, remove + 1))
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One way to choose layers.
+
+    Attributes:
+        name: What it is called.
+        choose: Chooses them.
+        num_statistics: How many intervals' statistics are held at once, by the number of layers to
+            remove and of those that the model has: those of the candidates, or of the gaps that the
+            chosen layers may leave.
+        published: Whether it is somebody's published method.
+    """
+
+    name: str
+    choose: Callable[[Request], Selection]
+    num_statistics: Callable[[int, int], int]
+    published: bool = True
+
+
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion("ghost", by_ghost, _one_per_interval, published=False),
+        Criterion(
+            "ghost-search", by_ghost_search, _one_per_interval_of_each_length, published=False
+        ),
+        Criterion("streamline", by_streamline, _one),
+        Criterion("shortgpt", by_shortgpt, _one_per_layer),
+        Criterion("sleb", by_sleb, _one_per_layer),
+        Criterion("taylor", by_taylor, _one_per_layer),
+        Criterion("angular", by_angular, _one),
+    )
 }
+
+
+def check_criterion(name: str) -> None:
+    """Raise ArgumentError unless there is a criterion of the name."""
+    if name not in CRITERIA:
+        raise ArgumentError(f"expected a criterion out of {', '.join(CRITERIA)}, got {name!r}")

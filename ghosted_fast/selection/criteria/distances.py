@@ -6,20 +6,37 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, cosine_similarity
-from tqdm import tqdm
 
-from ghosted_fast import distributed
-from ghosted_fast.errors import CalibrationError
 from ghosted_fast.facts import IntervalScore
-from ghosted_fast.models.boundaries import visit_intervals
+from ghosted_fast.fit.walk import Listener, walk
 from ghosted_fast.selection.criteria.request import Request
-from ghosted_fast.text.batches import Batch, iterate_batches
+from ghosted_fast.statistics.sample import Interval, Sample
+from ghosted_fast.text.batches import Batch
 
 Compare = Callable[[Batch, Tensor, Tensor], Tensor]
 
 
+class _Distances(Listener):
+    """The sum of the distances at one interval, and their number."""
+
+    checks_finite = True  # a distance that is not finite shows in the scores
+
+    def __init__(self, interval: Interval, compare: Compare) -> None:
+        super().__init__(interval)
+        self._compare = compare
+        self.total = torch.zeros(2, dtype=torch.float64)
+
+    def update(self, sample: Sample) -> None:
+        distances = self._compare(sample.batch, sample.x, sample.y)
+        self.total[0] += float(distances.double().sum())
+        self.total[1] += len(distances)
+
+    def sums(self) -> list[Tensor]:
+        return [self.total]
+
+
 def mean_distances(
-    request: Request, intervals: Sequence[tuple[int, int]], compare: Compare
+    request: Request, intervals: Sequence[Interval], compare: Compare
 ) -> list[IntervalScore]:
     """Return the mean of a distance over the calibration text, for each interval.
 
@@ -32,29 +49,16 @@ def mean_distances(
     Raises:
         CalibrationError: There is no text.
     """
-    # The sum of the distances, and their number.
-    totals = torch.zeros(len(intervals), 2, dtype=torch.float64)
-    device = next(request.model.parameters()).device
-    bar = tqdm(
-        desc="comparing", unit="tok", unit_scale=True, delay=2.0, disable=not request.progress
+    listeners = [_Distances(interval, compare) for interval in intervals]
+    walk(
+        request.decoder,
+        request.text,
+        listeners,
+        title="comparing",
+        progress=request.run.progress,
     )
-    with bar:
-        for turn, batch in enumerate(iterate_batches(request.batches, device)):
-
-            def add(index: int, x: Tensor, y: Tensor) -> None:
-                distances = compare(batch, x, y)  # noqa: B023 - called within this turn
-                totals[index, 0] += float(distances.double().sum())
-                totals[index, 1] += len(distances)
-
-            if distributed.is_own(turn):
-                visit_intervals(request.model, batch, intervals, add)
-            bar.update(batch.num_tokens)
-    distributed.add_up([totals])
-    if not totals[:, 1].any():
-        raise CalibrationError("expected calibration tokens, got none: give some text")
     return [
-        IntervalScore(*pair, total / count)
-        for pair, (total, count) in zip(intervals, totals.tolist(), strict=True)
+        IntervalScore(*item.interval, float(item.total[0] / item.total[1])) for item in listeners
     ]
 
 

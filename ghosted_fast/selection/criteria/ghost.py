@@ -10,11 +10,8 @@ from ghosted_fast.fit.candidates import score_intervals
 from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.fit.ghosts import fit_candidates
 from ghosted_fast.fit.memory_budget import default_memory_budget, passes_within
-from ghosted_fast.models.families import hidden_size
 from ghosted_fast.selection.criteria.request import Request, Selection, candidate_intervals
 from ghosted_fast.statistics.interval import IntervalStatistics
-from ghosted_fast.text.batches import iterate_batches
-from ghosted_fast.text.folds import held_out_batches
 
 # What is left after as many tokens as other criteria use differs by less than the noise of those.
 _TOKENS_FOR_THE_BEST = 4
@@ -25,18 +22,17 @@ def by_ghost(request: Request) -> Selection:
 
     The candidates race over up to four times `score_tokens`.
     """
-    model, options = request.model, request.options
-    intervals = candidate_intervals(request.count, request.layers)
-    budget = request.memory_budget or default_memory_budget(next(model.parameters()).device)
-    groups = passes_within(intervals, hidden_size(model), options, budget)
-    batches = list(iterate_batches(request.batches))
-    held_out = held_out_batches(batches, options, _TOKENS_FOR_THE_BEST * request.score_tokens)
+    decoder, options, progress = request.decoder, request.options, request.run.progress
+    intervals = candidate_intervals(request.remove, request.num_layers)
+    budget = request.run.memory_budget or default_memory_budget(decoder.device)
+    groups = passes_within(intervals, decoder.hidden_size, options, budget)
+    held_out = request.held_out(_TOKENS_FOR_THE_BEST)
     scores: list[IntervalScore] = []
     best: tuple[float, IntervalStatistics] | None = None
     for group in groups:
-        statistics = collect_statistics(model, batches, group, options, request.progress)
-        ghosts = fit_candidates(model, statistics, options, request.progress)
-        losses = score_intervals(model, held_out, group, ghosts, request.progress)
+        statistics = collect_statistics(decoder, request.text, group, options, progress)
+        ghosts = fit_candidates(decoder, statistics, options, progress)
+        losses = score_intervals(decoder, held_out, group, ghosts, progress)
         scores += [IntervalScore(*pair, loss) for pair, loss in zip(group, losses, strict=True)]
         lowest = min(range(len(group)), key=losses.__getitem__)
         if best is None or losses[lowest] < best[0]:
@@ -44,4 +40,4 @@ def by_ghost(request: Request) -> Selection:
     assert best is not None
     loss, chosen = best
     removed = list(range(chosen.start, chosen.stop))
-    return Selection(removed, scores, "ghost", {request.count: removed}, loss, chosen)
+    return Selection(removed, scores, "ghost", {request.remove: removed}, loss, chosen)

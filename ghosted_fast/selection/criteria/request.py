@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
 
 from ghosted_fast.facts import IntervalScore, SetScore
-from ghosted_fast.options import GhostOptions
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.statistics.interval import IntervalStatistics
-
-DEFAULT_BEAM = 16
+from ghosted_fast.statistics.sample import Interval
+from ghosted_fast.text.batches import Batch
+from ghosted_fast.text.calibration_text import CalibrationText
+from ghosted_fast.text.folds import held_out_batches
 
 
 @dataclass(frozen=True)
@@ -45,49 +45,54 @@ class Request:
     """A checked call of `select_layers`.
 
     Attributes:
-        model: The dense model.
-        batches: Calibration tokens, see `iterate_batches`.
-        count: How many layers to remove.
-        layers: How many the model has.
+        decoder: The dense model.
+        text: Calibration tokens.
+        remove: How many layers to remove.
         options: How ghosts are fitted.
-        score_tokens: Held-out tokens that candidates are scored on, see `select_layers`.
-        memory_budget: Bytes that statistics may take; None for half of the free memory.
-        progress: Whether to show progress bars on stderr.
-        beam: Sets that `ghost-search` races.
+        run: Held-out tokens to score on, sets to race, memory, progress.
         also: Other numbers of layers, to be settled too where that takes no pass of its own.
     """
 
-    model: nn.Module
-    batches: Iterable[Any]
-    count: int
-    layers: int
+    decoder: Decoder
+    text: CalibrationText
+    remove: int
     options: GhostOptions
-    score_tokens: int
-    memory_budget: int | None = None
-    progress: bool = False
-    beam: int = DEFAULT_BEAM
+    run: RunOptions
     also: tuple[int, ...] = ()
 
+    @property
+    def num_layers(self) -> int:
+        """Layers that the model has."""
+        return self.decoder.num_layers
 
-def candidate_intervals(count: int, layers: int) -> list[tuple[int, int]]:
+    def held_out(self, times: int = 1) -> list[Batch]:
+        """Return the held-out sequences that candidates are scored on.
+
+        Args:
+            times: How many times the tokens that were asked for.
+        """
+        return held_out_batches(self.text.hold(), self.options, times * self.run.score_tokens)
+
+
+def candidate_intervals(count: int, layers: int) -> list[Interval]:
     """Return every interval of `count` layers, the first and the last layer included."""
     return [(start, start + count) for start in range(layers - count + 1)]
 
 
-def wanted_intervals(request: Request) -> list[tuple[int, int]]:
+def wanted_intervals(request: Request) -> list[Interval]:
     """Return every interval of every number of layers that is asked for."""
-    counts = sorted({request.count, *request.also})
-    return [pair for count in counts for pair in candidate_intervals(count, request.layers)]
+    counts = sorted({request.remove, *request.also})
+    return [pair for count in counts for pair in candidate_intervals(count, request.num_layers)]
 
 
 def best_interval(request: Request, scores: Sequence[IntervalScore], criterion: str) -> Selection:
     """Return the selection of the interval with the lowest score of those of its length."""
     choices: dict[int, list[int]] = {}
-    for count in {request.count, *request.also}:
+    for count in {request.remove, *request.also}:
         rivals = [item for item in scores if item.stop - item.start == count]
         best = min(rivals, key=lambda item: item.score)
         choices[count] = list(range(best.start, best.stop))
-    return Selection(choices[request.count], list(scores), criterion, choices)
+    return Selection(choices[request.remove], list(scores), criterion, choices)
 
 
 def in_order(

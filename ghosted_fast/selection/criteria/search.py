@@ -22,13 +22,11 @@ from ghosted_fast.fit.candidates import dense_loss, score_gaps
 from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.fit.ghosts import fit_candidates, fit_in_sequence
 from ghosted_fast.fit.memory_budget import default_memory_budget, passes_within
-from ghosted_fast.models.families import hidden_size
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.selection.criteria.request import Request, Selection, candidate_intervals
-from ghosted_fast.text.batches import Batch, iterate_batches
-from ghosted_fast.text.folds import held_out_batches, training_batches
-
-Interval = tuple[int, int]
+from ghosted_fast.statistics.sample import Interval
+from ghosted_fast.text.batches import Batch
+from ghosted_fast.text.folds import training_batches
 
 # Ghosts that one model may get: each costs time at every token.
 MOST_GAPS = 3
@@ -52,36 +50,36 @@ class _Scored:
 
 def by_ghost_search(request: Request) -> Selection:
     """Search for the set with the lowest loss on held-out tokens, the ghosts in place."""
-    return search_sets(request, [request.count])[request.count]
+    return search_sets(request, [request.remove])[request.remove]
 
 
 def search_sets(request: Request, counts: Iterable[int]) -> dict[int, Selection]:
     """Search for the best sets of several sizes; the intervals are scored once for all.
 
     Args:
-        request: The model and the text; its count is not looked at.
+        request: The model and the text; its number of layers is not looked at.
         counts: Numbers of layers to remove.
 
     Returns:
         The selection of each count.
     """
     counts = sorted(set(counts))
-    batches = list(iterate_batches(request.batches))
-    held_out = held_out_batches(batches, request.options, request.score_tokens)
-    size = _TOKENS_PER_INPUT * hidden_size(request.model)
-    batches = _first_tokens(batches, size * request.options.folds // (request.options.folds - 1))
-    dense = dense_loss(request.model, held_out)
+    held_out = request.held_out()
+    size = _TOKENS_PER_INPUT * request.decoder.hidden_size
+    folds = request.options.folds
+    batches = _head_of(request.text.hold(), size * folds // (folds - 1))
+    dense = dense_loss(request.decoder, held_out)
     scored = _score_intervals(request, batches, held_out, counts[-1])
     costs = {pair: item.loss - dense for pair, item in scored.items() if item.gap.ghost is not None}
     training = training_batches(batches, request.options)
     scores = [IntervalScore(*pair, item.loss) for pair, item in scored.items()]
     selections = {}
     for count in counts:
-        each = -(-request.beam // MOST_GAPS)
+        each = -(-request.run.beam // MOST_GAPS)
         sets = [
             pairs
             for pieces in range(1, MOST_GAPS + 1)
-            for pairs in lowest_sums(costs, count, request.layers, each, pieces)
+            for pairs in lowest_sums(costs, count, request.num_layers, each, pieces)
         ]
         ranked = _race(request, held_out, [[scored[pair].gap for pair in pairs] for pairs in sets])
         finalists = [_refit(request, training, gaps) for _, gaps in ranked[:FINALISTS]]
@@ -130,21 +128,21 @@ def _score_intervals(
     request: Request, batches: Sequence[Batch], held_out: Sequence[Batch], longest: int
 ) -> dict[Interval, _Scored]:
     """Score every interval of up to `longest` layers alone, its ghost in place."""
-    model, options = request.model, request.options
-    budget = request.memory_budget or default_memory_budget(next(model.parameters()).device)
-    lengths = [candidate_intervals(n, request.layers) for n in range(1, longest + 1)]
+    decoder, options = request.decoder, request.options
+    budget = request.run.memory_budget or default_memory_budget(decoder.device)
+    lengths = [candidate_intervals(n, request.num_layers) for n in range(1, longest + 1)]
     intervals = [pair for pairs in lengths for pair in pairs]
     gaps: dict[Interval, Gap] = {}
-    for group in passes_within(intervals, hidden_size(model), options, budget):
-        statistics = collect_statistics(model, batches, group, options, request.progress)
-        ghosts = fit_candidates(model, statistics, options, request.progress)
+    for group in passes_within(intervals, decoder.hidden_size, options, budget):
+        statistics = collect_statistics(decoder, batches, group, options, request.run.progress)
+        ghosts = fit_candidates(decoder, statistics, options, request.run.progress)
         for pair, ghost in zip(group, ghosts, strict=True):
             gaps[pair] = Gap(*pair, ghost)
     scored: dict[Interval, _Scored] = {}
     for pairs in lengths:
         candidates = [[gaps.pop(pair)] for pair in pairs]
-        keep = max(1, request.beam // 2)
-        losses = score_gaps(model, held_out, candidates, keep, request.progress)
+        keep = max(1, request.run.beam // 2)
+        losses = score_gaps(decoder, held_out, candidates, keep, request.run.progress)
         last = sorted(losses)[min(keep, len(losses)) - 1]
         for pair, (gap,), loss in zip(pairs, candidates, losses, strict=True):
             scored[pair] = _Scored(gap if loss <= last else replace(gap, ghost=None), loss)
@@ -158,7 +156,7 @@ def _race(
     keep: int = FINALISTS,
 ) -> list[tuple[float, list[Gap]]]:
     """Return the candidates with their losses, the lowest first."""
-    losses = score_gaps(request.model, held_out, candidates, keep, request.progress)
+    losses = score_gaps(request.decoder, held_out, candidates, keep, request.run.progress)
     order = sorted(range(len(losses)), key=losses.__getitem__)
     return [(losses[index], candidates[index]) for index in order]
 
@@ -166,11 +164,11 @@ def _race(
 def _refit(request: Request, training: Sequence[Batch], gaps: list[Gap]) -> list[Gap]:
     """Return the gaps with the ghosts behind the first one fitted in sequence."""
     intervals = [(gap.start, gap.stop) for gap in gaps[1:]]
-    parameter = next(request.model.parameters())
+    decoder = request.decoder
     fits = fit_in_sequence(
-        request.model, training, intervals, request.options, request.progress, gaps[:1]
+        decoder, training, intervals, request.options, request.run.progress, gaps[:1]
     )
-    ghosts = [fitted.to_module(parameter.dtype, parameter.device) for fitted, _ in fits]
+    ghosts = [fitted.module_of(decoder) for fitted, _ in fits]
     return [gaps[0], *(Gap(*pair, ghost) for pair, ghost in zip(intervals, ghosts, strict=True))]
 
 
@@ -178,7 +176,7 @@ def _layers(gaps: Sequence[Gap]) -> list[int]:
     return [layer for gap in gaps for layer in range(gap.start, gap.stop)]
 
 
-def _first_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+def _head_of(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     """Return the first batches that hold a number of tokens, or all."""
     taken: list[Batch] = []
     for batch in batches:

@@ -18,7 +18,7 @@ from ghosted_fast.selection.criteria.request import (
 
 def by_shortgpt(request: Request) -> Selection:
     """Choose the layers of the lowest block influence."""
-    singles = candidate_intervals(1, request.layers)
+    singles = candidate_intervals(1, request.num_layers)
     scores = [item.score for item in mean_distances(request, singles, one_minus_cosine)]
-    order = sorted(range(request.layers), key=scores.__getitem__)
-    return in_order(order, scores, request.count, "shortgpt")
+    order = sorted(range(request.num_layers), key=scores.__getitem__)
+    return in_order(order, scores, request.remove, "shortgpt")

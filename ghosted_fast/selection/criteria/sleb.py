@@ -15,8 +15,6 @@ from ghosted_fast.selection.criteria.request import (
     in_order,
 )
 from ghosted_fast.surgery.cut import prune_model
-from ghosted_fast.text.batches import iterate_batches
-from ghosted_fast.text.folds import held_out_batches
 
 
 def by_sleb(request: Request) -> Selection:
@@ -25,17 +23,17 @@ def by_sleb(request: Request) -> Selection:
     A layer's score is its loss when it was last a candidate: the loss after its removal, or what
     its removal would have led to in the last turn.
     """
-    batches = list(iterate_batches(request.batches))
-    held_out = held_out_batches(batches, request.options, request.score_tokens)
-    model = request.model
-    alive = list(range(request.layers))
+    held_out = request.held_out()
+    model = request.decoder.model
+    alive = list(range(request.num_layers))
     order: list[int] = []
-    scores = [0.0] * request.layers
-    for _ in range(request.count):
+    scores = [0.0] * request.num_layers
+    for _ in range(request.remove):
         singles = candidate_intervals(1, len(alive))
-        losses = score_intervals(model, held_out, singles, [None] * len(alive), request.progress)
+        nothing = [None] * len(alive)
+        losses = score_intervals(model, held_out, singles, nothing, request.run.progress)
         for layer, loss in zip(alive, losses, strict=True):
             scores[layer] = loss
         order.append(alive.pop(min(range(len(alive)), key=losses.__getitem__)))
-        model = prune_model(request.model, order)
-    return in_order(order, scores, request.count, "sleb")
+        model = prune_model(request.decoder.model, order)
+    return in_order(order, scores, request.remove, "sleb")

@@ -11,34 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from ghosted_fast import distributed
+from ghosted_fast.fit.walk import turns
 from ghosted_fast.measure.perplexity import token_losses
-from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.selection.criteria.request import Request, Selection, in_order
-from ghosted_fast.text.batches import Batch, iterate_batches
-from ghosted_fast.text.folds import held_out_batches
+from ghosted_fast.text.batches import Batch
 
 FIRST_KEPT, LAST_KEPT = 4, 2
 
 
 def by_taylor(request: Request) -> Selection:
     """Choose the layers of the lowest importance, those that the paper keeps after all others."""
-    batches = list(iterate_batches(request.batches))
-    samples = held_out_batches(batches, request.options, request.score_tokens)
-    scores = block_importance(request.model, samples, request.progress)
-    kept = {*range(FIRST_KEPT), *range(request.layers - LAST_KEPT, request.layers)}
-    order = sorted(range(request.layers), key=lambda layer: (layer in kept, scores[layer]))
-    return in_order(order, scores, request.count, "taylor")
+    scores = block_importance(request.decoder, request.held_out(), request.run.progress)
+    count = request.num_layers
+    kept = {*range(FIRST_KEPT), *range(count - LAST_KEPT, count)}
+    order = sorted(range(count), key=lambda layer: (layer in kept, scores[layer]))
+    return in_order(order, scores, request.remove, "taylor")
 
 
-def block_importance(
-    model: nn.Module, batches: Sequence[Batch], progress: bool = False
-) -> list[float]:
+def block_importance(model: Any, batches: Sequence[Batch], progress: bool = False) -> list[float]:
     """Return the sum of |w dL/dw| over the weights of each decoder layer.
 
     The sums of the gradients take as much memory as the layers do in fp32. The model is left as it
@@ -52,20 +49,20 @@ def block_importance(
     Returns:
         One number for each layer.
     """
-    device = next(model.parameters()).device
+    decoder = Decoder.of(model)
     blocks = [
         [p for name, p in layer.named_parameters() if not name.endswith("bias")]
-        for layer in decoder_layers(model)
+        for layer in decoder.layers
     ]
     weights = [weight for block in blocks for weight in block]
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     tokens = torch.zeros((), dtype=torch.int64)
-    bar = tqdm(batches, desc="gradients", delay=2.0, disable=not progress)
     with _differentiable(weights):
-        for turn, batch in enumerate(iterate_batches(bar, device)):
-            if not distributed.is_own(turn):
+        for turn in turns(batches, decoder.device, "gradients", progress):
+            if not turn.is_own:
                 continue
-            logits = model(
+            batch = turn.batch
+            logits = decoder.model(
                 batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).logits
             loss, predicted = token_losses(logits, batch.input_ids, batch.attention_mask)

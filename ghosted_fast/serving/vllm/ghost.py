@@ -12,19 +12,10 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 
-from ghosted_fast.models.runtime_classes import derive, maker
-from ghosted_fast.ops.ghost import ghost_apply
+from ghosted_fast.models.runtime_classes import maker, subclass_for
+from ghosted_fast.ops import ghost_apply, stream_sum
 
 Stream = tuple[Tensor, Tensor]
-
-
-# An operator of its own, which a compiler leaves whole. vLLM's linear layers on the processor write
-# into an empty tensor, and inductor (torch 2.13) may move a fused read of it before the write where
-# what is read is an output of the graph, as it is at the end of a pipeline's stage.
-_library = torch.library.Library("ghosted_fast", "FRAGMENT")
-_library.define("stream_sum(Tensor hidden, Tensor residual) -> Tensor")
-_library.impl("stream_sum", torch.add, "CompositeExplicitAutograd")
-torch.library.register_fake("ghosted_fast::stream_sum", torch.add, lib=_library)
 
 
 class FloatGhost(ColumnParallelLinear):
@@ -122,7 +113,7 @@ def attach_ghost(layer: nn.Module, side: str, ghost: nn.Module) -> None:
         side: "input" or "output".
         ghost: A ghost of `make_ghost`.
     """
-    layer.__class__ = derive("vllm_layer", type(layer))
+    layer.__class__ = subclass_for("vllm_layer", type(layer))
     for attribute in ("ghost", "input_ghost"):
         if attribute not in layer._modules:
             layer.register_module(attribute, None)
@@ -144,14 +135,14 @@ def _ghosted_layer_class(base: Any) -> type:
         if self.input_ghost is not None:
             x = hidden_states
             if residual is not None:
-                x = torch.ops.ghosted_fast.stream_sum(hidden_states, residual)
+                x = stream_sum(hidden_states, residual)
             added, kept = self.input_ghost.split(x, positions)
             hidden_states, residual = added + kept, None
         output = base.forward(self, positions, hidden_states, residual, *args, **kwargs)
         if self.ghost is None:
             return output
         hidden, rest, *others = output
-        x = torch.ops.ghosted_fast.stream_sum(hidden, rest)
+        x = stream_sum(hidden, rest)
         return (*self.ghost.split(x, positions), *others)
 
     return type(base.__name__, (base,), {"__module__": base.__module__, "forward": forward})

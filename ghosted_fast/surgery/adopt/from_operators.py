@@ -16,6 +16,7 @@ from ghosted_fast.checkpoint.model_card import IMPORTED, attach_report
 from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.models.boundaries import visit_intervals
+from ghosted_fast.models.decoder import evaluating, model_name
 from ghosted_fast.models.families import decoder_layers, hidden_size
 from ghosted_fast.surgery.adopt.operator_files import (
     StoredOperator,
@@ -122,7 +123,7 @@ def import_ghosts(
         maps = (Affine.read(item.matrix, reading, item.bias) for item in group)
         ghosts.append(reduce(Affine.then, maps).to_ghost(model.dtype, model.device))
     smaller = remove_layers(model, given, ghosts, inplace=inplace)
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    name = model_name(model)
     attach_report(smaller.config, {"model": name, "recovery": IMPORTED})
     return smaller, ImportReport(
         removed=sorted(given),
@@ -183,12 +184,8 @@ def _distances(
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, _TOKENS, generator=generator).to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         visit_intervals(model, Batch(ids, torch.ones_like(ids)), spans, visit)
-    finally:
-        model.train(was_training)
     return {reading: math.exp(sum(values) / len(values)) for reading, values in logs.items()}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ghosted_fast.checkpoint.record import refresh_record
 from ghosted_fast.errors import ArgumentError, UnknownFamilyError, UnsupportedModelError
+from ghosted_fast.models.decoder import evaluating
 from ghosted_fast.models.families import decoder_layers, decoder_of, final_norm, hidden_size
 from ghosted_fast.models.ghost_linear import GhostLinear, square_size
 from ghosted_fast.models.ghosted_layers import (
@@ -21,7 +22,7 @@ from ghosted_fast.models.ghosted_layers import (
     check_swappable,
     ghost_of,
 )
-from ghosted_fast.models.runtime_classes import bases_of, derive, maker
+from ghosted_fast.models.runtime_classes import bases_of, maker, subclass_for
 from ghosted_fast.surgery.adopt.hook_proof import Hook, Proof, hooks_of, prove
 from ghosted_fast.surgery.adopt.hook_search import matrices_of, operator_in
 from ghosted_fast.surgery.adopt.readings import Affine
@@ -278,7 +279,7 @@ def _swap(module: nn.Module) -> bool:
     child = next(name for name, part in module._modules.items() if part is linear)
     _become_ghost(linear, residual)
     vars(module).update(_swapped_child=child, _swapped_in_tuple=in_tuple)
-    module.__class__ = derive("swapped", type(module))
+    module.__class__ = subclass_for("swapped", type(module))
     return True
 
 
@@ -288,15 +289,11 @@ def _probe(module: nn.Module, linear: nn.Linear) -> tuple[bool, bool] | None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, linear.in_features, generator=generator)
     x = x.to(device=weight.device, dtype=weight.dtype)
-    was_training = module.training
-    module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(module):
             output, product = module.forward(x), linear.forward(x).float()
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return None  # A module that takes other arguments, or another shape, is no ghost.
-    finally:
-        module.train(was_training)
     in_tuple = isinstance(output, tuple) and len(output) == 1
     y = output[0] if in_tuple else output
     if not isinstance(y, Tensor) or y.shape != x.shape:

@@ -12,8 +12,9 @@ from ghosted_fast.errors import ArgumentError
 from ghosted_fast.fit.candidates import dense_loss
 from ghosted_fast.fit.ghosts import fit_in_sequence
 from ghosted_fast.measure.perplexity import perplexity
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.families import decoder_layers
-from ghosted_fast.options import GhostOptions
+from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.selection.criteria import search
 from ghosted_fast.selection.criteria.request import Request
 from ghosted_fast.selection.criteria.search import lowest_sums, search_sets
@@ -22,6 +23,7 @@ from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals
 from ghosted_fast.testing import random_tokens, tiny_model
 from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.folds import held_out_batches, training_batches
 
 OPTIONS = GhostOptions()
@@ -56,10 +58,13 @@ def test_lowest_sums_are_those_of_all_sets(count: int, pieces: int) -> None:
     assert lowest_sums(costs, count, layers, 10**6, pieces) == expected
 
 
+@pytest.mark.slow
 def test_the_winner_has_the_loss_that_is_claimed_and_every_set_was_comparable() -> None:
     model = tiny_model("llama")
     texts = spoken(model)
-    chosen = select_layers(model, texts, 3, "ghost-search", score_tokens=10**6, beam=30)
+    chosen = select_layers(
+        model, texts, 3, "ghost-search", run=RunOptions(score_tokens=10**6, beam=30)
+    )
     batches = list(iterate_batches(texts))
     held_out = held_out_batches(batches, OPTIONS, 10**6)
     intervals = removed_intervals(chosen.removed, 6)
@@ -79,6 +84,7 @@ def test_the_winner_has_the_loss_that_is_claimed_and_every_set_was_comparable() 
     }
 
 
+@pytest.mark.slow
 def test_a_set_in_pieces_wins_where_it_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
@@ -87,26 +93,29 @@ def test_a_set_in_pieces_wins_where_it_is_better(monkeypatch: pytest.MonkeyPatch
             layer.self_attn.o_proj.weight *= 0.01
             layer.mlp.down_proj.weight *= 0.01
     texts = spoken(model)
-    chosen = select_layers(model, texts, 2, "ghost-search", beam=20)
+    chosen = select_layers(model, texts, 2, "ghost-search", run=RunOptions(beam=20))
     interval = select_layers(model, texts, 2, "ghost")
     assert chosen.removed == [1, 4]
     assert chosen.sets[0].score < min(item.score for item in interval.scores)
     monkeypatch.setattr(search, "MOST_GAPS", 1)
-    single = select_layers(model, texts, 2, "ghost-search", beam=20)
+    single = select_layers(model, texts, 2, "ghost-search", run=RunOptions(beam=20))
     assert single.removed == interval.removed
 
 
+@pytest.mark.slow
 def test_several_sizes_share_the_scores_and_memory_is_kept_to() -> None:
     model = tiny_model("gemma3_text")
     texts = [random_tokens(8, 24, seed) for seed in range(6)]
-    request = Request(model, texts, 4, 6, OPTIONS, 100)
+    request = Request(
+        Decoder.of(model), CalibrationText(texts), 4, OPTIONS, RunOptions(score_tokens=100)
+    )
     both = search_sets(request, [2, 4])
-    alone = select_layers(model, texts, 2, "ghost-search", score_tokens=100)
+    alone = select_layers(model, texts, 2, "ghost-search", run=RunOptions(score_tokens=100))
     assert both[2] == alone
     budget = 3 * interval_bytes(32, OPTIONS)
     assert (
         select_layers(
-            model, texts, 2, "ghost-search", score_tokens=100, memory_budget=budget
+            model, texts, 2, "ghost-search", run=RunOptions(score_tokens=100, memory_budget=budget)
         ).removed
         == alone.removed
     )
@@ -123,4 +132,6 @@ def test_dense_loss_and_training_sequences() -> None:
 
 def test_a_beam_of_nothing_is_refused() -> None:
     with pytest.raises(ArgumentError, match="beam >= 1"):
-        select_layers(tiny_model("llama"), [random_tokens(8, 24)], 2, "ghost-search", beam=0)
+        select_layers(
+            tiny_model("llama"), [random_tokens(8, 24)], 2, "ghost-search", run=RunOptions(beam=0)
+        )

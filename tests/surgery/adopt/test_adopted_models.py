@@ -19,6 +19,7 @@ from ghosted_fast.surgery.cut import prune_model, remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stale", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe", "opt"])
 def test_a_hooked_model_becomes_one_that_saves(family: str, stale: bool, tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""Tables of the operators: how many times as fast as each rival."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from docs.generate.markdown import table
+from docs.generate.results import newest_rows
+
+_SIZES = (576, 2048, 4096)
+_THREADS = (1, 2)
+Row = dict[str, Any]
+
+
+def _case(row: Row) -> tuple[int, str]:
+    """Return the hidden size of a row's shape, and the rest of it."""
+    size = re.search(r"d=(\d+) ?", row["shape"])
+    assert size is not None
+    return int(size[1]), row["shape"].replace(size[0], "").replace(" T=2048", "").strip()
+
+
+def _reached(row: Row, against: str) -> float | None:
+    found = row["roof_share"] if against == "roof" else row["ratios"].get(against)
+    return None if found is None else float(found)
+
+
+def operator_table(operator: str) -> str:
+    """Return a row for each case and rival that has a floor: the ratio by threads and size.
+
+    A ratio below the floor is bold, whether the benchmark holds that size to the floor or not.
+    """
+    rows = [row for row in newest_rows(operator) if row["is_ours"]]
+    floors: dict[tuple[str, str, str, str], float] = {}
+    for row in rows:
+        for goal in row["goals"]:
+            case = (_case(row)[1], row["dtype"], row["backend"], goal["against"])
+            floors[case] = goal["floor"]
+    lines = [
+        [*_named(operator, case), f"{floor:g}", *_values(rows, case, floor)]
+        for case, floor in floors.items()
+    ]
+    heads = [f"{threads} thr., d={size}" for threads in _THREADS for size in _SIZES]
+    return table(["case", "against", "floor", *heads], lines, 2)
+
+
+def _named(operator: str, case: tuple[str, str, str, str]) -> list[str]:
+    shape, dtype, backend, against = case
+    variant = backend.removeprefix("ghosted_fast").strip()
+    parts = [shape.removesuffix(" plain"), variant, "" if operator == "ghost_solve" else dtype]
+    return [
+        ", ".join(part for part in parts if part) or "factor and solve",
+        {
+            "roof": "share of the roof",
+            "ghosted_fast": "the ghost in bf16",
+            "best rival": "the best rival",
+        }.get(against, against),
+    ]
+
+
+def _values(rows: list[Row], case: tuple[str, str, str, str], floor: float) -> list[str]:
+    shape, dtype, backend, against = case
+    values = []
+    for threads in _THREADS:
+        for size in _SIZES:
+            value = next(
+                (
+                    _reached(row, against)
+                    for row in rows
+                    if _case(row) == (size, shape)
+                    and (row["dtype"], row["backend"], row["threads"]) == (dtype, backend, threads)
+                ),
+                None,
+            )
+            text = "" if value is None else f"{value:.2f}"
+            values.append(f"**{text}**" if value is not None and value < floor else text)
+    return values
+
+
+def machine_line() -> str:
+    """Return on what, with what and when the operators were measured."""
+    found = [newest_rows(name)[0] for name in ("gram_update", "ghost_apply", "ghost_solve")]
+    (processor,) = {row["processor"] for row in found}
+    (version,) = {row["torch"] for row in found}
+    days = sorted({row["date"][:10] for row in found})
+    path = re.search(r"path (\w+)", found[0]["native"])
+    assert path is not None
+    return f"{processor}, path `{path[1]}`, torch {version}, {' and '.join(days)}."
+
+
+def against_hooks() -> str:
+    """Return how many times as fast a ghost is as a forward hook with an fp32 weight."""
+    rows = [row for row in newest_rows("ghost_apply") if row["backend"] == "ghosted_fast"]
+    shown: list[tuple[str, Callable[[Row], bool]]] = [
+        (f"{dtype}, {count} row{'s' * (count > 1)}", _is(dtype, f"rows={count}"))
+        for dtype, count in (
+            ("bfloat16", 1),
+            ("bfloat16", 16),
+            ("bfloat16", 512),
+            ("float32", 1),
+            ("float32", 512),
+        )
+    ]
+    lines = []
+    for name, wanted in shown:
+        cells = []
+        for threads in _THREADS:
+            for size in _SIZES:
+                found = [
+                    row["ratios"]["hook, fp32 weight"]
+                    for row in rows
+                    if wanted(row) and row["threads"] == threads and _case(row)[0] == size
+                ]
+                cells.append(f"{found[0]:.1f}" if found else "")
+        lines.append([name, *cells])
+    heads = [f"{threads} thr., d={size}" for threads in _THREADS for size in _SIZES]
+    return table(["", *heads], lines)
+
+
+def _is(dtype: str, shape: str) -> Callable[[Row], bool]:
+    return lambda row: row["dtype"] == dtype and _case(row)[1] == shape
+
+
+def case_label(row: Row) -> str:
+    """Return what a picture calls a row."""
+    size, rest = _case(row)
+    parts = [row["operator"], rest, row["dtype"], f"d={size}"]
+    return "  ".join(part for part in parts if part)

@@ -1,0 +1,197 @@
+"""The pictures of README and docs, as SVG, each for a light and for a dark page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from docs.generate.operators import case_label
+from docs.generate.recovery import relative
+from docs.generate.results import (
+    OUR_CRITERION,
+    OUR_RECOVERY,
+    Study,
+    engine_rows,
+    newest_rows,
+    studies,
+)
+
+_OPERATORS = ("gram_update", "ghost_apply", "ghost_solve")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours: text and axes, grid lines, what is poor, the rivals, ours."""
+
+    ink: str
+    grid: str
+    nothing: str
+    rival: str
+    ours: str
+
+
+THEMES = {
+    "light": Theme("#1f2328", "#d1d9e0", "#818b98", "#0969da", "#d1242f"),
+    "dark": Theme("#e6edf3", "#3d444d", "#9198a1", "#58a6ff", "#ff7b72"),
+}
+
+
+def pictures() -> dict[str, bytes]:
+    """Return every picture by the name of its file."""
+    draw: dict[str, Callable[[Theme], Any]] = {
+        "perplexity": perplexity,
+        "engines": engines,
+        "operators": operators,
+    }
+    return {
+        f"{name}-{mode}.svg": _svg(function, theme)
+        for name, function in draw.items()
+        for mode, theme in THEMES.items()
+    }
+
+
+def _svg(draw: Callable[[Theme], Any], theme: Theme) -> bytes:
+    """Return a figure as SVG that has no date and the same names in each run."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    settings = {
+        "svg.hashsalt": "ghosted_fast",
+        "svg.fonttype": "path",
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "text.color": theme.ink,
+        "axes.edgecolor": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+        "grid.color": theme.grid,
+        "legend.frameon": False,
+    }
+    mpl.use("svg")
+    with mpl.rc_context(settings):
+        figure = draw(theme)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    # Lines of paths end with blanks; no tool of a repository likes that.
+    lines = file.getvalue().decode().splitlines()
+    return ("\n".join(line.rstrip() for line in lines) + "\n").encode()
+
+
+def perplexity(theme: Theme) -> Any:
+    """Draw perplexity against the number of removed layers, for both models."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for place, study in zip(axes, studies(), strict=True):
+        _perplexity_of(place, study, theme)
+    axes[0].set_ylabel("perplexity / dense, Wikipedia")
+    axes[0].legend(loc="upper left")
+    return figure
+
+
+def _perplexity_of(axes: Any, study: Study, theme: Theme) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    text, counts = study.texts[0], study.counts
+    lines = (
+        (
+            "nothing in their place",
+            theme.nothing,
+            [study.row(count, "streamline", "none") for count in counts],
+        ),
+        (
+            "best published method",
+            theme.rival,
+            [study.best_published(count) for count in counts],
+        ),
+        (
+            "ghosted_fast",
+            theme.ours,
+            [study.row(count, OUR_CRITERION, OUR_RECOVERY) for count in counts],
+        ),
+    )
+    for label, colour, rows in lines:
+        values = [relative(row, study, text) for row in rows]
+        axes.plot(counts, values, marker="o", color=colour, label=label, linewidth=2)
+        axes.annotate(
+            f"{values[-1]:.2f}" if values[-1] < 100 else f"{values[-1]:.0f}",
+            (counts[-1], values[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    highest = axes.get_ylim()[1]
+    wide = highest > 20
+    ticks = (1, 3, 10, 30, 100, 300) if wide else (1, 1.5, 2, 3, 5, 7)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.95)
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xticks(counts)
+    axes.margins(x=0.12)
+    axes.grid(axis="y")
+    axes.set_xlabel(f"layers removed, of {study.layer_count}")
+    axes.set_title(study.name, fontsize=11)
+
+
+def engines(theme: Theme) -> Any:
+    """Draw the speed of decoding over dense, pruned beside ghosted, in each engine."""
+    import matplotlib.pyplot as plt
+
+    rows = engine_rows()[::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.34 * len(rows)), layout="constrained")
+    for name, colour, marker in (("pruned", theme.nothing, "o"), ("ghosted", theme.ours, "D")):
+        values = [
+            row[name]["decode_tokens_per_s"] / row["dense"]["decode_tokens_per_s"] for row in rows
+        ]
+        axes.plot(
+            values, range(len(rows)), marker, color=colour, label=name, markersize=8, alpha=0.9
+        )
+    axes.set_yticks(range(len(rows)), [f"{row['engine']} {row['precision']}" for row in rows])
+    axes.axvline(1.0, color=theme.ink, linewidth=1)
+    axes.set_xlim(left=0.98)
+    axes.grid()
+    axes.set_axisbelow(True)
+    axes.set_xlabel("speed of decoding / dense (one layer in six removed)")
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure
+
+
+def operators(theme: Theme) -> Any:
+    """Draw each operator's ratio to its strongest rival and its share of the machine's roof."""
+    import matplotlib.pyplot as plt
+
+    rows = [
+        row
+        for name in _OPERATORS
+        for row in newest_rows(name)
+        if row["backend"] == "ghosted_fast" and row["threads"] == 1
+    ][::-1]
+    colours = [
+        (theme.ours, theme.rival, theme.nothing)[_OPERATORS.index(row["operator"])] for row in rows
+    ]
+    figure, (ratio, roof) = plt.subplots(
+        1, 2, sharey=True, figsize=(10, 1.0 + 0.24 * len(rows)), layout="constrained"
+    )
+    places = range(len(rows))
+    ratio.barh(places, [row["ratio_to_best_rival"] for row in rows], color=colours)
+    ratio.set_yticks(places, [case_label(row) for row in rows], fontsize=8)
+    ratio.set_xlabel("times as fast as the best rival, one thread")
+    # What comes out of the cache is not held by the roof of memory.
+    shares = [0 if "cached" in row["shape"] else 100 * row["roof_share"] for row in rows]
+    roof.barh(places, shares, color=colours)
+    roof.set_xlabel("% of the machine's roof, one thread")
+    for axes, line in ((ratio, 1.0), (roof, 100.0)):
+        axes.axvline(line, color=theme.ink, linewidth=1)
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+        axes.set_ylim(-1, len(rows))
+    return figure

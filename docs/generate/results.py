@@ -1,0 +1,122 @@
+"""Files of results, read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+OUR_CRITERION, OUR_RECOVERY, OUR_CLOSED_FORM = "ghost", "ghost + corrections", "ghost"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model of `benchmarks/recovery_table.py`, and what was found with it.
+
+    Attributes:
+        name: The model's name in tables.
+        grid: The content of `results.json`.
+        cells: Every model that was judged, by removed layers and recovery; from `state.jsonl`.
+        more: What is no cell of the grid, by its key; from `more/state.jsonl`.
+    """
+
+    name: str
+    grid: dict[str, Any]
+    cells: dict[tuple[tuple[int, ...], str], dict[str, Any]]
+    more: dict[tuple[Any, ...], dict[str, float]]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts that perplexity was measured on; the first decides what is best."""
+        return list(self.dense)
+
+    @property
+    def dense(self) -> dict[str, float]:
+        """The dense model's perplexity by text."""
+        found = self.grid["dense"]["perplexity"]
+        return {text: float(value["value"]) for text, value in found.items()}
+
+    @property
+    def layer_count(self) -> int:
+        """Layers of the dense model."""
+        return int(self.grid["dense"]["layers"])
+
+    @property
+    def counts(self) -> list[int]:
+        """The numbers of layers that were removed."""
+        return sorted({row["remove"] for row in self.grid["rows"]})
+
+    def row(self, count: int, criterion: str, recovery: str) -> dict[str, Any]:
+        """Return a row of the grid, by the number of removed layers, criterion and recovery."""
+        (found,) = (
+            row
+            for row in self.grid["rows"]
+            if (row["remove"], row["criterion"], row["recovery"]) == (count, criterion, recovery)
+        )
+        return dict(found)
+
+    def best_published(self, count: int) -> dict[str, Any]:
+        """Return the published row of the lowest perplexity on the first text."""
+        return dict(
+            next(
+                row
+                for row in self.grid["rows"]
+                if row["remove"] == count and "best published" in row["marks"]
+            )
+        )
+
+
+def _state(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the records of a state file by their keys; lists in a key as tuples."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if "key" in entry:
+            key = tuple(tuple(part) if isinstance(part, list) else part for part in entry["key"])
+            found[key] = entry["record"]
+    return found
+
+
+@cache
+def studies() -> tuple[Study, Study]:
+    """Return the two models of the table of recoveries: SmolLM2 and Gemma 3."""
+    smollm2, gemma3 = (_study(folder) for folder in ("smollm2", "gemma3"))
+    return smollm2, gemma3
+
+
+def _study(folder: str) -> Study:
+    place = RESULTS / "recovery" / folder
+    grid = json.loads((place / "results.json").read_text(encoding="utf-8"))
+    cells = {
+        (key[1], key[2]): record
+        for key, record in _state(place / "state.jsonl").items()
+        if key[0] == "cell"
+    }
+    return Study(grid["about"]["model"], grid, cells, _state(place / "more" / "state.jsonl"))
+
+
+@cache
+def engine_rows() -> list[dict[str, Any]]:
+    """Return the rows of `make bench-engines`."""
+    rows = json.loads((RESULTS / "engines.json").read_text(encoding="utf-8"))
+    assert isinstance(rows, list)
+    return rows
+
+
+@cache
+def newest_rows(benchmark: str) -> list[dict[str, Any]]:
+    """Return the rows of the newest run of a benchmark.
+
+    Args:
+        benchmark: `gram_update`, `ghost_apply`, `ghost_solve`, `calibration` or `generate`. Of
+            `generate`, the newest run of each dtype.
+    """
+    lines = (RESULTS / f"bench_{benchmark}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    apart = benchmark == "generate"
+    newest = {row["dtype"] if apart else "": row["date"] for row in rows}
+    return [row for row in rows if row["date"] == newest[row["dtype"] if apart else ""]]

@@ -1,0 +1,111 @@
+"""Tables of the speed of whole models, in this library and in other engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docs.generate.markdown import ratio, table
+from docs.generate.results import engine_rows, newest_rows
+
+_PAGES = {
+    "transformers": ("transformers", "docs/transformers.md"),
+    "vllm": ("vLLM", "docs/vllm.md"),
+    "llama.cpp": ("llama.cpp", "docs/gguf.md"),
+    "ort-genai": ("ONNX Runtime GenAI", "docs/ort-genai.md"),
+}
+_MODELS = ("dense", "pruned", "ghosted")
+_GIVEN = "SmolLM2-135M-Instruct without layers 14-18"
+
+
+def _engine_cells(row: dict[str, Any]) -> list[str]:
+    speeds = [f"{row[name]['decode_tokens_per_s']:.1f}" for name in _MODELS]
+    return [*speeds, f"{row['ghosted_to_pruned']:.3f}", f"{row['ghosted_to_dense']:.2f}"]
+
+
+def _heading(rows: list[dict[str, Any]]) -> str:
+    (setting,) = {
+        (row["ghosted"]["new_tokens"], row["ghosted"]["prompt_length"], row["threads"])
+        for row in rows
+    }
+    new_tokens, prompt_length, threads = setting
+    runs = " or ".join(map(str, sorted({row["ghosted"]["repeats"] for row in rows})))
+    (processor,) = {row["machine"]["processor"] for row in rows}
+    days = " and ".join(sorted({row["date"][:10] for row in rows}))
+    return (
+        f"Tokens per second of decoding, {_GIVEN} (25 of 30 layers are left): {new_tokens} tokens "
+        f"after {prompt_length}, {threads} thread{'s' * (threads > 1)} of an {processor}, medians "
+        f"of {runs} runs, {days} (`make bench-engines`).\n\n"
+    )
+
+
+def engines() -> str:
+    """Return the table of all engines, for a page in `docs`."""
+    rows = []
+    for row in engine_rows():
+        name, page = _PAGES[row["engine"]]
+        link = f"[{name}]({page.removeprefix('docs/')}) {row['version']}"
+        rows.append([link, row["precision"], *_engine_cells(row)])
+    columns = ["engine", "precision", *_MODELS, "ghosted / pruned", "ghosted / dense"]
+    return _heading(engine_rows()) + table(columns, rows, 2)
+
+
+def one_engine(engine: str) -> str:
+    """Return the table of one engine, for its own page."""
+    rows = [row for row in engine_rows() if row["engine"] == engine]
+    columns = ["precision", *_MODELS, "ghosted / pruned", "ghosted / dense"]
+    cells = [[row["precision"], *_engine_cells(row)] for row in rows]
+    return _heading(rows) + table(columns, cells)
+
+
+def where_it_runs() -> str:
+    """Return the README's table: engines, tested versions, and the speed over dense."""
+    rows = []
+    for engine, (name, page) in _PAGES.items():
+        found = [row for row in engine_rows() if row["engine"] == engine]
+        precisions = [f"{row['precision']} {ratio(row['ghosted_to_dense'])}" for row in found]
+        rows.append([f"[{name}]({page})", found[0]["version"], ", ".join(precisions)])
+    return table(["engine", "tested version", "decoding relative to dense, 5 of 30 layers gone"],
+                 rows, 3)  # fmt: skip
+
+
+def models() -> str:
+    """Return the table of dense, pruned and ghosted model in this library."""
+    found = newest_rows("generate")
+    rows = []
+    for dtype in ("bfloat16", "float32"):
+        by_model = {row["model"]: row for row in found if row["dtype"] == dtype}
+        for name in _MODELS:
+            row = by_model[name]
+            cells = [dtype, name, str(row["layers"])]
+            for kind in ("prefill", "decode"):
+                speed = row[f"{kind}_tokens_per_s"]
+                low, high = row[f"{kind}_p20"], row[f"{kind}_p80"]
+                cells += [f"{speed:.1f} ({low:.1f} - {high:.1f})", ratio(row[f"{kind}_ratio"])]
+            rows.append(cells)
+    columns = ["dtype", "model", "layers", "prefill", "/ dense", "decoding", "/ dense"]
+    row = found[0]
+    heading = (
+        f"Tokens per second, {_GIVEN}: batch {row['batch_size']}, prompts of "
+        f"{row['prompt_length']} tokens, {row['new_tokens']} new ones, "
+        f"{row['machine']['threads']} threads, median (20th - 80th percentile) of {row['repeats']} "
+        f"interleaved runs, {row['machine']['processor']}, {row['date'][:10]}.\n\n"
+    )
+    return heading + table(columns, rows, 2)
+
+
+def calibration() -> str:
+    """Return what the statistics and the scores cost, in units of forward passes."""
+    found = newest_rows("calibration")
+    rows = []
+    for row in found:
+        if row["what"] == "memory":
+            share = (row["peak"] - row["bare"]) / row["statistics"]
+            what = f"memory above the forward pass, {row['tokens']:,} tokens"
+            rows.append([what, row["dtype"], f"{share:.1f} of the statistics' size"])
+        elif row["what"] == "scoring":
+            what = f"scoring {row['intervals']:.0f} candidates on 2048 tokens"
+            rows.append([what, row["dtype"], f"{row['ratio']:.2f} of evaluating as many models"])
+        else:
+            what = f"statistics of {row['what']} ({row['intervals']}), whole pass"
+            rows.append([what, row["dtype"], f"{ratio(row['ratio'])} the bare forward pass"])
+    return table(["what", "dtype", "cost"], rows, 3)

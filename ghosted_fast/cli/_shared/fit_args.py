@@ -1,0 +1,189 @@
+"""Options of what is done: which layers go, how ghosts are fitted, and what follows the fit.
+
+See `input_args` for what a group is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import typer
+
+from ghosted_fast.cli._shared import values
+from ghosted_fast.cli._shared.verb import usage_error
+
+if TYPE_CHECKING:
+    from ghosted_fast.options import Bound, GhostOptions, HowMany
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionArgs:
+    """What picks the layers."""
+
+    title: ClassVar = "Which layers"
+    criterion: Annotated[
+        values.Criterion, typer.Option("--criterion", help="What picks the layers to remove.")
+    ] = "ghost"
+    beam: Annotated[
+        int, typer.Option("--beam", min=1, help="Sets of layers that ghost-search compares.")
+    ] = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowManyArgs(SelectionArgs):
+    """How many layers go, or which: one of four options says it."""
+
+    title: ClassVar = "How many layers"
+    remove: Annotated[
+        int | None,
+        typer.Option("--remove", min=1, help="How many layers to remove; --criterion picks them."),
+    ] = None
+    removed: Annotated[
+        tuple[int, ...] | None,
+        typer.Option(
+            "--removed",
+            parser=values.parse_layers,
+            metavar="LAYERS",
+            help="The layers to remove, ends included: '14-18' or '3,7,8'.",
+        ),
+    ] = None
+    max_perplexity_increase: Annotated[
+        float | None,
+        typer.Option(
+            "--max-perplexity-increase",
+            parser=values.parse_increase,
+            metavar="SHARE",
+            help="Remove as many layers as held-out text allows within this, such as '10%'.",
+        ),
+    ] = None
+    min_speedup: Annotated[
+        float | None,
+        typer.Option(
+            "--min-speedup",
+            parser=values.parse_speedup,
+            metavar="FACTOR",
+            help="Remove as few layers as make decoding this fast, such as '1.3'.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        asked = {
+            "--remove": self.remove,
+            "--removed": self.removed,
+            "--max-perplexity-increase": self.max_perplexity_increase,
+            "--min-speedup": self.min_speedup,
+        }
+        given = [option for option, value in asked.items() if value is not None]
+        if len(given) != 1:
+            raise usage_error(
+                f"expected one of the four, got {' and '.join(given) or 'none'}",
+                " / ".join(asked),
+            )
+
+    @property
+    def bound_option(self) -> str | None:
+        """The option that bounds quality or speed, if the number of layers follows from one."""
+        if self.max_perplexity_increase is not None:
+            return "--max-perplexity-increase"
+        return None if self.min_speedup is None else "--min-speedup"
+
+    def remove_or_bound(self) -> int | Bound | None:
+        """Return what `ghost_model` takes as `remove`."""
+        from ghosted_fast.options import PerplexityBound, SpeedBound
+
+        if self.max_perplexity_increase is not None:
+            return PerplexityBound(self.max_perplexity_increase)
+        return self.remove if self.min_speedup is None else SpeedBound(self.min_speedup)
+
+    def how_many(self) -> HowMany:
+        """Return what is asked for."""
+        from ghosted_fast.options import how_many
+
+        return how_many(self.remove_or_bound(), self.removed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GhostArgs:
+    """How ghosts are fitted."""
+
+    title: ClassVar = "Ghosts"
+    features: Annotated[
+        values.Features,
+        typer.Option("--features", help="What the ghost's matrix is applied to."),
+    ] = "normed"
+    bias: Annotated[bool, typer.Option("--bias/--no-bias", help="Give ghosts a bias.")] = False
+    first_state: Annotated[
+        values.FirstState,
+        typer.Option("--first-state", help="A constant state for the first token of a sequence."),
+    ] = "auto"
+    token_weight: Annotated[
+        values.TokenWeight,
+        typer.Option("--token-weight", help="How much each token counts in the fit."),
+    ] = "capped"
+    damping: Annotated[
+        float | Literal["auto"],
+        typer.Option(
+            "--damping",
+            parser=values.parse_damping,
+            metavar="NUMBER",
+            help="Absolute damping, or 'auto': what held-out text prefers.",
+        ),
+    ] = "auto"
+
+    def options(self, sequential: bool = True) -> GhostOptions:
+        """Return what the library takes."""
+        from ghosted_fast.options import GhostOptions
+
+        return GhostOptions(
+            features=self.features,
+            token_weight=self.token_weight,
+            first_state=self.first_state,
+            bias=self.bias,
+            damping=self.damping,
+            sequential=sequential,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImproveArgs:
+    """What is done to fitted ghosts."""
+
+    title: ClassVar = "After the fit"
+    corrections: Annotated[
+        int | Literal["auto"],
+        typer.Option(
+            "--corrections",
+            parser=values.parse_corrections,
+            metavar="NUMBER",
+            help="Steps of the fitted ghosts towards the dense model's predictions: a number, or "
+            "'auto': as many as help.",
+        ),
+    ] = "auto"
+    refine: Annotated[
+        int,
+        typer.Option(
+            "--refine",
+            min=0,
+            help="Steps of training on the ghosts alone, after the corrections.",
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchArgs:
+    """Whether work is done, and how processes do it together."""
+
+    title: ClassVar = "This run"
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only print the memory that the statistics would take."),
+    ] = False
+    rank_timeout: Annotated[
+        int,
+        typer.Option(
+            "--rank-timeout",
+            min=1,
+            help="With torchrun: seconds to wait for the other processes before giving up.",
+        ),
+    ] = 1800

@@ -1,0 +1,229 @@
+"""Options of what is read: models, texts and tasks.
+
+Here and in `fit_args` each option is declared once, in a group by its subject: a verb that takes a
+group has all of its options. The fields are what `verb` makes options of, and `title` is what
+stands above them in the help. A group refuses values that do not go together as soon as it is made,
+and gives what the library takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import typer
+
+from ghosted_fast.cli._shared import values
+from ghosted_fast.cli._shared.verb import usage_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+TEXT = "a .jsonl or .parquet file, any other text file, or a hub data set"
+
+DtypeOption = Annotated[
+    values.Dtype,
+    typer.Option("--dtype", help="Dtype of the weights; 'auto' is the checkpoint's own."),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where to compute: auto, cpu, cuda, cuda:1, ...")
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="The model: a hub id, a local folder or a .gguf file.")
+]
+TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of calibration text.")]
+EvaluationTokensOption = Annotated[
+    int, typer.Option("--evaluation-tokens", min=1, help="Tokens of each evaluation text.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is already there.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """One model."""
+
+    title: ClassVar = "Model"
+    model: ModelOption
+    dtype: DtypeOption = "auto"
+    device: DeviceOption = "auto"
+
+    def open(self) -> tuple[Any, Any]:
+        """Return the model, on its device, and its tokenizer."""
+        from ghosted_fast.cli._shared.loading import open_model
+
+        return open_model(self.model, self.dtype, self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsArgs:
+    """Several models, of which the first is the dense one."""
+
+    title: ClassVar = "Models"
+    model: Annotated[
+        list[str],
+        typer.Option(
+            "--model",
+            help="A model: a hub id, a local folder or a .gguf file. Repeat it; the first is "
+            "dense.",
+        ),
+    ]
+    dtype: DtypeOption = "auto"
+    device: DeviceOption = "auto"
+
+    def open(self) -> tuple[dict[str, Any], Any]:
+        """Return the models by short, distinct names, and the tokenizer of the first."""
+        from ghosted_fast.cli._shared.loading import open_models
+
+        return open_models(self.model, self.dtype, self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextArgs:
+    """How texts are read and cut into sequences."""
+
+    title: ClassVar = "How texts are read"
+    field: Annotated[
+        str | None,
+        typer.Option(
+            "--field",
+            help="Field that holds the text; if not given: text, else 0, else the only one.",
+        ),
+    ] = None
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Split of a hub data set; train if not given."),
+    ] = None
+    sequence_length: Annotated[
+        int, typer.Option("--sequence-length", min=2, help="Tokens in a sequence.")
+    ] = 512
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at a time.")] = 8
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of all that is random.")] = 0
+
+    def check_tokens(self, num_tokens: int, option: str) -> None:
+        """Raise unless so many tokens, which an option asks for, are a sequence or more."""
+        if num_tokens < self.sequence_length:
+            raise usage_error(
+                f"expected at least the {self.sequence_length} of one sequence "
+                f"(--sequence-length), got {num_tokens}",
+                option,
+            )
+
+    def check_there(self, spec: str) -> None:
+        """Raise, without reading it, unless there is a text of a name.
+
+        Raises:
+            SourceError: There is none.
+        """
+        from ghosted_fast.text.loading import load_texts
+
+        load_texts(spec, self.field, self.split)
+
+    def batches_of(self, tokenizer: Any, text: str | Iterable[str], tokens: int) -> list[Tensor]:
+        """Return the batches of a text: of one by its name, or of texts as they are."""
+        from ghosted_fast.text.loading import load_texts, token_batches
+
+        texts = load_texts(text, self.field, self.split) if isinstance(text, str) else text
+        return token_batches(tokenizer, texts, tokens, self.sequence_length, self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationArgs(TextArgs):
+    """The text to calibrate on."""
+
+    title: ClassVar = "Text to calibrate on"
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration",
+            help=f"Text to calibrate on: {TEXT}; or 'self', text that the model itself generates.",
+        ),
+    ]
+    tokens: TokensOption = 49152
+
+    def __post_init__(self) -> None:
+        self.check_tokens(self.tokens, "--tokens")
+
+    def check(self) -> None:
+        """Raise, before a model is loaded, unless there is such a text."""
+        if not self.from_model:
+            self.check_there(self.calibration)
+
+    def load(self, dense: Any, tokenizer: Any, progress: bool = True) -> list[Tensor]:
+        """Return the batches of the text, or of what the model writes; those of rank 0."""
+        from ghosted_fast import distributed
+        from ghosted_fast.text.generation import generate_texts
+
+        text: str | Iterable[str] = self.calibration
+        if self.from_model:
+            text = generate_texts(dense, tokenizer, self.tokens, seed=self.seed, progress=progress)
+        return distributed.from_first(self.batches_of(tokenizer, text, self.tokens))
+
+    @property
+    def from_model(self) -> bool:
+        """Whether the model writes the text."""
+        return self.calibration == "self"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationArgs:
+    """A text to measure the finished model on."""
+
+    title: ClassVar = "Text to measure on"
+    evaluation: Annotated[
+        str | None,
+        typer.Option(
+            "--evaluation",
+            parser=values.parse_written_text,
+            metavar="TEXT",
+            help=f"Also measure the perplexity of dense, pruned and ghosted model on this: {TEXT}.",
+        ),
+    ] = None
+    evaluation_tokens: EvaluationTokensOption = 5120
+
+    def check(self, text: TextArgs) -> None:
+        """Raise, before a model is loaded, unless there is such a text."""
+        if self.evaluation is not None:
+            text.check_tokens(self.evaluation_tokens, "--evaluation-tokens")
+            text.check_there(self.evaluation)
+
+    def load(self, text: TextArgs, tokenizer: Any) -> list[Tensor] | None:
+        """Return its batches, if it is asked for, read as another text is."""
+        if self.evaluation is None:
+            return None
+        return text.batches_of(tokenizer, self.evaluation, self.evaluation_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArgs:
+    """Tasks to measure accuracy on."""
+
+    title: ClassVar = "Tasks"
+    tasks: Annotated[
+        tuple[str, ...] | None,
+        typer.Option(
+            "--tasks",
+            parser=values.parse_tasks,
+            metavar="NAMES",
+            help="Tasks to measure accuracy on, with commas between: local/socialiqa, "
+            "local/quartz, local/parables, local/logiqa, local/knowledge, or lm-eval's own, which "
+            "need the hub.",
+        ),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Samples of each task; all if not given.")
+    ] = None
+
+    def names(self) -> list[str]:
+        """Return the tasks, each once.
+
+        Raises:
+            MissingExtraError: Package lm_eval is absent.
+            ArgumentError: There is no task of a name.
+        """
+        from ghosted_fast.measure.tasks import check_tasks
+
+        return [] if self.tasks is None else check_tasks(self.tasks)

@@ -1,0 +1,142 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ghosted_fast.cli._shared.results import TextTable
+from ghosted_fast.facts import layers_as_text
+from ghosted_fast.measure.models_table import ModelRow, ratio
+from ghosted_fast.measure.tasks import TaskScore
+
+
+def model_table(rows: Sequence[ModelRow], title: str | None = None) -> TextTable:
+    """Return the table of models: size, perplexity, speed, speed relative to the dense model."""
+    columns = ["model", "dtype", "layers", "parameters"]
+    with_perplexity = any(row.perplexity for row in rows)
+    with_speed = any(row.throughput for row in rows)
+    if with_perplexity:
+        columns += ["perplexity", "interval"]
+    if with_speed:
+        columns += ["prefill tok/s", "to dense", "decode tok/s", "to dense"]
+    records = [row.to_dict() for row in rows]
+    cells = []
+    for record in records:
+        line = [record["name"], record["dtype"], str(record["layers"])]
+        line.append(f"{record['parameters'] / 1e6:,.1f} M")
+        if with_perplexity:
+            line += _perplexity_cells(record["perplexity"])
+        if with_speed:
+            line += _speed_cells(record, records)
+        cells.append(line)
+    return TextTable(columns, cells, title)
+
+
+def _perplexity_cells(perplexity: Mapping[str, Any] | None) -> list[str]:
+    if perplexity is None:
+        return ["-", "-"]
+    return [
+        f"{perplexity['value']:.2f}",
+        f"{perplexity['low']:.1f} to {perplexity['high']:.1f}",
+    ]
+
+
+def _speed_cells(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = []
+    for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+        relative = ratio(record, records, key)
+        if relative is None:
+            cells += ["-", "-"]
+        else:
+            cells += [f"{record['throughput'][key]:,.1f}", f"{relative:.2f}x"]
+    return cells
+
+
+def accuracy_table(scores: Mapping[str, Sequence[TaskScore]]) -> TextTable:
+    """Return the table of scores by model, in percent, each with its standard error."""
+    columns = ["model"]
+    columns += [f"{score.task} ({score.metric})" for score in next(iter(scores.values()))]
+    rows = [[name, *map(_percent, items)] for name, items in scores.items()]
+    return TextTable(columns, rows)
+
+
+def _percent(score: TaskScore) -> str:
+    error = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
+    return f"{100 * score.value:.1f}{error}"
+
+
+def ghost_table(ghosts: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Return the table of fitted ghosts, from `GhostFacts` as dicts."""
+    columns = ["ghost for", "features", "bias", "first state"]
+    columns += ["fit error", "held-out", "damping", "cond"]
+    rows = [
+        [
+            layers_as_text(range(item["start"], item["stop"])),
+            item["features"],
+            "yes" if item["bias"] else "no",
+            "yes" if item["first_state"] else "no",
+            f"{item['fit_error']:.4f}",
+            "-" if item["held_out_error"] is None else f"{item['held_out_error']:.4f}",
+            f"{item['damping']:.1e}",
+            f"{item['condition']:.1e}",
+        ]
+        for item in ghosts
+    ]
+    return TextTable(columns, rows)
+
+
+def improvement_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Return what corrections and refinement did, a line each, from a `GhostReport` as a dict."""
+    lines = []
+    corrections, refinement = facts["corrections"], facts["refinement"]
+    if corrections:
+        accepted = sum(item["accepted"] for item in corrections)
+        lines.append(
+            f"{accepted} of {len(corrections)} corrections: held-out divergence "
+            f"{corrections[0]['before']:.4f} -> {corrections[-1]['after']:.4f}"
+        )
+    if refinement is not None:
+        lines.append(
+            f"refinement, step {refinement['best_step']} of {refinement['steps']}: held-out "
+            f"divergence {refinement['before']:.4f} -> {refinement['after']:.4f}"
+        )
+    return lines
+
+
+def score_table(scores: Sequence[Mapping[str, Any]], removed: Sequence[int]) -> TextTable:
+    """Return the table of candidates, from `IntervalScore` as dicts, the best first."""
+    chosen = set(removed)
+    rows = [
+        [
+            layers_as_text(range(item["start"], item["stop"])),
+            f"{item['score']:.5f}",
+            "removed" if chosen.issuperset(range(item["start"], item["stop"])) else "",
+        ]
+        for item in sorted(scores, key=lambda item: float(item["score"]))
+    ]
+    return TextTable(["layers", "score", ""], rows)
+
+
+def memory_line(num_bytes: int, candidates: str) -> str:
+    """Return what a dry run prints: the bytes of the statistics, in a unit that one can read."""
+    return f"{num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) of statistics for {candidates}"
+
+
+def budget_line(budget: Mapping[str, Any]) -> str:
+    """Return what became of a bound on quality or speed, from `Budget` as a dict."""
+    if budget["kind"] == "max_perplexity_increase":
+        return (
+            f"perplexity on held-out calibration text {budget['reached']:+.1%} "
+            f"({budget['asked']:+.1%} allowed): {budget['remove']} layers"
+        )
+    return (
+        f"decoding {budget['reached']:.2f} times as fast as measured here "
+        f"({budget['asked']:g} asked for): {budget['remove']} layers"
+    )
+
+
+def set_table(sets: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Return the table of the sets that were raced, from `SetScore` as dicts, the best first."""
+    rows = [[layers_as_text(item["removed"]), f"{item['score']:.5f}"] for item in sets]
+    return TextTable(["layers", "loss"], rows)

@@ -1,0 +1,150 @@
+"""The choices that options have, and values that are more than a word or a number.
+
+Each `parse_*` is the `parser=` of an option: typer names the option in the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import typer
+
+Criterion = Literal["ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor", "angular"]
+Recovery = Literal["ghost", "none", "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"]
+Features = Literal["normed", "raw"]
+FirstState = Literal["auto", "on", "off"]
+TokenWeight = Literal["inverse_energy", "capped", "uniform"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Return the layers that a text such as '14-18' or '3,7,8' names.
+
+    Raises:
+        typer.BadParameter: It names none, or one twice, or is no such text.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise typer.BadParameter(f"expected layers such as '14-18' or '3,7,8', got {text!r}")
+        if dash and int(last) < int(first):
+            raise typer.BadParameter(
+                f"expected each range upwards, got {part.strip()!r}: write '{last}-{first}'"
+            )
+        layers += range(int(first), int(last if dash else first) + 1)
+    if twice := [layer for layer in layers if layers.count(layer) > 1]:
+        raise typer.BadParameter(f"expected every layer once, got {twice[0]} twice in {text!r}")
+    return tuple(sorted(layers))
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Return the numbers that a text such as '3,5,7' names.
+
+    Raises:
+        typer.BadParameter: One is not above 0, or it is no such text.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"expected numbers above 0 such as '3,5,7', got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def parse_damping(text: str) -> float | Literal["auto"]:
+    """Return the damping as a number, or "auto".
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        damping = float(text)
+    except ValueError:
+        damping = -1.0
+    if not 0 <= damping < float("inf"):
+        raise typer.BadParameter(f"expected 'auto' or a number >= 0, got {text!r}")
+    return damping
+
+
+def parse_corrections(text: str) -> int | Literal["auto"]:
+    """Return the number of corrections, or "auto".
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise typer.BadParameter(f"expected 'auto' or a number >= 0, got {text!r}")
+    return int(text)
+
+
+def parse_increase(text: str) -> float:
+    """Return the share that a text such as '10%' or '0.1' names.
+
+    Raises:
+        typer.BadParameter: It names none above 0.
+    """
+    number = text.strip().removesuffix("%")
+    share = _number_above(0.0, number, text, "a share above 0 such as '10%'")
+    return share / 100.0 if text.strip().endswith("%") else share
+
+
+def parse_speedup(text: str) -> float:
+    """Return the factor that a text such as '1.3' or '1.3x' names.
+
+    Raises:
+        typer.BadParameter: It names none above 1.
+    """
+    number = text.strip().removesuffix("x")
+    return _number_above(1.0, number, text, "a factor above 1 such as '1.3'")
+
+
+def parse_written_text(text: str) -> str:
+    """Return the name of a text to measure on.
+
+    Raises:
+        typer.BadParameter: It is the model's own.
+    """
+    if text == "self":
+        raise typer.BadParameter(
+            "expected a text to measure on, got 'self': what the model itself writes can only be "
+            "calibrated on (--calibration self)"
+        )
+    return text
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """Return the names of tasks between commas.
+
+    Raises:
+        typer.BadParameter: There is none.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise typer.BadParameter(f"expected names with commas between, got {text!r}")
+    return names
+
+
+def one_of(choices: Any) -> Callable[[str], str]:
+    """Return what parses one of the words of a `Literal`, for options that can be repeated."""
+    known = get_args(choices)
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {text!r}")
+        return text
+
+    return parse
+
+
+def _number_above(least: float, number: str, text: str, expected: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = least
+    if not least < value < float("inf"):
+        raise typer.BadParameter(f"expected {expected}, got {text!r}")
+    return value

@@ -1,0 +1,109 @@
+"""The choice of kernels for CUDA tensors, with a GPU pretended and the interpreter under it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ghosted_fast.errors import ArgumentError, BackendError
+from ghosted_fast.ops import _define
+from ghosted_fast.ops.backends import insist, triton
+from ghosted_fast.ops.operands import GhostOperands, GramOperands, SolveOperands
+from ghosted_fast.ops.reference import ghost_apply_expression, gram_update_reference
+from ghosted_fast.testing import relative_rms
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    torch.manual_seed(0)
+    monkeypatch.setattr(triton, "absence_reason", lambda: "")
+    monkeypatch.setattr(triton, "_DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    _define._warn_plain.cache_clear()
+    yield
+
+
+def apply_on_cuda(operands: GhostOperands) -> torch.Tensor:
+    """What torch calls for tensors on a GPU."""
+    return _define.run_on_cuda("ghost_apply", operands, ghost_apply_expression)
+
+
+def update_on_cuda(operands: GramOperands) -> None:
+    _define.run_on_cuda("gram_update", operands, gram_update_reference)
+
+
+def test_served_shapes_run_on_triton() -> None:
+    x, weight = torch.randn(3, 64).to(BF16), torch.randn(64, 64).to(BF16) / 8
+    operands = GhostOperands(x, weight, norm_eps=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = apply_on_cuda(operands)
+        again = insist("triton", "ghost_apply", operands)
+    assert torch.equal(y, again)
+    assert relative_rms(y, ghost_apply_expression(operands)) <= 0.01
+
+
+REFUSED = [
+    (torch.randn(3, 64), torch.randn(64, 64), "expected x in bfloat16 or float16, got torch.flo"),
+    (torch.randn(3, 96).to(BF16), torch.randn(96, 96).to(BF16), "multiple of 64, got 96"),
+    (torch.randn(3, 64).to(BF16), torch.randn(64, 64).to(BF16).t(), "expected a contiguous weight"),
+    (torch.randn(193).to(BF16)[1:].view(3, 64), torch.randn(64, 64).to(BF16), "multiples of 16"),
+]
+
+
+@pytest.mark.parametrize(("x", "weight", "reason"), REFUSED, ids=[r for *_, r in REFUSED])
+def test_others_run_the_expression_with_one_warning_or_say_why_not(
+    x: torch.Tensor, weight: torch.Tensor, reason: str
+) -> None:
+    operands = GhostOperands(x, weight)
+    with pytest.warns(RuntimeWarning, match=f"ghost_apply runs on plain torch: .*{reason}") as seen:
+        y, _ = apply_on_cuda(operands), apply_on_cuda(operands)
+    assert len(seen) == 1
+    assert torch.equal(y, ghost_apply_expression(operands))
+    with pytest.raises(BackendError, match=f"backend 'triton': .*{reason}"):
+        insist("triton", "ghost_apply", operands)
+
+
+def test_gram_update() -> None:
+    for size, reason in ((32, ""), (33, "multiple of 16 elements")):
+        x = torch.randn(9, size).to(BF16)
+        gram, exact = torch.zeros(2, size, size, dtype=torch.float64)
+        gram_update_reference(GramOperands(x, gram=exact))
+        operands = GramOperands(x, gram=gram)
+        if not reason:
+            insist("triton", "gram_update", operands)
+        else:
+            with pytest.warns(RuntimeWarning, match=reason):
+                update_on_cuda(operands)
+            with pytest.raises(BackendError, match=reason):
+                insist("triton", "gram_update", operands)
+        assert relative_rms(gram, exact) <= 1e-6
+
+
+def test_what_triton_does_not_have_is_refused() -> None:
+    operands = SolveOperands(torch.eye(4).double(), torch.eye(4).double(), 0.1)
+    with pytest.raises(BackendError, match="one of ghost_apply, gram_update, got ghost_solve"):
+        insist("triton", "ghost_solve", operands)
+    x, weight = torch.randn(3, 64).to(BF16), torch.randn(64, 64).to(BF16).requires_grad_()
+    with pytest.raises(BackendError, match="expected inputs without gradients"):
+        insist("triton", "ghost_apply", GhostOperands(x, weight))
+
+
+def test_absent_triton_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "absence_reason", lambda: "the package triton is not here")
+    x, weight = torch.randn(3, 64).to(BF16), torch.randn(64, 64).to(BF16)
+    with pytest.warns(RuntimeWarning, match="the package triton is not here"):
+        apply_on_cuda(GhostOperands(x, weight))
+
+
+def test_arguments_are_checked_first() -> None:
+    with pytest.raises(ArgumentError, match="weight of shape"):
+        apply_on_cuda(GhostOperands(torch.randn(3, 64), torch.randn(63, 64)))
+    with pytest.raises(TypeError, match="expected gram in torch"):
+        update_on_cuda(GramOperands(torch.randn(3, 64), gram=torch.eye(64)))
