@@ -60,7 +60,7 @@ def test_old_words_may_be_values() -> None:
         (("fit", "--remov", "3"), "--remove"),
         (("select", "--critrion", "ghost"), "--criterion"),
         (("grid", "--recoveries", "ghost"), "--recovery"),
-        (("gird",), "grid"),
+        (("gri",), "grid"),
     ],
 )
 def test_the_nearest_name_is_told_of_a_typing_mistake(
