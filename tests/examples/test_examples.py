@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from support.tiny_text import TEXT, save_tiny_model
 
+import ghosted_fast as gf
 from ghosted_fast.assets import downloads
+from ghosted_fast.models import families
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -36,7 +38,7 @@ def test_fit(
 ) -> None:
     model = save_tiny_model(tmp_path / "tiny", num_layers=8)
     assets = downloads.DemoAssets(model, texts, texts)
-    monkeypatch.setattr(downloads, "fetch_demo_assets", lambda: assets)
+    monkeypatch.setattr(gf, "fetch_demo_assets", lambda: assets)
     run("fit.py", monkeypatch, tmp_path)
     shown = capsys.readouterr().out
     assert shown.startswith("removed layers ")
@@ -63,6 +65,8 @@ def test_own_pruning_code(
 def test_add_a_family(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # The program adds to the table, which other tests look at.
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
     run("add_a_family.py", monkeypatch, tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         "stablelm: 8 layers became 6",

@@ -204,7 +204,7 @@ def test_too_little_text(texts: list[str], message: str) -> None:
     [
         ((31, 32, 8), "expected num_tokens >= 32, one row, got 31"),
         ((31, 1, 8), "expected sequence_length >= 2"),
-        ((64, 32, 0), "batch_size >= 1, got 32 and 0"),
+        ((64, 32, 0), "expected batch_size >= 1, got 0"),
     ],
 )
 def test_token_batches_refuse_numbers(numbers: tuple[int, int, int], message: str) -> None:
