@@ -31,6 +31,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in headings}
 
 
+@pytest.mark.slow
 def test_what_is_generated_is_up_to_date() -> None:
     command = [sys.executable, "-m", "docs.generate", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

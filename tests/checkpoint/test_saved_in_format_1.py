@@ -75,6 +75,7 @@ def test_it_loads_and_can_be_saved_again(folder: Path, tmp_path: Path) -> None:
     assert_as_saved(logits_of(AutoModelForCausalLM.from_pretrained(again)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["absent", "installed"])
 def test_its_own_file_loads_it(folder: Path, tmp_path: Path, package: str) -> None:
     torch.save(TOKENS, tmp_path / "tokens.pt")

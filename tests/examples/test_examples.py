@@ -30,6 +30,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: ob
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_fit(
     tmp_path: Path,
     texts: Path,
