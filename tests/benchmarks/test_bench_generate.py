@@ -33,6 +33,7 @@ def random_ghost(norm_eps: float | None, seed: int = 0) -> GhostLinear:
     return ghost.requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_eps", [None, 1e-6])
 @pytest.mark.parametrize("removed", [(2, 3), (4, 5)], ids=["middle", "end"])
 def test_gate(

@@ -33,6 +33,7 @@ def test_gates_pass_and_every_variant_runs(bench: ModuleType) -> None:
                 variant.run(0)
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_not_reported(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import _harness
 

@@ -30,6 +30,7 @@ def run_json(*arguments: object) -> Any:
     return json.loads(run(*arguments, "--json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_select(model_folder: Path, texts: Path, criterion: str) -> None:
     command = ["select", "--model", model_folder, "--calibration", texts, "--remove", 2]
@@ -141,6 +142,7 @@ def test_fit_dry_run_writes_nothing(model_folder: Path, texts: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_fit_overwrites_when_asked(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     output = tmp_path / "ghosted"
     command = ["fit", "--model", model_folder, "--calibration", texts, "--output", output, *SMALL]

@@ -47,6 +47,7 @@ def test_fit(
     assert (tmp_path / "smaller" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_own_pruning_code(
     tmp_path: Path,
     texts: Path,

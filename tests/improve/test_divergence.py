@@ -48,6 +48,7 @@ def kl_sum(ghosted: Any, dense: Any, batch: Batch) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)[batch.attention_mask.bool()].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 @pytest.mark.parametrize(
     ("removed", "gaps"), [([2, 3], 1), ([1, 3, 4], 2), ([0, 5], 2), ([4, 5], 1)]

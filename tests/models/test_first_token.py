@@ -88,6 +88,7 @@ def ghosted(family: str) -> tuple[Any, Any, list[GhostLinear]]:
     return dense, remove_layers(dense, REMOVED, ghosts), ghosts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_kind", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_prefill_in_pieces(family: str, cache_kind: type) -> None:

@@ -35,6 +35,7 @@ def test_any_criterion_goes_with_any_recovery(recovery: str, criterion: str) -> 
     assert same == (recovery == "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recovery", [name for name in RECOVERIES if name != "none"])
 def test_one_pass_gives_what_single_passes_give(recovery: str) -> None:
     model = tiny_model("llama")

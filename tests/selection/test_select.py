@@ -83,6 +83,7 @@ def test_angular_compares_the_last_attended_tokens() -> None:
     assert chosen.removed == [best.start, best.start + 1] and chosen.choices == {2: chosen.removed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_taylor_sums_weight_times_gradient(family: str) -> None:
     model = tiny_model(family, 9).requires_grad_(False)

@@ -82,6 +82,7 @@ def wide(tokens: int, size: int) -> GramAccumulator:
     return gram
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [500, 2000])
 def test_damping_chosen_on_mixtures_is_as_good_as_the_best(tokens: int, bias: bool) -> None:

@@ -98,6 +98,7 @@ def fitted(dense: Any, gap: tuple[int, int]) -> Tensor:
     return torch.linalg.lstsq(x, y).solution.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("layout", ["out-in", "in-out"])

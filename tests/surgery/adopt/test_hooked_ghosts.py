@@ -37,6 +37,7 @@ def check_ghost(ghost: GhostLinear, weight: Tensor, bias: Tensor | None = None) 
         assert relative_rms(ghost(x), exact) <= BOUNDS[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("hook", HOOKS, ids=NAMES)
 def test_every_kind_of_hook(hook: Any, dtype: torch.dtype) -> None:
