@@ -7,8 +7,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from ghosted_fast.cli._shared import values
-from ghosted_fast.cli._shared.input_args import TEXT, ModelsArgs, TaskArgs, TextArgs
+from ghosted_fast.cli._shared.input_args import EvaluationOption, ModelsArgs, TaskArgs, TextArgs
 from ghosted_fast.cli._shared.results import Result
 from ghosted_fast.cli._shared.verb import usage_error
 
@@ -18,15 +17,7 @@ class MeasuredTextArgs(TextArgs):
     """The text that perplexity is measured on."""
 
     title: ClassVar = "Text to measure on"
-    evaluation: Annotated[
-        str | None,
-        typer.Option(
-            "--evaluation",
-            parser=values.parse_written_text,
-            metavar="TEXT",
-            help=f"Text to measure perplexity on: {TEXT}.",
-        ),
-    ] = None
+    evaluation: EvaluationOption = None
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of text.")] = 5120
 
     def __post_init__(self) -> None:

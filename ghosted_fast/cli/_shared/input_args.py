@@ -37,6 +37,15 @@ TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of ca
 EvaluationTokensOption = Annotated[
     int, typer.Option("--evaluation-tokens", min=1, help="Tokens of each evaluation text.")
 ]
+EvaluationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluation",
+        parser=values.parse_written_text,
+        metavar="TEXT",
+        help=f"Text to measure perplexity on: {TEXT}.",
+    ),
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is already there.")
 ]
@@ -170,18 +179,10 @@ class CalibrationArgs(TextArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationArgs:
-    """A text to measure the finished model on."""
+    """A text to measure dense, pruned and ghosted model on."""
 
     title: ClassVar = "Text to measure on"
-    evaluation: Annotated[
-        str | None,
-        typer.Option(
-            "--evaluation",
-            parser=values.parse_written_text,
-            metavar="TEXT",
-            help=f"Also measure the perplexity of dense, pruned and ghosted model on this: {TEXT}.",
-        ),
-    ] = None
+    evaluation: EvaluationOption = None
     evaluation_tokens: EvaluationTokensOption = 5120
 
     def check(self, text: TextArgs) -> None:
