@@ -64,8 +64,9 @@ def where_it_runs() -> str:
         found = [row for row in engine_rows() if row["engine"] == engine]
         precisions = [f"{row['precision']} {ratio(row['ghosted_to_dense'])}" for row in found]
         rows.append([f"[{name}]({page})", found[0]["version"], ", ".join(precisions)])
-    return table(["engine", "tested version", "decoding relative to dense, 5 of 30 layers gone"],
-                 rows, 3)  # fmt: skip
+    (threads,) = {row["threads"] for row in engine_rows()}
+    where = f"5 of 30 layers gone, {threads} thread{'s' * (threads > 1)}"
+    return table(["engine", "tested version", f"decoding relative to dense, {where}"], rows, 3)
 
 
 def models() -> str:
