@@ -105,7 +105,7 @@ def append_rows(target: Path, rows: list[Row], roofs: Mapping[int, Roof]) -> Non
     facts: dict[str, Any] = {
         **machine_facts(),
         "native": native,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a", encoding="utf-8") as file:

@@ -225,7 +225,7 @@ def main() -> None:
             f"the model, of a bare forward pass {memory['bare'] / 2**20:.0f}; the difference is "
             f"{above / memory['statistics']:.2f} x the statistics"
         )
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("a", encoding="utf-8") as file:
         for row in rows:

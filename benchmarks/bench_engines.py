@@ -168,7 +168,7 @@ def rows_of(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "threads": given.threads,
                 "seconds": time.perf_counter() - began,
                 "machine": facts,
-                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }
 
 

@@ -158,7 +158,7 @@ def record(
         "roof_gflops": roof.gflops[kind],
         **errors,
         "machine": machine_facts(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -32,7 +32,7 @@ from ghosted_fast.selection.how_many import choose_layers, remeasured
 from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.statistics.sample import Interval
-from ghosted_fast.surgery.cut import remove_layers, removed_intervals, share_copy
+from ghosted_fast.surgery.cut import check_removable, remove_layers, removed_intervals, share_copy
 from ghosted_fast.text.calibration_text import CalibrationText
 
 _OPTIONS, _RUN = "a field of options=GhostOptions(...)", "a field of run=RunOptions(...)"
@@ -92,6 +92,8 @@ def ghost_model(
         NonFiniteError: An activation is NaN or infinite; the message names boundary and batch.
         BudgetError: The bound cannot be kept; the message holds the best that was reached.
         UnknownFamilyError: The model's layers cannot be found.
+        UnsupportedModelError: Its layers depend on one another in ways that a cut breaks, or a cut
+            model could not be saved and loaded.
         RankError: Another rank failed, or is gone.
 
     Source: Yun et al., arXiv 2605.15491; selection, weights, normed input and first state are ours.
@@ -103,6 +105,8 @@ def ghost_model(
     decoder = Decoder.of(model)
     which = None if removed is None else list(removed)
     asked = {"remove": remove, "removed": which, "criterion": criterion, "recovery": recovery}
+    if which is not None:
+        check_removable(model, which)
     here = replace(run, progress=False, inplace=False, refine_state=None)
     distributed.check_same({**asked, "options": options, "run": here}, model)
     text = distributed.same_text_everywhere(batches)
@@ -113,6 +117,8 @@ def ghost_model(
     seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "refine"), 0.0)
     with _timed(seconds, "select"):
         selection, budget = choose_layers(decoder, text, wanted, criterion, options, run)
+    if which is None:
+        check_removable(model, selection.removed)
     gaps = removed_intervals(selection.removed, decoder.num_layers)
     report = GhostReport(
         model=decoder.name,

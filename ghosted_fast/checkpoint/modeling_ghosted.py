@@ -27,9 +27,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ghosted_fast.checkpoint._server import show_to_server
+from ghosted_fast.models.built_whole import (
+    described_whole,
+    list_properties,
+    of_each_layer,
+    restore_values,
+    take_layers_out,
+    text_config_of,
+)
 from ghosted_fast.models.first_token import first_attended
 
-FORMAT = 1
+FORMAT, FORMAT_WHOLE = 1, 2
 _REQUIREMENT = "transformers>=5.19,<6"
 _PREFIX, _TYPE_PREFIX = "Ghosted", "ghosted_"
 _IS_FIRST = "ghost_is_first"
@@ -92,8 +100,17 @@ class GhostedModel:
     """What a ghosted model class adds to the family's: ghosts, and loading that fails closed."""
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
-        super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
+        _check_format(config)
+        with described_whole(config) as kept:
+            super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
+        if kept is not None:
+            take_layers_out(self, config, kept)
         _attach_ghosts(self)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say no: the modules are initialised as transformers' own."""
+        return False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,32 +132,63 @@ class GhostedModel:
 
 def _attach_ghosts(model: Any) -> None:
     """Give a new model the (empty) ghosts that its configuration lists."""
-    config = model.config
-    record = config.ghost or {"format": FORMAT, "ghosts": []}
-    if record["format"] > FORMAT:
-        raise ValueError(
-            f"the model was saved in format {record['format']}, and this file reads {FORMAT}: copy "
-            "the file anew from the folder that the model came from, or install ghosted_fast"
-        )
+    record = model.config.ghost or {"format": FORMAT, "ghosts": []}
     path, layers = _layers(model)
+    width = text_config_of(model.config).hidden_size
     for entry in record["ghosts"]:
         _swap_class(layers[entry["layer"]], _ghosted_layer_class)
         attribute = "ghost" if entry["side"] == "output" else "input_ghost"
-        setattr(layers[entry["layer"]], attribute, Ghost(config.hidden_size, entry))
-    if any(entry["first_state"] for entry in record["ghosts"]):
+        setattr(layers[entry["layer"]], attribute, Ghost(width, entry))
+    if not any(entry["first_state"] for entry in record["ghosts"]):
+        return
+    base = model.base_model
+    owner = base.get_submodule(path.rpartition(".")[0])
+    same = type(getattr(owner, "config", base.config)) is type(base.config)
+    if same and not {"input_ids", "inputs_embeds"}.isdisjoint(_parameters_of(type(owner))):
         for layer in layers:  # layers without a ghost drop the mark before their attention sees it
             _swap_class(layer, _ghosted_layer_class)
-        owner = model.base_model.get_submodule(path.rpartition(".")[0])
         _swap_class(owner, _first_token_decoder_class)
+        return
+    _swap_class(base, _first_token_base_class)
+    vars(base)["first_tokens"] = FirstTokens()
+    for entry in record["ghosts"]:
+        vars(layers[entry["layer"]])["first_tokens"] = base.first_tokens
+
+
+def _check_format(config: Any) -> None:
+    record = config.ghost
+    if record is not None and record["format"] > FORMAT_WHOLE:
+        raise ValueError(
+            f"the model was saved in format {record['format']}, and this file reads up to "
+            f"{FORMAT_WHOLE}: copy the file anew from the folder that the model came from, or "
+            "install ghosted_fast"
+        )
 
 
 def _layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Return the decoder layers and their path: the outermost list as long as they are many."""
+    """Return the decoder layers and their path from the base model.
+
+    Where the record does not name it, it is the outermost list as long as they are many.
+    """
+    record = model.config.ghost or {}
+    if "layers" in record:
+        return record["layers"], model.base_model.get_submodule(record["layers"])
+    text = text_config_of(model.config)
+    known = "text" if text is not model.config else ""
     return next(
         (name, module)
         for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
+        if isinstance(module, nn.ModuleList)
+        and len(module) == text.num_hidden_layers
+        and (not known or _is_inside_text(model, name, text))
     )
+
+
+def _is_inside_text(model: Any, path: str, text: Any) -> bool:
+    """Return whether a path leads through the text decoder of a model that has other parts."""
+    parts = path.split(".")
+    modules = [model.base_model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+    return any(type(getattr(module, "config", None)) is type(text) for module in modules)
 
 
 def _swap_class(module: Any, make: Any) -> None:
@@ -155,6 +203,9 @@ def _ghosted_layer_class(base: Any) -> type:
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         is_first = kwargs.pop(_IS_FIRST, None)
+        left = getattr(self, "first_tokens", None)
+        if is_first is None and left is not None and left.mark is not None:
+            is_first = left.mark.to(hidden_states.device)
         before, behind = getattr(self, "input_ghost", None), getattr(self, "ghost", None)
         if before is not None:
             hidden_states = before(hidden_states, is_first)
@@ -168,21 +219,54 @@ def _ghosted_layer_class(base: Any) -> type:
     return _renamed(base, functools.wraps(base.forward)(forward))
 
 
+class FirstTokens:
+    """Where the base of a model leaves the mark of first tokens for ghosts deep inside it."""
+
+    def __init__(self) -> None:
+        self.mark: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the mark, which belongs to one forward pass."""
+        return (FirstTokens, ())
+
+
+def _mark_of(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Name the arguments of a forward pass, in place, and return the mark of its first tokens."""
+    kwargs.update(zip(names, args, strict=False))
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None:
+        return None
+    known = ("attention_mask", "position_ids", "past_key_values")
+    return first_attended(tokens, **{name: kwargs.get(name) for name in known})
+
+
+def _parameters_of(base: Any) -> list[str]:
+    return [name for name in inspect.signature(base.forward).parameters if name != "self"]
+
+
+@functools.cache
+def _first_token_base_class(base: Any) -> type:
+    """Make the class of base models that leave the mark where ghosts find it."""
+    names = _parameters_of(base)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.first_tokens.mark = _mark_of(names, args, kwargs)
+        return base.forward(self, **kwargs)
+
+    return _renamed(base, functools.wraps(base.forward)(forward))
+
+
 @functools.cache
 def _first_token_decoder_class(base: Any) -> type:
     """Make the class of decoders that mark the first attended tokens for their layers."""
-    names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
+    names = _parameters_of(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(names, args, strict=False))
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        if tokens is not None:
-            known = ("attention_mask", "position_ids", "past_key_values")
-            is_first = first_attended(tokens, **{name: kwargs.get(name) for name in known})
-            if is_first is not None:
-                kwargs[_IS_FIRST] = is_first
+        is_first = _mark_of(names, args, kwargs)
+        if is_first is not None:
+            kwargs[_IS_FIRST] = is_first
         return base.forward(self, **kwargs)
 
     return _renamed(base, functools.wraps(base.forward)(forward))
@@ -195,42 +279,67 @@ def _renamed(base: Any, forward: Any) -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Make `Ghosted<X>` of transformers' configuration or model class X."""
+    """Make `Ghosted<X>` of transformers' configuration or model class X.
+
+    `Ghosted<X>_<C>` is that of a model class X that transformers uses with a configuration class C
+    beside its own.
+    """
     if not name.startswith(_PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _check_version()
-    base: Any = getattr(transformers, name.removeprefix(_PREFIX), None)
-    if base is None:
-        raise AttributeError(
-            f"transformers {transformers.__version__} has no {name.removeprefix(_PREFIX)}, of "
-            f"which the ghosted model is made: pip install --upgrade '{_REQUIREMENT}'"
-        )
-    is_config = issubclass(base, transformers.PreTrainedConfig)
+    dense_name, _, config_name = name.removeprefix(_PREFIX).partition("_")
+    base = _of_transformers(dense_name)
     try:
         package = importlib.import_module("ghosted_fast.checkpoint")
     except ImportError:
-        pass
-    else:
-        return package.ghosted_class(base)
-    if is_config:
-        members = {
-            "__annotations__": {"ghost": dict | None},
-            "model_type": _TYPE_PREFIX + base.model_type,
-            "ghost": None,
-        }
-        made = type(name, (base,), {"__module__": __name__, **members})
+        is_config = issubclass(base, transformers.PreTrainedConfig)
+        made = _config_class(name, base) if is_config else _model_class(name, base, config_name)
         globals()[name] = made
-        _convert_weights_alike(base.model_type, _TYPE_PREFIX + base.model_type)
-        language_models = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        if base in language_models:
-            show_to_server(getattr(sys.modules[__name__], _PREFIX + language_models[base].__name__))
-    else:
-        config_class = getattr(sys.modules[__name__], _PREFIX + base.config_class.__name__)
-        members = {"__module__": __name__, "config_class": config_class}
-        made = type(name, (GhostedModel, base), members)
-        globals()[name] = made
-        _convert_weights_alike(base.__name__, name)
+        return made
+    return package.ghosted_class(base)
+
+
+def _of_transformers(name: str) -> Any:
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise AttributeError(
+            f"transformers {transformers.__version__} has no {name}, of which the ghosted model is "
+            f"made: pip install --upgrade '{_REQUIREMENT}'"
+        )
+    return found
+
+
+def _config_class(name: str, base: Any) -> type:
+    """Make the configuration class of a ghosted family: the family's with the field `ghost`."""
+
+    def __post_init__(self: Any, **kwargs: Any) -> None:
+        base.__post_init__(self, **kwargs)
+        restore_values(self)
+
+    members = {
+        "__module__": __name__,
+        "__post_init__": __post_init__,
+        "__annotations__": {"ghost": dict | None},
+        "model_type": _TYPE_PREFIX + base.model_type,
+        "ghost": None,
+        **{n: of_each_layer(n, getattr(base, n)) for n in list_properties(base)},
+    }
+    made = type(name, (base,), members)
+    globals()[name] = made
+    _convert_weights_alike(base.model_type, _TYPE_PREFIX + base.model_type)
+    language_models = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if base in language_models and language_models[base].config_class is base:
+        show_to_server(getattr(sys.modules[__name__], _PREFIX + language_models[base].__name__))
     return made
+
+
+def _model_class(name: str, base: Any, config_name: str) -> type:
+    """Make the class of a family's models with ghosts."""
+    config_name = config_name or base.config_class.__name__
+    config_class = getattr(sys.modules[__name__], _PREFIX + config_name)
+    members = {"__module__": __name__, "config_class": config_class}
+    _convert_weights_alike(base.__name__, name)
+    return type(name, (GhostedModel, base), members)
 
 
 def _check_version() -> None:

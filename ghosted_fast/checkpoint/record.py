@@ -7,8 +7,8 @@ from typing import Any
 from ghosted_fast.errors import CheckpointError
 from ghosted_fast.models.families import GHOSTED_PREFIX, decoder_layers
 
-FORMAT = 1
-
+# A model that is built of its cut configuration; one that is built whole, layers taken out of it.
+FORMAT, FORMAT_WHOLE = 1, 2
 
 _RECORD_KEYS = {"layer", "side", "bias", "norm_eps", "first_state", "quantization"}
 
@@ -18,19 +18,24 @@ def is_ghosted(config: Any) -> bool:
     return str(config.model_type).startswith(GHOSTED_PREFIX)
 
 
-def removal_record(config: Any) -> tuple[int, list[int]]:
-    """Return the number of layers of the dense model, and the indices of those removed from it."""
+def removal_record(config: Any, count: int) -> tuple[int, list[int]]:
+    """Return the number of layers of the dense model, and the indices of those removed from it.
+
+    Args:
+        config: The configuration of a model, ghosted or not.
+        count: Number of layers that the model has now.
+    """
     if is_ghosted(config) and config.ghost is not None:
         return int(config.ghost["num_hidden_layers"]), list(config.ghost["removed"])
-    return int(config.num_hidden_layers), []
+    return count, []
 
 
-def check_record(record: Any, num_layers: int) -> None:
+def check_record(record: Any, *counts: int) -> None:
     """Raise unless a saved record describes ghosts that this version can build.
 
     Args:
         record: The `ghost` field of a configuration; None for no ghosts.
-        num_layers: Number of layers of the model as it is now.
+        counts: Numbers of layers that the configuration names, of which one must be the model's.
 
     Raises:
         CheckpointError: The record is newer than this version, or damaged.
@@ -42,18 +47,17 @@ def check_record(record: Any, num_layers: int) -> None:
             f"expected the configuration's ghost field to be a dict with a format number, got "
             f"{record!r}: the saved configuration is damaged, save the model again"
         )
-    if record["format"] > FORMAT:
+    if record["format"] > FORMAT_WHOLE:
         raise CheckpointError(
             f"the model was saved in format {record['format']}, and this ghosted_fast reads up to "
-            f"{FORMAT}: install a newer one (pip install --upgrade ghosted_fast)"
+            f"{FORMAT_WHOLE}: install a newer one (pip install --upgrade ghosted_fast)"
         )
     removed, dense = record.get("removed"), record.get("num_hidden_layers")
     ghosts = record.get("ghosts")
+    num_layers = _kept(removed, dense)
     consistent = (
-        isinstance(removed, list)
-        and isinstance(dense, int)
-        and dense - len(set(removed)) == num_layers
-        and all(isinstance(layer, int) and 0 <= layer < dense for layer in removed)
+        num_layers in counts
+        and (record["format"] == FORMAT or _builds_whole(record))
         and isinstance(ghosts, list)
         and all(
             isinstance(ghost, dict)
@@ -66,9 +70,27 @@ def check_record(record: Any, num_layers: int) -> None:
     )
     if not consistent:
         raise CheckpointError(
-            f"the configuration's ghost field does not fit a model of {num_layers} layers: "
+            f"the configuration's ghost field does not fit a model of {counts} layers: "
             f"{record!r}. The saved configuration is damaged or was edited: save the model again."
         )
+
+
+def _kept(removed: Any, dense: Any) -> int:
+    """Return how many layers a record leaves; 0 if its lists are damaged."""
+    if not isinstance(dense, int) or not isinstance(removed, list):
+        return 0
+    if not all(isinstance(layer, int) and 0 <= layer < dense for layer in removed):
+        return 0
+    return dense - len(set(removed))
+
+
+def _builds_whole(record: dict[str, Any]) -> bool:
+    """Return whether a record has what a model is built whole of."""
+    return (
+        isinstance(record.get("dense_config"), dict)
+        and isinstance(record.get("per_layer"), dict)
+        and isinstance(record.get("layers"), str)
+    )
 
 
 def refresh_record(model: Any) -> None:

@@ -2,28 +2,74 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from pathlib import Path
 from typing import Any
 
-from ghosted_fast.checkpoint._server import show_to_server
-from ghosted_fast.models.first_token import first_attended
+from ghosted_fast.checkpoint import _server
+from ghosted_fast.models import built_whole, first_token
 from ghosted_fast.models.runtime_classes import named_base_of
 
 MODULE = "modeling_ghosted"
+_PACKAGE = "ghosted_fast."
 _SOURCE = Path(__file__).with_name(f"{MODULE}.py")
+_AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+)
 # What the file takes from the package, and is given when it is saved.
-_INLINED = (show_to_server, first_attended)
+_INLINED = (_server, first_token, built_whole)
 
 
 def remote_code() -> str:
     """Return `modeling_ghosted.py` with what it takes from the package written into it."""
-    source = _SOURCE.read_text(encoding="utf-8")
-    for function in _INLINED:
-        line = f"from {function.__module__} import {function.__name__}\n"
-        assert line in source
-        source = f"{source.replace(line, '')}\n\n{inspect.getsource(function)}"
-    return source
+    imports, body = _taken_apart(_SOURCE.read_text(encoding="utf-8"))
+    for module in _INLINED:
+        lines, text = _taken_apart(inspect.getsource(module))
+        imports |= lines
+        body = f"{body}\n\n{text}"
+    docstring = ast.get_docstring(ast.parse(_SOURCE.read_text(encoding="utf-8")), clean=False)
+    first = "from __future__ import annotations"
+    head = "\n".join([first, "", *sorted(imports - {first})])
+    return f'"""{docstring}"""\n\n{head}\n\n{body}'
+
+
+def _taken_apart(source: str) -> tuple[set[str], str]:
+    """Return the imports at the top of a file, but those from this package, and what follows."""
+    imports, lines = set(), source.splitlines()
+    end = 0
+    for node in ast.parse(source).body:
+        is_docstring = isinstance(node, ast.Expr) and end == 0
+        if not is_docstring and not isinstance(node, ast.Import | ast.ImportFrom):
+            break
+        end = node.end_lineno or end
+        if not is_docstring and not (getattr(node, "module", None) or "").startswith(_PACKAGE):
+            imports.add(ast.unparse(node))
+    return imports, "\n".join(lines[end:]).strip("\n") + "\n"
+
+
+def auto_classes(dense: Any) -> dict[Any, Any]:
+    """Return the dense model classes that transformers loads for a configuration.
+
+    Args:
+        dense: A dense configuration class.
+
+    Returns:
+        The class by its auto class: the base model, the one for text, those for text with pictures
+        or sound.
+    """
+    from transformers.models.auto import modeling_auto
+
+    found = {}
+    for name in _AUTO_CLASSES:
+        auto = getattr(modeling_auto, name, None)
+        model_class = auto._model_mapping.get(dense, None) if auto is not None else None
+        if isinstance(model_class, type):
+            found[auto] = model_class
+    return found
 
 
 def auto_map_of(model: Any) -> dict[str, str] | None:
@@ -36,15 +82,12 @@ def auto_map_of(model: Any) -> dict[str, str] | None:
         The configuration's `auto_map`; None where the dense classes are not transformers' own, so
         that the file could not find them.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
     dense: Any = named_base_of(type(model.config))
-    found = {
-        "AutoConfig": dense,
-        "AutoModel": MODEL_MAPPING.get(dense, None),
-        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING.get(dense, None),
-    }
-    classes = {auto: item for auto, item in found.items() if isinstance(item, type)}
-    if not all(item.__module__.startswith("transformers.") for item in classes.values()):
+    classes = {auto.__name__: item for auto, item in auto_classes(dense).items()}
+    if not all(item.__module__.startswith("transformers.") for item in [dense, *classes.values()]):
         return None
-    return {auto: f"{MODULE}.Ghosted{item.__name__}" for auto, item in classes.items()}
+    names = {"AutoConfig": dense.__name__}
+    for auto, item in classes.items():
+        shared = item.config_class is not dense  # a class of another family's
+        names[auto] = f"{item.__name__}_{dense.__name__}" if shared else item.__name__
+    return {auto: f"{MODULE}.Ghosted{name}" for auto, name in names.items()}

@@ -15,10 +15,24 @@ from ghosted_fast import distributed
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.checkpoint.alignment import align_weights
 from ghosted_fast.checkpoint.model_card import own_card_kept, put_card_back, write_card
-from ghosted_fast.checkpoint.record import FORMAT, check_record, is_ghosted, refresh_record
-from ghosted_fast.checkpoint.remote_code import MODULE, auto_map_of, remote_code
+from ghosted_fast.checkpoint.record import (
+    FORMAT,
+    FORMAT_WHOLE,
+    check_record,
+    is_ghosted,
+    refresh_record,
+)
+from ghosted_fast.checkpoint.remote_code import MODULE, auto_classes, auto_map_of, remote_code
 from ghosted_fast.errors import CheckpointError
-from ghosted_fast.models.families import GHOSTED_PREFIX, decoder_layers, decoder_of
+from ghosted_fast.models.built_whole import (
+    described_whole,
+    list_properties,
+    of_each_layer,
+    restore_values,
+    take_layers_out,
+    text_config_of,
+)
+from ghosted_fast.models.families import GHOSTED_PREFIX, decoder_layers, decoder_of, hidden_size
 from ghosted_fast.models.runtime_classes import (
     Derived,
     bases_of,
@@ -26,18 +40,28 @@ from ghosted_fast.models.runtime_classes import (
     named_base_of,
     subclass_for,
 )
+from ghosted_fast.models.structure import counts_of
 from ghosted_fast.models.versions import check_transformers
 
 _REGISTERED: set[type] = set()
 
 
-def become_ghosted_class(model: Any, removed: list[int], num_hidden_layers: int) -> None:
+def become_ghosted_class(
+    model: Any,
+    removed: list[int],
+    num_hidden_layers: int,
+    whole: dict[str, Any] | None = None,
+) -> None:
     """Turn a model and its configuration into those of its ghosted family, in place.
 
     Args:
         model: A model whose configuration no other model shares.
         removed: Indices of the removed layers, in the dense model.
         num_hidden_layers: Number of layers of the dense model.
+        whole: What the model is built whole of, if the cut configuration does not build it:
+            `dense_config`, the values of the dense configuration that the cut one has no more;
+            `per_layer`, what its properties say of the kept layers; `layers`, the path of the
+            layers from the base model.
     """
     from ghosted_fast.models.ghosted_layers import swap_class
 
@@ -45,10 +69,11 @@ def become_ghosted_class(model: Any, removed: list[int], num_hidden_layers: int)
     if not is_ghosted(config):
         config.__class__ = subclass_for("config", type(config))
     config.ghost = {
-        "format": FORMAT,
+        "format": FORMAT if whole is None else FORMAT_WHOLE,
         "removed": removed,
         "num_hidden_layers": num_hidden_layers,
         "ghosts": [],
+        **(whole or {}),
     }
     register_models(type(config))
     if not isinstance(model, GhostedModel):
@@ -67,8 +92,17 @@ class GhostedModel(Derived):
     """What a ghosted model class adds to the family's: ghosts, and loading that fails closed."""
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
-        super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
+        with described_whole(config) as kept:
+            super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
+        if kept is not None:
+            take_layers_out(self, config, kept)
         _build_ghosts(self)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return whether the dense class is: its modules are initialised as transformers' are."""
+        dense: Any = named_base_of(cls)
+        return bool(dense.is_custom_code())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +181,7 @@ def _build_ghosts(model: Any) -> None:
     ghosts = []
     for entry in (model.config.ghost or {"ghosts": []})["ghosts"]:
         ghost = GhostLinear(
-            model.config.hidden_size,
+            hidden_size(model),
             bias=entry["bias"],
             norm_eps=entry["norm_eps"],
             first_state=entry["first_state"],
@@ -155,7 +189,7 @@ def _build_ghosts(model: Any) -> None:
         if entry["quantization"] is not None:
             ghost.quantize(entry["quantization"])
         ghosts.append((entry["layer"], entry["side"], ghost))
-    attach_ghosts(decoder_of(model), decoder_layers(model), ghosts)
+    attach_ghosts(model.base_model, decoder_of(model), decoder_layers(model), ghosts)
 
 
 def _check_loaded(model: Any, info: dict[str, Any], where: Any, any_size: bool) -> None:
@@ -189,7 +223,8 @@ def _ghosted_config_class(base: Any) -> type:
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         base.__post_init__(self, **kwargs)
-        check_record(self.ghost, self.num_hidden_layers)
+        check_record(self.ghost, *counts_of(text_config_of(self)).values())
+        restore_values(self)
         register_models(type(self))
 
     return type(
@@ -203,6 +238,7 @@ def _ghosted_config_class(base: Any) -> type:
             "register_for_auto_class": classmethod(lambda cls, auto_class="AutoConfig": None),
             "model_type": GHOSTED_PREFIX + base.model_type,
             "ghost": None,
+            **{name: of_each_layer(name, getattr(base, name)) for name in list_properties(base)},
         },
     )
 
@@ -227,8 +263,7 @@ def register_models(config_class: type) -> None:
     Args:
         config_class: The ghosted configuration class.
     """
-    from transformers import AutoModel, AutoModelForCausalLM, conversion_mapping
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers import conversion_mapping
 
     from ghosted_fast.checkpoint._server import show_to_server
 
@@ -237,16 +272,13 @@ def register_models(config_class: type) -> None:
     _REGISTERED.add(config_class)
     base: Any = named_base_of(config_class)
     names = {GHOSTED_PREFIX + base.model_type: base.model_type}
-    for auto, mapping in (
-        (AutoModel, MODEL_MAPPING),
-        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-    ):
-        dense = mapping.get(base, None)
-        if isinstance(dense, type):
-            ghosted = subclass_for("model", dense)
-            auto.register(config_class, ghosted, exist_ok=True)
-            show_to_server(ghosted)
-            names[ghosted.__name__] = dense.__name__
+    for auto, dense in auto_classes(base).items():
+        ghosted = subclass_for("model", dense)
+        # Not by the class's own `register`: some families share a class, which names another one's
+        # configuration.
+        auto._model_mapping.register(config_class, ghosted, exist_ok=True)
+        show_to_server(ghosted)
+        names[ghosted.__name__] = dense.__name__
     for ghosted_name, dense_name in names.items():
         # How the weights in a file differ from those in memory, as in Mixtral's merged experts.
         conversion = conversion_mapping.get_checkpoint_conversion_mapping(dense_name)

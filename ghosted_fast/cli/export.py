@@ -22,7 +22,10 @@ def export(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="What to write; beside the current folder's files if not."),
+        typer.Option(
+            "--output",
+            help="What to write; if not given, a name made of the model's, in this folder.",
+        ),
     ] = None,
     precision: Annotated[
         str | None,

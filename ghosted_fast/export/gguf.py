@@ -164,8 +164,8 @@ def _check_ghosts(model: Any) -> None:
     if found:
         raise UnsupportedModelError(
             f"stock llama.cpp has no place for what this model does: {'; '.join(found)}. Fit it "
-            "again with `ghosted-fast fit --input normed --no-bias --first-state off`, and with "
-            "--num-layers in place of --removed, so that layers are chosen which do without."
+            "again with `ghosted-fast fit --features normed --no-bias --first-state off`, and with "
+            "--remove in place of --removed, so that layers are chosen which do without."
         )
 
 

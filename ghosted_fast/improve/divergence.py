@@ -22,6 +22,7 @@ from ghosted_fast import distributed
 from ghosted_fast.checkpoint.record import is_ghosted, removal_record
 from ghosted_fast.errors import ArgumentError, NonFiniteError
 from ghosted_fast.models.boundaries import leaving_out, visit_boundaries
+from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import decoder_layers, num_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.ghosted_layers import ghosts_of
@@ -194,10 +195,11 @@ class Divergence:
             )
         self.device = self.ghosts[0].weight.device
         self._layers = num_layers(dense)
-        self._vocabulary = int(dense.config.vocab_size)
-        count, removed = removal_record(ghosted.config)
-        same_size = ghosted.config.vocab_size == dense.config.vocab_size
-        same_size &= ghosted.config.hidden_size == dense.config.hidden_size
+        text, dense_text = text_config_of(ghosted.config), text_config_of(dense.config)
+        self._vocabulary = int(dense_text.vocab_size)
+        count, removed = removal_record(ghosted.config, num_layers(ghosted))
+        same_size = text.vocab_size == dense_text.vocab_size
+        same_size &= text.hidden_size == dense_text.hidden_size
         if not same_size or (is_ghosted(ghosted.config) and count != self._layers):
             raise ArgumentError(
                 f"expected the dense model that the ghosted one comes from ({count} layers), got "

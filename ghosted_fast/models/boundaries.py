@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghosted_fast.models.contract import as_returned, hidden_state
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.text.batches import Batch
 
@@ -54,7 +55,7 @@ def visit_boundaries(
             raise _LastBoundaryReached
 
     def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reached(0, args[0] if args else kwargs["hidden_states"])
+        reached(0, hidden_state(args, kwargs))
 
     def after(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -117,16 +118,19 @@ def visit_intervals(
 class _PassThrough(nn.Module):
     """Stands in for a layer that is not computed; answers for its attributes."""
 
-    def __init__(self, layer: nn.Module, operator: Operator | None = None) -> None:
+    def __init__(self, layer: nn.Module, returns: int | None, operator: Operator | None) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
-        self._operator = operator
+        self._returns, self._operator = returns, operator
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_layer"), name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states if self._operator is None else self._operator(hidden_states)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_state(args, kwargs)
+        if self._operator is not None:
+            hidden = self._operator(hidden)
+        return as_returned(hidden, self._returns)
 
 
 def resume(
@@ -166,13 +170,16 @@ def leaving_out(model: Any, gaps: Sequence[LeftOut]) -> Iterator[None]:
         model: A causal language model, its base model, or a view of it.
         gaps: The layers that are left out.
     """
-    layers = Decoder.of(model).layers
+    decoder = Decoder.of(model)
+    layers, returns = decoder.layers, decoder.returns
     originals = {index: layers[index] for start, stop, _ in gaps for index in range(start, stop)}
     try:
         for start, stop, operator in gaps:
             for index in range(start, stop):
                 last = index == stop - 1
-                layers[index] = _PassThrough(originals[index], operator if last else None)
+                layers[index] = _PassThrough(
+                    originals[index], returns[index], operator if last else None
+                )
         yield
     finally:
         for index, module in originals.items():

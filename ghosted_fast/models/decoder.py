@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from ghosted_fast.errors import UnsupportedModelError
+from ghosted_fast.facts import layers_as_text
+from ghosted_fast.models.built_whole import text_config_of
+from ghosted_fast.models.contract import returns_of
 from ghosted_fast.models.families import (
     Family,
     decoder_layers,
@@ -19,7 +22,9 @@ from ghosted_fast.models.families import (
     find_family,
     hidden_size,
 )
+from ghosted_fast.models.structure import layer_kinds
 
+_LINEAR = "linear_attention"
 _DEFAULT_NORM_EPS = 1e-6
 
 
@@ -83,9 +88,39 @@ class Decoder:
         return final_norm(self.model, self.family)
 
     @property
+    def returns(self) -> list[int | None]:
+        """What each layer returns: the length of a tuple, None for the hidden state alone.
+
+        Raises:
+            UnsupportedModelError: The layers hand on more than one hidden state.
+        """
+        return returns_of(self.model, self.layers, self.hidden_size)
+
+    def needs(self, removed: Collection[int]) -> str | None:
+        """Return why a model cannot do without some layers together, None if it can.
+
+        Args:
+            removed: Indices of the layers.
+        """
+        kinds = layer_kinds(text_config_of(self.model.config), self.num_layers)
+        attention = {
+            i for i, kind in enumerate(kinds) if "attention" in kind and kind not in _LINEAR
+        }
+        if not attention or attention - set(removed):
+            return None
+        where = layers_as_text(sorted(attention))
+        return (
+            f"expected one of the layers {where} to be kept: they are the attention layers of this "
+            f"{self.family.name} model, whose other layers have no keys and values to count tokens "
+            "by"
+        )
+
+    @property
     def norm_eps(self) -> float:
         """Epsilon of the model's own rms, which engines know: that of normed ghosts."""
-        return float(getattr(self.model.config, "rms_norm_eps", None) or _DEFAULT_NORM_EPS)
+        return float(
+            getattr(text_config_of(self.model.config), "rms_norm_eps", None) or _DEFAULT_NORM_EPS
+        )
 
     def mlp_output(self, layer: int) -> nn.Module:
         """Return the module whose output a layer adds last: its MLP, or the norm behind it.

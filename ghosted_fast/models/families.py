@@ -7,12 +7,14 @@ has exactly one `nn.ModuleList` as long as `config.num_hidden_layers`, with a no
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ghosted_fast.errors import UnknownFamilyError, UnsupportedModelError
+from ghosted_fast.models.built_whole import text_config_of
+from ghosted_fast.models.structure import find_layers, language_model_of
 from ghosted_fast.models.versions import check_transformers
 
 GHOSTED_PREFIX = "ghosted_"
@@ -41,7 +43,7 @@ class Family:
         name: `config.model_type` of the dense model.
         owner: Path from `model.base_model` to the module that runs the layers; "" is itself.
         layers: Attribute of the owner that holds the `nn.ModuleList` of decoder layers.
-        final_norm: Attribute of the owner that holds the norm after the last layer.
+        final_norm: Attribute of the owner that holds the norm after the last layer; "" for none.
         per_layer_lists: Configuration attributes with one entry per layer; they are sliced.
         layer_index_lists: Configuration attributes that list layer indices; they are remapped.
         refusals: Configuration values under which layers cannot be removed.
@@ -154,7 +156,8 @@ def find_family(model: Any) -> Family:
     """Return the record of a model's family, from the table or by looking at the model.
 
     Args:
-        model: A transformers decoder-only model, with or without its language model head.
+        model: A transformers decoder-only model, with or without its language model head, or one
+            that reads pictures too and holds such a decoder.
 
     Returns:
         The record. For a ghosted model it is that of the dense family.
@@ -171,15 +174,11 @@ def find_family(model: Any) -> Family:
         raise UnsupportedModelError(
             f"{type(model).__name__} has an encoder and a decoder: expected a decoder-only model"
         )
-    if config.get_text_config() is not config:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} (model_type {config.model_type!r}) is a multimodal model: "
-            "expected a text decoder. Load its text part by itself, as "
-            "AutoModelForCausalLM.from_pretrained(..., config=config.get_text_config()) does."
-        )
-    family = _FAMILIES.get(dense_model_type(config)) or _family_by_structure(model)
+    text = text_config_of(config)
+    known = _FAMILIES.get(dense_model_type(text))
+    family = _family_by_structure(model) if known is None else _inside(model, known)
     for refusal in family.refusals:
-        value = getattr(config, refusal.attribute, refusal.required)
+        value = getattr(text, refusal.attribute, refusal.required)
         if value != refusal.required:
             raise UnsupportedModelError(
                 f"layers cannot be removed from this {family.name} model: expected "
@@ -208,9 +207,21 @@ def decoder_layers(model: Any, family: Family | None = None) -> nn.ModuleList:
     return layers
 
 
-def final_norm(model: Any, family: Family | None = None) -> nn.Module:
-    """Return the norm after the last decoder layer."""
+def layers_path(model: Any, family: Family | None = None) -> str:
+    """Return the path of the list of decoder layers from `model.base_model`."""
     family = family or find_family(model)
+    return f"{family.owner}.{family.layers}".removeprefix(".")
+
+
+def final_norm(model: Any, family: Family | None = None) -> nn.Module:
+    """Return the norm after the last decoder layer.
+
+    Raises:
+        UnsupportedModelError: The family has none.
+    """
+    family = family or find_family(model)
+    if not family.final_norm:
+        raise UnsupportedModelError(f"the family {family.name!r} has no norm after the last layer")
     norm = getattr(decoder_of(model, family), family.final_norm)
     assert isinstance(norm, nn.Module)
     return norm
@@ -218,7 +229,7 @@ def final_norm(model: Any, family: Family | None = None) -> nn.Module:
 
 def hidden_size(model: Any) -> int:
     """Return the width of the hidden state between two decoder layers."""
-    return int(_config_of(model).hidden_size)
+    return int(text_config_of(_config_of(model)).hidden_size)
 
 
 def num_layers(model: Any) -> int:
@@ -237,49 +248,28 @@ def _config_of(model: Any) -> Any:
 
 
 def _family_by_structure(model: Any) -> Family:
-    """Find the layers of a model whose family is not in the table."""
-    config = model.config
-    base: nn.Module = model.base_model
-    count = config.num_hidden_layers
-    candidates = [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if len(candidates) != 1:
-        raise _unknown(
-            model, f"expected one module list of {count} layers, found {candidates or 'none'}"
-        )
-    owner_path, _, layers = candidates[0].rpartition(".")
-    siblings = list(base.get_submodule(owner_path).named_children())
-    position = [name for name, _ in siblings].index(layers)
-    norms = [name for name, module in siblings[position + 1 :] if "Norm" in type(module).__name__]
-    if len(norms) != 1:
-        raise _unknown(model, f"expected one norm after {candidates[0]!r}, found {norms or 'none'}")
-    per_layer, indices = _list_attributes(config, count)
-    if indices:
-        raise _unknown(model, f"the configuration lists layer indices in {indices}")
+    """Make the record of a model whose family is not in the table."""
+    found = find_layers(model)
+    if isinstance(found, str):
+        raise _unknown(model, found)
+    owner, layers, norm = found
     return Family(
-        dense_model_type(config),
-        owner=owner_path,
+        dense_model_type(text_config_of(model.config)),
+        owner=owner,
         layers=layers,
-        final_norm=norms[0],
-        per_layer_lists=tuple(per_layer),
+        final_norm=norm,
+        per_layer_lists=(),
         mlp_output="",
     )
 
 
-def _list_attributes(config: Any, count: int) -> tuple[list[str], list[str]]:
-    """Return the names of the lists with an entry per layer, and of those that hold indices."""
-    per_layer, indices = [], []
-    for name, value in vars(config).items():
-        if not isinstance(value, list) or not value:
-            continue
-        if len(value) == count:
-            per_layer.append(name)
-        elif "layer" in name and all(isinstance(entry, int) for entry in value):
-            indices.append(name)
-    return per_layer, indices
+def _inside(model: Any, family: Family) -> Family:
+    """Return the record of a text family for a model that may hold its decoder deep inside."""
+    path, _ = language_model_of(model)
+    if not path:
+        return family
+    owner = ".".join(part for part in (path, family.owner) if part)
+    return replace(family, owner=owner)
 
 
 def _unknown(model: Any, found: str) -> UnknownFamilyError:

@@ -41,6 +41,10 @@ def _ghosted_layer_class(base: Any) -> type:
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         is_first = kwargs.pop(_IS_FIRST, None)
+        if is_first is None and self.first_tokens is not None:
+            is_first = self.first_tokens.mark
+            if is_first is not None:
+                is_first = is_first.to(hidden_states.device)
         if self.input_ghost is not None:
             hidden_states = self.input_ghost(hidden_states, is_first)
         output = base.forward(self, hidden_states, *args, **kwargs)
@@ -53,6 +57,52 @@ def _ghosted_layer_class(base: Any) -> type:
     return type(
         base.__name__,
         bases_of(base),
+        {
+            **_named_after(base),
+            "forward": functools.wraps(base.forward)(forward),
+            "first_tokens": None,
+        },
+    )
+
+
+class FirstTokens:
+    """Where the base of a model leaves the mark of first tokens for ghosts deep inside it."""
+
+    def __init__(self) -> None:
+        self.mark: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the mark, which belongs to one forward pass."""
+        return (FirstTokens, ())
+
+
+def _mark_of(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Name the arguments of a forward pass, in place, and return the mark of its first tokens."""
+    kwargs.update(zip(names, args, strict=False))
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None:
+        return None
+    return first_attended(tokens, **{name: kwargs.get(name) for name in _FIRST_TOKEN_INPUTS})
+
+
+def _parameters_of(base: Any) -> list[str]:
+    return [name for name in inspect.signature(base.forward).parameters if name != "self"]
+
+
+@maker("base")
+def _first_token_base_class(base: Any) -> type:
+    """Make the class of base models that leave the mark where ghosts find it."""
+    names = _parameters_of(base)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.first_tokens.mark = _mark_of(names, args, kwargs)
+        return base.forward(self, **kwargs)
+
+    return type(
+        base.__name__,
+        bases_of(base),
         {**_named_after(base), "forward": functools.wraps(base.forward)(forward)},
     )
 
@@ -60,18 +110,12 @@ def _ghosted_layer_class(base: Any) -> type:
 @maker("decoder")
 def _first_token_decoder_class(base: Any) -> type:
     """Make the class of decoders that mark the first attended tokens for their ghosted layers."""
-    names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
+    names = _parameters_of(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(names, args, strict=False))
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        if tokens is not None:
-            known = {name: kwargs.get(name) for name in _FIRST_TOKEN_INPUTS}
-            is_first = first_attended(tokens, **known)
-            if is_first is not None:
-                kwargs[_IS_FIRST] = is_first
+        is_first = _mark_of(names, args, kwargs)
+        if is_first is not None:
+            kwargs[_IS_FIRST] = is_first
         return base.forward(self, **kwargs)
 
     return type(
@@ -131,23 +175,41 @@ def ghosts_of(layers: nn.ModuleList) -> Iterator[tuple[int, str, GhostLinear]]:
 
 
 def attach_ghosts(
-    decoder: nn.Module, layers: nn.ModuleList, ghosts: list[tuple[int, str, GhostLinear]]
+    base: nn.Module,
+    owner: nn.Module,
+    layers: nn.ModuleList,
+    ghosts: list[tuple[int, str, GhostLinear]],
 ) -> None:
     """Put ghosts into kept layers, in place.
 
     Args:
-        decoder: The module that runs the layers.
+        base: The base model: what is called with the tokens.
+        owner: The module that runs the layers: the base itself, or deep inside it.
         layers: The kept layers.
         ghosts: Layer index, side and module of each ghost.
     """
     for index, side, ghost in ghosts:
         _become_ghosted_layer(layers[index])
         setattr(layers[index], _ATTRIBUTES[side], ghost)
-    if any(ghost.first_state is not None for _, _, ghost in ghosts):
+    if not any(ghost.first_state is not None for _, _, ghost in ghosts):
+        return
+    if _reads_tokens(owner, base):
         # Layers without a ghost drop the mark before their attention functions see it.
         for layer in layers:
             _become_ghosted_layer(layer)
-        swap_class(decoder, "decoder")
+        swap_class(owner, "decoder")
+        return
+    if not hasattr(base, "first_tokens"):
+        swap_class(base, "base")
+        vars(base)["first_tokens"] = FirstTokens()
+    for index, _, _ in ghosts:
+        vars(layers[index])["first_tokens"] = base.first_tokens
+
+
+def _reads_tokens(owner: Any, base: Any) -> bool:
+    """Return whether the owner of the layers is given the tokens and the mask of the whole text."""
+    same = type(getattr(owner, "config", base.config)) is type(base.config)
+    return same and not {"input_ids", "inputs_embeds"}.isdisjoint(_parameters_of(type(owner)))
 
 
 def _become_ghosted_layer(layer: nn.Module) -> None:

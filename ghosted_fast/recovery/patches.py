@@ -20,6 +20,7 @@ from ghosted_fast.errors import (
 from ghosted_fast.fit.memory_budget import default_memory_budget, groups_within
 from ghosted_fast.fit.walk import walk
 from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.families import num_layers
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.recovery import RECOVERIES, Job, check_recovery
@@ -210,7 +211,7 @@ def put_patches(
     Returns:
         The smaller model.
     """
-    intervals = removed_intervals(removed, model.config.num_hidden_layers)
+    intervals = removed_intervals(removed, num_layers(model))
     smaller = remove_layers(model, removed, [patch.ghost for patch in patches], inplace=inplace)
     dropped = 0
     for (start, stop), patch in zip(intervals, patches, strict=True):

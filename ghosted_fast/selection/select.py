@@ -12,6 +12,7 @@ from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.selection.criteria import CRITERIA, check_criterion
 from ghosted_fast.selection.criteria.request import Request, Selection
+from ghosted_fast.surgery.cut import check_removable
 
 _RUN = "a field of run=RunOptions(...)"
 
@@ -58,6 +59,7 @@ def select_layers(
 
     Raises:
         ArgumentError: The number of layers or the criterion is not one that can be used.
+        UnsupportedModelError: The model's layers depend on one another in ways that a cut breaks.
         CalibrationError: Too few tokens, or a budget below the statistics of one interval.
         NonFiniteError: An activation is NaN or infinite.
         RankError: Another rank failed, or is gone.
@@ -67,6 +69,8 @@ def select_layers(
     for count in (remove, *also):
         check_layer_count(count, decoder.num_layers)
     check_criterion(criterion)
+    middle = (decoder.num_layers - 1) // 2
+    check_removable(decoder.model, [middle])
     distributed.check_same(
         {
             "remove": remove,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
@@ -13,13 +14,17 @@ from ghosted_fast.checkpoint.model_card import IMPORTED, attach_report
 from ghosted_fast.checkpoint.record import is_ghosted, refresh_record, removal_record
 from ghosted_fast.checkpoint.transformers_types import become_ghosted_class
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
-from ghosted_fast.models.decoder import model_name
+from ghosted_fast.facts import layers_as_text
+from ghosted_fast.models.built_whole import cut_owner, keep_layers, number_layers, text_config_of
+from ghosted_fast.models.cut_config import computed_lists, cut_config
+from ghosted_fast.models.decoder import Decoder, model_name
 from ghosted_fast.models.families import (
     Family,
     decoder_layers,
     decoder_of,
     find_family,
     hidden_size,
+    layers_path,
 )
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.ghosted_layers import (
@@ -29,6 +34,8 @@ from ghosted_fast.models.ghosted_layers import (
     check_swappable,
     ghost_of,
 )
+from ghosted_fast.models.structure import counts_of
+from ghosted_fast.surgery.proof import check_computed_alike, differences
 
 
 def removed_intervals(removed: Iterable[int], num_layers: int) -> list[tuple[int, int]]:
@@ -112,39 +119,116 @@ def remove_layers(
             stands.
         UnknownFamilyError, UnsupportedModelError: See `find_family`.
     """
-    family = find_family(model)
-    count = len(decoder_layers(model))
-    intervals = removed_intervals(removed, count)
+    decoder = Decoder.of(model)
+    intervals = removed_intervals(removed, decoder.num_layers)
     placed = _place_ghosts(model, intervals, ghosts)
-    _check_lists(model.config, family, count)
-    if placed:
-        for module in (model, decoder_of(model), *decoder_layers(model)):
-            check_swappable(module)
-    if not inplace:
-        model = share_copy(model)
-    config = _own_config(model)
+    _check_lists(model.config, decoder.family, decoder.num_layers)
     dropped = {layer for start, stop in intervals for layer in range(start, stop)}
-    kept = [layer for layer in range(count) if layer not in dropped]
+    reason = decoder.needs(dropped)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    if placed:
+        for module in (model, model.base_model, decoder.owner, *decoder.layers):
+            check_swappable(module)
+    cut = Cut(sorted(dropped), placed)
+    trial, whole = _proven(model, cut)
+    if not inplace:
+        return trial
+    _cut(model, cut, whole=whole)
+    return model
 
-    dense_count, dense_removed = removal_record(config)
+
+@dataclass(frozen=True)
+class Cut:
+    """Which layers go, and the new layer index, side and module of each ghost."""
+
+    removed: list[int]
+    placed: list[tuple[int, str, GhostLinear]]
+
+
+def check_removable(model: Any, removed: Iterable[int]) -> None:
+    """Raise, before any long work, unless a model can do without some layers.
+
+    The layers are cut from a copy that shares the model's memory. The copy must be what is loaded
+    after it was saved, and compute what the model does whose layers are passed by.
+
+    Args:
+        model: A transformers decoder-only model.
+        removed: Indices of the layers to remove.
+
+    Raises:
+        ArgumentError, UnknownFamilyError, UnsupportedModelError: See `remove_layers`.
+    """
+    decoder = Decoder.of(model)
+    _ = decoder.returns  # the layers hand on nothing but hidden states
+    smaller = remove_layers(decoder.model, removed)
+    check_computed_alike(smaller, decoder.model, sorted(removed))
+
+
+def _proven(model: Any, cut: Cut) -> tuple[Any, bool]:
+    """Return a cut copy that will be the same once saved and loaded, and whether it is built whole.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    for whole in (False, True):
+        trial = share_copy(model)
+        whole = _cut(trial, cut, whole)
+        found = differences(trial, model, cut.removed)
+        if not found:
+            return trial, whole
+    others = f" and {len(found) - 1} more places" if len(found) > 1 else ""
+    raise UnsupportedModelError(
+        f"layers {layers_as_text(cut.removed)} cannot be removed from this "
+        f"{find_family(model).name} model: saved and loaded, it would be another, in "
+        f"{found[0]}{others}"
+    )
+
+
+def _cut(model: Any, cut: Cut, whole: bool) -> bool:
+    """Take layers out of a model and put ghosts in, in place.
+
+    Args:
+        model: The model.
+        cut: What goes and what comes.
+        whole: Whether the model is to be built whole when it is loaded, the layers taken out
+            afterwards, where the cut configuration does not describe it.
+
+    Returns:
+        Whether it will be.
+    """
+    config, decoder = _own_config(model), Decoder.of(model)
+    count = decoder.num_layers
+    kept = [layer for layer in range(count) if layer not in cut.removed]
+    dense_count, dense_removed = removal_record(config, count)
     dense_kept = [layer for layer in range(dense_count) if layer not in dense_removed]
-    layers = decoder_layers(model)
-    remaining = [layers[layer] for layer in kept]
-    decoder = decoder_of(model)
-    _cut_config(config, decoder, family, kept)
-    _replace_entries(layers, remaining)
-    if placed or is_ghosted(config):
+    text, known = text_config_of(config), getattr(config, "ghost", None) or {}
+    lists = computed_lists(text)
+    dense_values = cut_config(config, decoder.family, kept, count)
+    keep_layers(decoder.owner, decoder.layers, kept)
+    whole = whole or "dense_config" in known
+    if cut.placed or is_ghosted(config) or whole:
+        now = computed_lists(text)
+        wanted = {name: [value[layer] for layer in kept] for name, value in lists.items()}
         become_ghosted_class(
             model,
-            removed=sorted([*dense_removed, *(dense_kept[layer] for layer in dropped)]),
+            removed=sorted([*dense_removed, *(dense_kept[layer] for layer in cut.removed)]),
             num_hidden_layers=dense_count,
+            whole={
+                "dense_config": {**dense_values, **known.get("dense_config", {})},
+                "per_layer": {n: value for n, value in wanted.items() if now.get(n) != value},
+                "layers": layers_path(model, decoder.family),
+            }
+            if whole
+            else None,
         )
-        for index, _, ghost in placed:
-            ghost.to(device=next(layers[index].parameters()).device, dtype=model.dtype)
-        attach_ghosts(decoder, layers, placed)
+        for index, _, ghost in cut.placed:
+            weight = next(decoder.layers[index].parameters())
+            ghost.to(device=weight.device, dtype=decoder.dtype)
+        attach_ghosts(model.base_model, decoder.owner, decoder.layers, cut.placed)
         refresh_record(model)
     _drop_gguf_marks(model)
-    return model
+    return whole
 
 
 def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int]) -> None:
@@ -164,7 +248,7 @@ def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int])
         UnsupportedModelError: See `find_family` and `check_swappable`.
     """
     family, layers, decoder = find_family(model), decoder_layers(model), decoder_of(model)
-    given, described = list(removed), model.config.num_hidden_layers
+    given, described = list(removed), text_config_of(model.config).num_hidden_layers
     count = len(layers) + len(given)
     intervals = removed_intervals(given, count)
     dropped = {layer for start, stop in intervals for layer in range(start, stop)}
@@ -187,8 +271,10 @@ def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int])
     for module in (model, decoder, *layers):
         check_swappable(module)
     config = _own_config(model)
-    _cut_config(config, decoder, family, kept if described == count else [*range(len(layers))])
-    _replace_entries(layers, list(layers))
+    there = list(range(len(layers)))
+    cut_config(config, family, kept if described == count else there, described)
+    number_layers(layers, kept)
+    cut_owner(decoder, kept, count)
     become_ghosted_class(model, removed=sorted(dropped), num_hidden_layers=count)
     name = model_name(model)
     attach_report(config, {"model": name, "recovery": IMPORTED})
@@ -251,17 +337,15 @@ def _place_ghosts(
 
 def _check_lists(config: Any, family: Family, count: int) -> None:
     """Raise unless the configuration has an entry per layer wherever it has any."""
-    if getattr(config, "is_heterogeneous", False):
-        raise UnsupportedModelError(
-            "expected one configuration for all layers, got config.per_layer_config"
-        )
-    if config.num_hidden_layers != count:
+    text = text_config_of(config)
+    counts = counts_of(text)
+    if count not in counts.values():
         raise UnsupportedModelError(
             f"expected config.num_hidden_layers = {count}, the number of layers that the model "
-            f"has, got {config.num_hidden_layers}"
+            f"has, got {counts.get('num_hidden_layers')}"
         )
     for name in family.per_layer_lists:
-        entries = getattr(config, name, None)
+        entries = getattr(text, name, None)
         if entries is not None and len(entries) != count:
             raise UnsupportedModelError(
                 f"expected config.{name} to have one entry for each of the {count} layers, "
@@ -278,33 +362,6 @@ def _own_config(model: Any) -> Any:
             if type(value) is type(old) and id(value) in memo:
                 vars(module)[name] = memo[id(value)]
     return new
-
-
-def _cut_config(config: Any, decoder: Any, family: Family, kept: list[int]) -> None:
-    """Make a configuration, and what the decoder took from it, describe the kept layers only."""
-    if family.make_explicit is not None:
-        family.make_explicit(config)
-    for name in family.layer_index_lists:
-        indices = getattr(config, name, None)
-        if indices is not None:
-            setattr(config, name, [kept.index(layer) for layer in indices if layer in kept])
-    for name in family.per_layer_lists:
-        entries = getattr(config, name, None)
-        if entries is not None:
-            setattr(config, name, [entries[layer] for layer in kept])
-    config.num_hidden_layers = len(kept)
-    if hasattr(decoder, "has_sliding_layers"):
-        vars(decoder)["has_sliding_layers"] = "sliding_attention" in config.layer_types
-
-
-def _replace_entries(layers: nn.ModuleList, kept: list[nn.Module]) -> None:
-    """Leave the kept layers in the list, numbered anew."""
-    del layers[:]
-    layers.extend(kept)
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                setattr(module, "layer_idx", index)  # noqa: B010
 
 
 def _drop_gguf_marks(model: Any) -> None:

@@ -133,7 +133,7 @@ except ValueError as error:
     [
         (lambda config: config["ghost"]["ghosts"].pop(), "weights without a place ['model.layers"),
         (lambda config: config["ghost"]["ghosts"][0].update(bias=False), "input_ghost.bias"),
-        (lambda config: config["ghost"].update(format=2), "format 2, and this file reads 1"),
+        (lambda config: config["ghost"].update(format=3), "format 3, and this file reads up to 2"),
     ],
 )
 def test_damaged_folder_is_refused(tmp_path: Path, edit: Any, message: str) -> None:
@@ -186,7 +186,7 @@ def test_file_is_self_contained_and_small(tmp_path: Path) -> None:
     model = remove_layers(tiny_model("llama", NUM_LAYERS), REMOVED, random_ghosts())
     source = (save_model(model, tmp_path / "model") / f"{MODULE}.py").read_text()
     assert source == remote_code()
-    assert len(source.encode()) < 16_000
+    assert len(source.encode()) < 32_000
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):

@@ -255,8 +255,8 @@ def test_other_shapes_outside_the_layers_are_the_callers_choice(saved: Path) -> 
 
 
 def test_newer_format_is_refused(saved: Path) -> None:
-    edit_record(saved, lambda record: record.update(format=2))
-    with pytest.raises(CheckpointError, match=r"format 2.*pip install --upgrade ghosted_fast"):
+    edit_record(saved, lambda record: record.update(format=3))
+    with pytest.raises(CheckpointError, match=r"format 3.*pip install --upgrade ghosted_fast"):
         load(saved)
 
 

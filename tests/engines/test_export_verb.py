@@ -50,7 +50,7 @@ def test_a_raw_ghost_names_the_remedy(tmp_path: Path) -> None:
     model = ghosted(engine_model(), (3,), first_state=True)
     folder = save_model(model, tmp_path / "raw", byte_tokenizer())
     said = run("export", folder, "--to", "gguf", "--output", tmp_path / "x.gguf", status=1)
-    assert "--input normed --no-bias --first-state off" in said
+    assert "--features normed --no-bias --first-state off" in said
     assert not (tmp_path / "x.gguf").exists()
 
 

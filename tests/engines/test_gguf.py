@@ -102,7 +102,7 @@ def test_a_ghost_without_a_place_is_refused(options: dict[str, Any], said: str) 
     model = ghosted(engine_model(), (3,), **options)
     with pytest.raises(UnsupportedModelError, match=said) as caught:
         check_exportable(model)
-    assert "--input normed --no-bias --first-state off" in str(caught.value)
+    assert "--features normed --no-bias --first-state off" in str(caught.value)
 
 
 @pytest.mark.parametrize(

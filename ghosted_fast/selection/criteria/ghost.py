@@ -10,7 +10,7 @@ from ghosted_fast.fit.candidates import score_intervals
 from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.fit.ghosts import fit_candidates
 from ghosted_fast.fit.memory_budget import default_memory_budget, passes_within
-from ghosted_fast.selection.criteria.request import Request, Selection, candidate_intervals
+from ghosted_fast.selection.criteria.request import Request, Selection
 from ghosted_fast.statistics.interval import IntervalStatistics
 
 # What is left after as many tokens as other criteria use differs by less than the noise of those.
@@ -23,7 +23,7 @@ def by_ghost(request: Request) -> Selection:
     The candidates race over up to four times `score_tokens`.
     """
     decoder, options, progress = request.decoder, request.options, request.run.progress
-    intervals = candidate_intervals(request.remove, request.num_layers)
+    intervals = request.intervals(request.remove)
     budget = request.run.memory_budget or default_memory_budget(decoder.device)
     groups = passes_within(intervals, decoder.hidden_size, options, budget)
     held_out = request.held_out(_TOKENS_FOR_THE_BEST)

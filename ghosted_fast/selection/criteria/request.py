@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.facts import IntervalScore, SetScore
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions, RunOptions
@@ -65,6 +66,19 @@ class Request:
         """Layers that the model has."""
         return self.decoder.num_layers
 
+    def intervals(self, count: int) -> list[Interval]:
+        """Return every interval of `count` layers that the model can do without.
+
+        Raises:
+            UnsupportedModelError: There is none.
+        """
+        found = candidate_intervals(count, self.num_layers)
+        reasons = [self.decoder.needs(range(*pair)) for pair in found]
+        allowed = [pair for pair, why in zip(found, reasons, strict=True) if why is None]
+        if not allowed:
+            raise UnsupportedModelError(f"no run of {count} layers can go: {reasons[0]}")
+        return allowed
+
     def held_out(self, times: int = 1) -> list[Batch]:
         """Return the held-out sequences that candidates are scored on.
 
@@ -82,7 +96,7 @@ def candidate_intervals(count: int, layers: int) -> list[Interval]:
 def wanted_intervals(request: Request) -> list[Interval]:
     """Return every interval of every number of layers that is asked for."""
     counts = sorted({request.remove, *request.also})
-    return [pair for count in counts for pair in candidate_intervals(count, request.num_layers)]
+    return [pair for count in counts for pair in request.intervals(count)]
 
 
 def best_interval(request: Request, scores: Sequence[IntervalScore], criterion: str) -> Selection:

@@ -23,7 +23,7 @@ from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.fit.ghosts import fit_candidates, fit_in_sequence
 from ghosted_fast.fit.memory_budget import default_memory_budget, passes_within
 from ghosted_fast.models.gap import Gap
-from ghosted_fast.selection.criteria.request import Request, Selection, candidate_intervals
+from ghosted_fast.selection.criteria.request import Request, Selection
 from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.folds import training_batches
@@ -130,7 +130,7 @@ def _score_intervals(
     """Score every interval of up to `longest` layers alone, its ghost in place."""
     decoder, options = request.decoder, request.options
     budget = request.run.memory_budget or default_memory_budget(decoder.device)
-    lengths = [candidate_intervals(n, request.num_layers) for n in range(1, longest + 1)]
+    lengths = [request.intervals(n) for n in range(1, longest + 1)]
     intervals = [pair for pairs in lengths for pair in pairs]
     gaps: dict[Interval, Gap] = {}
     for group in passes_within(intervals, decoder.hidden_size, options, budget):

@@ -1,6 +1,6 @@
 """Ghosts in other people's forward hooks: proof of what a hook computes.
 
-A hook is a function that nobody can read. What it can reach is known (`hook_contents`); one that
+A hook is a function that nobody can read. What it can reach is known (`hook_search`); one that
 reaches no matrix [d, d] is never run. Any other is run on random hidden states, and taken for a
 ghost only if its answers are those of one of the matrices, in one of the four readings, within the
 hook's own rounding.

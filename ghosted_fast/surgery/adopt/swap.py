@@ -187,7 +187,7 @@ def _replace_hooks(model: Any, found: list[tuple[int, list[Proof]]], everywhere:
             proof.hook.remove()
             for holder in list(model.modules()) if everywhere else (proof.hook.module,):
                 _delete_operator(holder, proof.matrix)
-    attach_ghosts(decoder_of(model), layers, placed)
+    attach_ghosts(model.base_model, decoder_of(model), layers, placed)
     return [
         f"{names[id(layers[index])]}.{'ghost' if side == OUTPUT else 'input_ghost'}"
         for index, side, _ in placed

@@ -1,0 +1,188 @@
+"""Build a model with all the layers that its dense configuration describes, and keep some of them.
+
+That is how a model is loaded whose kept layers no configuration can describe: what a layer is may
+follow from its place by a rule ("every second one is sparse"). This file stands alone: its text is
+saved beside the weights of ghosted models (`ghosted_fast.checkpoint.remote_code`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_OVERRIDES = "per_layer_config"
+_INDEX_WORDS = ("idx", "index", "layer_id", "layer_number", "layer_num", "block_id")
+
+
+@contextmanager
+def described_whole(config: Any) -> Iterator[list[int] | None]:
+    """Let a configuration describe the dense model, if that is how the model is built.
+
+    Yields:
+        The layers that are kept; None where the configuration builds them alone.
+    """
+    record = config.ghost
+    if record is None or "dense_config" not in record:
+        yield None
+        return
+    config.ghost = None
+    try:
+        with with_values(text_config_of(config), record["dense_config"]):
+            yield [i for i in range(record["num_hidden_layers"]) if i not in record["removed"]]
+    finally:
+        config.ghost = record
+
+
+def take_layers_out(model: Any, config: Any, kept: list[int]) -> None:
+    """Take the removed layers out of a model that was built whole."""
+    own = model.config
+    if own is not config:  # some models are built from a copy
+        text = text_config_of(config)
+        values = plain_values(text)
+        set_values(text_config_of(own), {n: values.get(n) for n in config.ghost["dense_config"]})
+        own.ghost = config.ghost
+    owner, _, name = config.ghost["layers"].rpartition(".")
+    owner = model.base_model.get_submodule(owner)
+    keep_layers(owner, getattr(owner, name), kept)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def restore_values(config: Any) -> None:
+    """Give a ghosted configuration the lists that its class does not accept as they are."""
+    text = text_config_of(config)
+    known = (config.ghost or {}).get("per_layer", {})
+    config_class: Any = type(text)
+    own = list_properties(config_class)
+    set_values(text, {name: value for name, value in known.items() if name not in own})
+
+
+def of_each_layer(name: str, dense: property) -> property:
+    """Return a property of a ghosted configuration that says of each kept layer what it was.
+
+    Args:
+        name: Its name.
+        dense: The dense configuration's property.
+    """
+
+    def get(self: Any) -> Any:
+        known = (self.ghost or {}).get("per_layer", {})
+        return list(known[name]) if name in known else dense.__get__(self)
+
+    return property(get, dense.fset, doc=dense.__doc__)
+
+
+@functools.cache
+def list_properties(config_class: Hashable) -> tuple[str, ...]:
+    """Return the properties that a configuration class adds to transformers' own."""
+    from transformers import PreTrainedConfig
+
+    return tuple(
+        name
+        for name in dir(config_class)
+        if isinstance(getattr(config_class, name, None), property)
+        and not hasattr(PreTrainedConfig, name)
+    )
+
+
+def text_config_of(config: Any) -> Any:
+    """Return the configuration of the text decoder: that of the model itself, or a part of it."""
+    return config.get_text_config(decoder=True)
+
+
+def plain_values(config: Any) -> dict[str, Any]:
+    """Return the public attributes of a text configuration, as they are written to JSON."""
+    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    values.pop("ghost", None)
+    if getattr(config, "is_heterogeneous", False):
+        values[_OVERRIDES] = _overrides(config)
+    return values
+
+
+def set_values(text: Any, values: dict[str, Any]) -> None:
+    """Set attributes of a text configuration: the number of layers before what it must fit."""
+    values = dict(values)
+    overrides = values.pop(_OVERRIDES, None)
+    if overrides is not None:
+        text.per_layer_config = None
+    for name, value in values.items():
+        setattr(text, name, copy.deepcopy(value))
+    if overrides is not None:
+        text.per_layer_config = copy.deepcopy(overrides)
+
+
+@contextmanager
+def with_values(text: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Give a text configuration other values for as long as a model is built from it."""
+    before = {name: copy.deepcopy(plain_values(text).get(name)) for name in values}
+    set_values(text, values)
+    try:
+        yield
+    finally:
+        set_values(text, before)
+
+
+def _overrides(config: Any) -> dict[str, Any]:
+    spec = config._heterogeneity_spec.per_layer_overrides
+    return {str(layer): copy.deepcopy(own) for layer, own in spec.items()}
+
+
+def keep_layers(owner: nn.Module, layers: nn.ModuleList, kept: list[int]) -> None:
+    """Leave the kept layers in the list, numbered anew, in place.
+
+    Whatever in a layer holds the layer's own index is renumbered, by whatever name; constants that
+    were computed from the index stay as they are.
+
+    Args:
+        owner: The module that runs the layers.
+        layers: All of them.
+        kept: Indices of those that stay, sorted.
+    """
+    remaining = [layers[index] for index in kept]
+    count = len(layers)
+    del layers[:]
+    layers.extend(remaining)
+    number_layers(layers, kept)
+    cut_owner(owner, kept, count)
+
+
+def number_layers(layers: nn.ModuleList, old: list[int]) -> None:
+    """Number layers anew by their places in the list, in place.
+
+    Args:
+        layers: The kept layers.
+        old: The index that each was made with.
+    """
+    for new, layer in enumerate(layers):
+        for module, name in _index_attributes(layer, old[new]):
+            setattr(module, name, getattr(module, name) - old[new] + new)
+
+
+def _index_attributes(layer: nn.Module, index: int) -> list[tuple[nn.Module, str]]:
+    """Return the attributes in a layer that hold its index, or one counted from 1."""
+    return [
+        (module, name)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if type(value) is int
+        and any(word in name for word in _INDEX_WORDS)
+        and value - index in (0, 1)
+    ]
+
+
+def cut_owner(owner: Any, kept: list[int], count: int) -> None:
+    """Make what the owner of the layers took from the configuration fit the kept layers."""
+    for name, value in list(vars(owner).items()):
+        if name.startswith("_"):
+            continue
+        if type(value) is list and len(value) == count:
+            vars(owner)[name] = [value[index] for index in kept]
+        elif type(value) is int and value == count and "layer" in name:
+            vars(owner)[name] = len(kept)
+    if hasattr(owner, "has_sliding_layers"):
+        kinds = owner.config.layer_types
+        vars(owner)["has_sliding_layers"] = "sliding_attention" in kinds

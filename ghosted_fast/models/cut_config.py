@@ -1,0 +1,121 @@
+"""Make a configuration describe the layers that are kept, and the whole model again.
+
+Most of what depends on a layer's place stands in lists: one entry per layer, or the indices of some
+layers. They are cut. A rule ("every second layer") cannot be cut, so a model of such a family is
+built with all its layers from the dense configuration, and the removed ones are taken out: see
+`ghosted_fast.checkpoint`. What the rule says of the kept layers is kept as lists.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+from ghosted_fast.models.built_whole import (
+    list_properties,
+    plain_values,
+    set_values,
+    text_config_of,
+)
+from ghosted_fast.models.families import Family
+from ghosted_fast.models.structure import counts_of
+
+_NUMBERED = re.compile(r"(?<![^.])(layers|h|blocks|layer)\.(\d+)(?![^.])")
+
+
+def cut_config(config: Any, family: Family, kept: list[int], count: int) -> dict[str, Any]:
+    """Make a configuration describe the kept layers only, in place.
+
+    Args:
+        config: The configuration of a model, which no other model shares.
+        family: The record of the model's family.
+        kept: Indices of the kept layers, sorted.
+        count: Number of layers before the cut.
+
+    Returns:
+        The values that were changed in the text configuration, as they were before.
+    """
+    text = text_config_of(config)
+    dense = copy.deepcopy(plain_values(text))
+    if family.make_explicit is not None:
+        family.make_explicit(text)
+    new = {
+        name: _cut_value(name, value, family, kept, count)
+        for name, value in plain_values(text).items()
+    }
+    numbers = [name for name, value in counts_of(text).items() if value == count]
+    for name in numbers:
+        new[text.attribute_map.get(name, name)] = len(kept)
+    set_values(text, {name: new[name] for name in new if new[name] != dense.get(name)})
+    for owner in (config, text):
+        _renumber_names(owner, kept)
+    return {name: dense[name] for name in dense if new[name] != dense[name]}
+
+
+def computed_lists(text: Any) -> dict[str, list[Any]]:
+    """Return what the properties of a configuration say of each layer, by name."""
+    number = max(counts_of(text).values(), default=0)
+    found = {}
+    config_class: Any = type(text)
+    for name in list_properties(config_class):
+        try:
+            value = getattr(text, name)
+        except (AttributeError, NotImplementedError, TypeError, ValueError):
+            continue
+        if isinstance(value, list) and len(value) == number:
+            found[name] = value
+    return found
+
+
+def _cut_value(name: str, value: Any, family: Family, kept: list[int], count: int) -> Any:
+    """Return what an attribute is for the kept layers."""
+    if name == "per_layer_config":
+        return {
+            str(kept.index(int(layer))): own for layer, own in value.items() if int(layer) in kept
+        }
+    if not isinstance(value, list | tuple):
+        return value
+    if name in family.layer_index_lists or _lists_indices(name, value, count):
+        return [kept.index(layer) for layer in value if layer in kept]
+    if len(value) == count:
+        return [value[layer] for layer in kept]
+    return value
+
+
+def _lists_indices(name: str, value: Any, count: int) -> bool:
+    """Return whether a list names layers by their indices."""
+    indices = all(type(entry) is int and 0 <= entry < count for entry in value)
+    if not indices or not value or sorted(set(value)) != list(value):
+        return False
+    return "layer" in name and (len(value) != count or list(value) == list(range(count)))
+
+
+def _renumber_names(config: Any, kept: list[int]) -> None:
+    """Renumber the layers in the names of modules that a quantization leaves as they are."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    values = settings if isinstance(settings, dict) else vars(settings)
+    for name, value in values.items():
+        values[name] = _renumbered(value, kept)
+
+
+def _renumbered(value: Any, kept: list[int]) -> Any:
+    if isinstance(value, str):
+        return _NUMBERED.sub(lambda match: f"{match[1]}.{kept.index(int(match[2]))}", value)
+    if isinstance(value, list | tuple):
+        return [_renumbered(entry, kept) for entry in value if not _is_gone(entry, kept)]
+    if isinstance(value, dict):
+        return {
+            _renumbered(key, kept): _renumbered(entry, kept)
+            for key, entry in value.items()
+            if not _is_gone(key, kept)
+        }
+    return value
+
+
+def _is_gone(name: Any, kept: list[int]) -> bool:
+    """Return whether a module's name is that of a removed layer."""
+    match = _NUMBERED.search(name) if isinstance(name, str) else None
+    return match is not None and int(match[2]) not in kept

@@ -1,0 +1,95 @@
+"""Find the decoder layers of a model whose family has no record, by looking at the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ghosted_fast.models.built_whole import text_config_of
+
+# Configuration attributes that count decoder layers, the usual one first: some families give it to
+# their encoder.
+COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers", "num_blocks")
+
+
+def counts_of(config: Any) -> dict[str, int]:
+    """Return what a configuration says of the number of layers, by attribute."""
+    found = {name: vars(config).get(config.attribute_map.get(name, name)) for name in COUNTS}
+    return {name: value for name, value in found.items() if type(value) is int}
+
+
+def layer_kinds(config: Any, count: int) -> list[str]:
+    """Return what a text configuration says each layer is, in transformers' words; empty if none.
+
+    Args:
+        config: The text configuration.
+        count: Number of layers.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if not isinstance(kinds, list) or len(kinds) != count:
+        return []
+    return [str(kind) for kind in kinds]
+
+
+def language_model_of(model: Any) -> tuple[str, Any]:
+    """Return the text decoder of a model, and its path from `model.base_model`.
+
+    Args:
+        model: A transformers model; one of text is its own text decoder.
+    """
+    base: nn.Module = model.base_model
+    text = text_config_of(model.config)
+    if text is model.config:
+        return "", base
+    for module in base.modules():
+        config = getattr(module, "config", None)
+        if hasattr(module, "base_model") and type(config) is type(text):
+            inner = module.base_model
+            return next(path for path, item in base.named_modules() if item is inner), inner
+    return "", base
+
+
+def find_layers(model: Any) -> tuple[str, str, str] | str:
+    """Search a model for its decoder layers.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        The path of the module that owns them, from `model.base_model`, the attribute that holds
+        them and the one that holds the norm behind them ("" for none); or, as the end of a
+        sentence, what was found instead.
+    """
+    path, decoder = language_model_of(model)
+    counts = counts_of(text_config_of(model.config))
+    found = list(_lists(decoder, set(counts.values())))
+    for count in counts.values():
+        candidates = [name for name, module in found if len(module) == count]
+        if candidates:
+            break
+    else:
+        return f"expected one module list as long as {counts or 'the layers are many'}, found none"
+    if len(candidates) != 1:
+        return f"expected one module list of {count} layers, found {candidates}"
+    owner, _, layers = candidates[0].rpartition(".")
+    siblings = list(decoder.get_submodule(owner).named_children())
+    position = [name for name, _ in siblings].index(layers)
+    norms = [name for name, module in siblings[position + 1 :] if _is_norm(name, module)]
+    return ".".join(part for part in (path, owner) if part), layers, norms[0] if norms else ""
+
+
+def _lists(decoder: nn.Module, lengths: set[int]) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Yield the outermost module lists of given lengths, by path."""
+    taken: list[str] = []
+    for name, module in decoder.named_modules():
+        if any(name.startswith(f"{path}.") for path in taken):
+            continue
+        if isinstance(module, nn.ModuleList) and len(module) in lengths:
+            taken.append(name)
+            yield name, module
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() or name.startswith("ln_")
