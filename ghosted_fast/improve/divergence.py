@@ -11,7 +11,7 @@ Source: ours; KL(p || q) of softmax logits has the gradient q - p.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.record import is_ghosted, removal_record
 from ghosted_fast.errors import ArgumentError, NonFiniteError
-from ghosted_fast.models.boundaries import leaving_out, visit_boundaries
+from ghosted_fast.models.boundaries import starting_at, visit_boundaries
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import decoder_layers, num_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
@@ -310,8 +310,7 @@ class Divergence:
 
 def _run(model: Any, batch: Batch, boundary: int, hidden: Tensor | None) -> Tensor:
     """Return a model's logits, given the states at a boundary unless it is 0; autograd may look."""
-    gaps = [] if hidden is None else [(0, boundary, lambda _: hidden)]
-    with leaving_out(model, gaps):
+    with nullcontext() if hidden is None else starting_at(model, boundary, hidden):
         output = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return output.logits
 

@@ -155,11 +155,38 @@ def resume(
         Logits [batch, length, vocabulary], in the model's dtype.
     """
     decoder = Decoder.of(model)
-    with leaving_out(decoder, [(0, boundary, lambda _: hidden), *gaps]), torch.inference_mode():
+    with starting_at(decoder, boundary, hidden), leaving_out(decoder, gaps), torch.inference_mode():
         output = decoder.model(
             batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         )
     return output.logits
+
+
+@contextmanager
+def starting_at(model: Any, boundary: int, hidden: Tensor) -> Iterator[None]:
+    """Run the model with given hidden states at a boundary.
+
+    The layers below are not computed, unless those above use their keys and values too.
+
+    Args:
+        model: A causal language model, its base model, or a view of it.
+        boundary: In 1..num_layers.
+        hidden: The states [batch, length, hidden_size].
+    """
+    decoder = Decoder.of(model)
+    if not decoder.shares_keys:
+        with leaving_out(decoder, [(0, boundary, lambda _: hidden)]):
+            yield
+        return
+
+    def give(_: nn.Module, __: Any, output: Any) -> Any:
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = decoder.layers[boundary - 1].register_forward_hook(give)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -13,8 +13,11 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+# Weights of the owner of the layers that have a part for each of them (Gemma 4).
+_TABLES = ("embed_tokens_per_layer", "per_layer_model_projection")
 _OVERRIDES = "per_layer_config"
 _INDEX_WORDS = ("idx", "index", "layer_id", "layer_number", "layer_num", "block_id")
 
@@ -183,6 +186,23 @@ def cut_owner(owner: Any, kept: list[int], count: int) -> None:
             vars(owner)[name] = [value[index] for index in kept]
         elif type(value) is int and value == count and "layer" in name:
             vars(owner)[name] = len(kept)
+    if hasattr(owner, "first_kv_shared_layer_idx"):
+        first = owner.first_kv_shared_layer_idx
+        vars(owner)["first_kv_shared_layer_idx"] = sum(layer < first for layer in kept)
+    for name in _TABLES:
+        if getattr(owner, name, None) is not None:
+            _cut_table(getattr(owner, name), kept, count)
     if hasattr(owner, "has_sliding_layers"):
         kinds = owner.config.layer_types
         vars(owner)["has_sliding_layers"] = "sliding_attention" in kinds
+
+
+def _cut_table(table: Any, kept: list[int], count: int) -> None:
+    """Leave the parts of the kept layers in a table, in place; others may share its old weight."""
+    embeds = isinstance(table, nn.Embedding)
+    axis = 1 if embeds else 0
+    old = table.weight
+    index = torch.tensor(kept, device=old.device)
+    parts = old.detach().unflatten(axis, (count, -1)).index_select(axis, index)
+    table.weight = nn.Parameter(parts.flatten(axis, axis + 1), requires_grad=old.requires_grad)
+    vars(table)["embedding_dim" if embeds else "out_features"] = table.weight.shape[axis]

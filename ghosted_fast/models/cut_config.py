@@ -9,6 +9,7 @@ built with all its layers from the dense configuration, and the removed ones are
 from __future__ import annotations
 
 import copy
+import json
 import re
 from typing import Any
 
@@ -21,6 +22,7 @@ from ghosted_fast.models.built_whole import (
 from ghosted_fast.models.families import Family
 from ghosted_fast.models.structure import counts_of
 
+_SHARED = "num_kv_shared_layers"
 _NUMBERED = re.compile(r"(?<![^.])(layers|h|blocks|layer)\.(\d+)(?![^.])")
 
 
@@ -47,10 +49,32 @@ def cut_config(config: Any, family: Family, kept: list[int], count: int) -> dict
     numbers = [name for name, value in counts_of(text).items() if value == count]
     for name in numbers:
         new[text.attribute_map.get(name, name)] = len(kept)
+    shared = new.get(_SHARED)
+    if shared:  # the last so many layers use keys and values of earlier ones
+        new[_SHARED] = sum(layer >= count - shared for layer in kept)
     set_values(text, {name: new[name] for name in new if new[name] != dense.get(name)})
-    for owner in (config, text):
-        _renumber_names(owner, kept)
+    _renumber_names(config, kept)
+    if text is not config:
+        _renumber_names(text, kept)
     return {name: dense[name] for name in dense if new[name] != dense[name]}
+
+
+def read_again(config: Any) -> Any:
+    """Return a configuration as it comes back from a file."""
+    read = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
+    read._attn_implementation = config._attn_implementation
+    return read
+
+
+def lists_changed_by_reading(config: Any) -> list[str]:
+    """Return the lists of a text configuration that its class mends when it is read from a file."""
+    text, read = text_config_of(config), text_config_of(read_again(config))
+    before, after = plain_values(text), plain_values(read)
+    return [
+        name
+        for name, value in before.items()
+        if isinstance(value, list) and value != after.get(name, value)
+    ]
 
 
 def computed_lists(text: Any) -> dict[str, list[Any]]:

@@ -96,13 +96,28 @@ class Decoder:
         """
         return returns_of(self.model, self.layers, self.hidden_size)
 
+    @property
+    def shares_keys(self) -> bool:
+        """Whether the last layers use keys and values of earlier ones."""
+        return bool(getattr(text_config_of(self.model.config), "num_kv_shared_layers", 0))
+
     def needs(self, removed: Collection[int]) -> str | None:
         """Return why a model cannot do without some layers together, None if it can.
 
         Args:
             removed: Indices of the layers.
         """
-        kinds = layer_kinds(text_config_of(self.model.config), self.num_layers)
+        text = text_config_of(self.model.config)
+        kinds = layer_kinds(text, self.num_layers)
+        own = self.num_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+        sources = {kind: index for index, kind in enumerate(kinds[:own])}
+        lost = sorted(set(sources.values()) & set(removed))
+        if own < self.num_layers and lost:
+            return (
+                f"expected layers {layers_as_text(sorted(sources.values()))} to be kept: the last "
+                f"{self.num_layers - own} layers of this {self.family.name} model use their keys "
+                "and values"
+            )
         attention = {
             i for i, kind in enumerate(kinds) if "attention" in kind and kind not in _LINEAR
         }

@@ -16,7 +16,7 @@ from ghosted_fast.checkpoint.transformers_types import become_ghosted_class
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
 from ghosted_fast.facts import layers_as_text
 from ghosted_fast.models.built_whole import cut_owner, keep_layers, number_layers, text_config_of
-from ghosted_fast.models.cut_config import computed_lists, cut_config
+from ghosted_fast.models.cut_config import computed_lists, cut_config, lists_changed_by_reading
 from ghosted_fast.models.decoder import Decoder, model_name
 from ghosted_fast.models.families import (
     Family,
@@ -208,15 +208,21 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
     keep_layers(decoder.owner, decoder.layers, kept)
     whole = whole or "dense_config" in known
     if cut.placed or is_ghosted(config) or whole:
+        if known:
+            config.ghost = None  # it is that of the model before the cut
         now = computed_lists(text)
         wanted = {name: [value[layer] for layer in kept] for name, value in lists.items()}
+        different = {name: value for name, value in wanted.items() if now.get(name) != value}
+        if whole:
+            mended = lists_changed_by_reading(config)
+            different |= {name: list(getattr(text, name)) for name in mended}
         become_ghosted_class(
             model,
             removed=sorted([*dense_removed, *(dense_kept[layer] for layer in cut.removed)]),
             num_hidden_layers=dense_count,
             whole={
                 "dense_config": {**dense_values, **known.get("dense_config", {})},
-                "per_layer": {n: value for n, value in wanted.items() if now.get(n) != value},
+                "per_layer": different,
                 "layers": layers_path(model, decoder.family),
             }
             if whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.facts import layers_as_text
 from ghosted_fast.models.contract import hidden_state, plain_tokens
+from ghosted_fast.models.cut_config import lists_changed_by_reading, read_again
 from ghosted_fast.models.decoder import Decoder, evaluating
 from ghosted_fast.models.families import layers_path
 from ghosted_fast.models.ghost_linear import GhostLinear
@@ -39,6 +39,9 @@ def differences(cut: Any, dense: Any, removed: list[int]) -> list[str]:
         What differs, as "the weight x" or "layers.3.attention.scale (0.1, not 0.2)"; empty if they
         are the same.
     """
+    changed = lists_changed_by_reading(cut.config)
+    if changed:
+        return [f"config.{name}" for name in changed]
     found = dict(_differences(cut, _built_anew(cut)))
     if found:
         known = dict(_differences(dense, _built_anew(dense)))
@@ -52,14 +55,7 @@ def _built_anew(model: Any) -> Any:
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
-        return type(model)(_read_again(model.config))
-
-
-def _read_again(config: Any) -> Any:
-    """Return a configuration as it comes back from a file."""
-    read = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
-    read._attn_implementation = config._attn_implementation
-    return read
+        return type(model)(read_again(model.config))
 
 
 def _num_layers(model: Any) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ghosted_fast.checkpoint.record import check_record
+from ghosted_fast.checkpoint.record import FORMAT, check_record
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.serving.vllm import NATIVE, REFUSED, THROUGH_TRANSFORMERS
 
@@ -58,6 +58,11 @@ def _native_class(name: str) -> type:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
         config = vllm_config.model_config.hf_config
         check_record(config.ghost, config.num_hidden_layers)
+        if config.ghost and config.ghost["format"] != FORMAT:
+            raise UnsupportedModelError(
+                f"{name} cannot be served by vLLM: what its layers are follows from their places "
+                "in the dense model, which vLLM's classes do not know. Serve it with transformers."
+            )
         for record in (config.ghost or {"ghosts": []})["ghosts"]:
             layer = self.model.layers[record["layer"]]
             if not isinstance(layer, PPMissingLayer):

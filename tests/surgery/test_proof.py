@@ -1,0 +1,191 @@
+"""A cut model is what is loaded: where its configuration cannot say so, it is built whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.errors import UnsupportedModelError
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.surgery.cut import check_removable, prune_model
+from ghosted_fast.testing import random_tokens, tiny_model
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
+KINDS = ["sliding_attention", "full_attention"] * 3
+FAMILIES: dict[str, dict[str, Any]] = {
+    # Attention in every fourth layer, experts in every second one: rules, not lists.
+    "jamba": {
+        "num_hidden_layers": 8,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "num_experts": 4,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    # Residuals are scaled by the root of the number of layers.
+    "minicpm3": {
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    # The first layer is dense, the others have experts.
+    "deepseek_v3": {
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    # Settings of single layers, an embedding for each of them, shared keys, a last layer of one
+    # kind.
+    "gemma4_text": {
+        "num_hidden_layers": 6,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 97,
+        "num_kv_shared_layers": 2,
+        "layer_types": KINDS,
+    },
+}
+
+
+def tiny(name: str) -> Any:
+    torch.manual_seed(7)
+    config = CONFIG_MAPPING[name](**{**SIZES, **FAMILIES[name]}, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(random_tokens(2, 12, 3), use_cache=False).logits
+    return found
+
+
+@torch.inference_mode()
+def passed_by(model: Any, removed: list[int]) -> torch.Tensor:
+    def hook(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    layers = Decoder.of(model).layers
+    handles = [layers[i].register_forward_hook(hook, with_kwargs=True) for i in removed]
+    found = logits(model)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("cut", ["first", "middle", "last"])
+def test_any_cut_is_what_is_loaded(name: str, cut: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    last = Decoder.of(model).num_layers - 1
+    removed = {"first": [0], "middle": [1], "last": [last]}[cut]
+    check_removable(model, removed)
+    smaller = prune_model(model, removed)
+    assert torch.allclose(logits(smaller), passed_by(model, removed), atol=1e-5)
+    save_model(smaller, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(logits(again), logits(smaller))
+    prompt = random_tokens(1, 5, 8)
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    expected = smaller.generate(prompt, use_cache=False, **greedy)
+    assert torch.equal(again.generate(prompt, **greedy), expected)
+
+
+def test_a_second_cut_is_one_cut(tmp_path: Path) -> None:
+    model = tiny("jamba")
+    twice = prune_model(prune_model(model, [1]), [3, 4])  # 4 and 5 of the dense model
+    assert torch.equal(logits(twice), logits(prune_model(model, [1, 4, 5])))
+    save_model(twice, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(logits(again), logits(twice))
+    assert again.config.ghost["removed"] == [1, 4, 5]
+    assert again.config.layers_block_type == ["mamba", "attention", "mamba", "attention", "mamba"]
+
+
+def test_a_family_that_its_configuration_describes_stays_one_of_its_own() -> None:
+    assert prune_model(tiny_model("llama"), [2]).config.model_type == "llama"
+    assert prune_model(tiny("deepseek_v3"), [3]).config.model_type == "deepseek_v3"
+    assert prune_model(tiny("deepseek_v3"), [0]).config.model_type == "ghosted_deepseek_v3"
+
+
+def test_what_no_file_says_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[3].mlp.extra = torch.nn.Linear(2, 2)
+    prune_model(model, [1])  # that weight is lost whenever the model is saved
+    smaller = prune_model(model, [1], inplace=True)
+    assert len(smaller.model.layers) == 5
+
+
+def test_layers_that_count_tokens_stay() -> None:
+    model = tiny("jamba")
+    with pytest.raises(UnsupportedModelError, match="one of the layers 2, 6 to be kept"):
+        prune_model(model, [2, 5, 6])
+
+
+def test_layers_whose_keys_are_shared_stay() -> None:
+    model = tiny("gemma4_text")
+    with pytest.raises(UnsupportedModelError, match="layers 2-3 to be kept: the last 2 layers"):
+        check_removable(model, [3])
+    smaller = prune_model(model, [1, 4])
+    assert smaller.config.num_kv_shared_layers == 1
+    tables = smaller.model.embed_tokens_per_layer.weight, model.model.embed_tokens_per_layer.weight
+    assert [table.shape[1] for table in tables] == [4 * 8, 6 * 8]
+
+
+def test_names_of_layers_in_a_quantization_follow() -> None:
+    config = tiny_model("llama").config
+    config.quantization_config = {
+        "quant_method": "fp8",
+        "modules_to_not_convert": [
+            "lm_head",
+            "model.layers.0.mlp",
+            "model.layers.10",
+            "layers.3.x",
+        ],
+        "dynamic": {"model.layers.4.self_attn": {"bits": 8}},
+    }
+    from ghosted_fast.models.cut_config import cut_config
+    from ghosted_fast.models.families import Family
+
+    cut_config(config, Family("llama"), [1, 3, 4, 5], 6)
+    assert config.quantization_config["modules_to_not_convert"] == ["lm_head", "layers.1.x"]
+    assert config.quantization_config["dynamic"] == {"model.layers.2.self_attn": {"bits": 8}}
+
+
+def test_configurations_are_as_they_were_after_building() -> None:
+    smaller = prune_model(tiny("gemma4_text"), [5])
+    assert smaller.config.layer_types == KINDS[:5]
+    read = AutoConfig.for_model(**smaller.config.to_dict())
+    assert read.layer_types == KINDS[:5] and read.num_hidden_layers == 5
