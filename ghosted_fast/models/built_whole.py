@@ -18,6 +18,7 @@ from torch import nn
 
 # Weights of the owner of the layers that have a part for each of them (Gemma 4).
 _TABLES = ("embed_tokens_per_layer", "per_layer_model_projection")
+_FIRST_SHARED = "first_kv_shared_layer_idx"
 _OVERRIDES = "per_layer_config"
 _INDEX_WORDS = ("idx", "index", "layer_id", "layer_number", "layer_num", "block_id")
 
@@ -180,15 +181,15 @@ def _index_attributes(layer: nn.Module, index: int) -> list[tuple[nn.Module, str
 def cut_owner(owner: Any, kept: list[int], count: int) -> None:
     """Make what the owner of the layers took from the configuration fit the kept layers."""
     for name, value in list(vars(owner).items()):
-        if name.startswith("_"):
+        if name.startswith("_") or name == _FIRST_SHARED:
             continue
         if type(value) is list and len(value) == count:
             vars(owner)[name] = [value[index] for index in kept]
         elif type(value) is int and value == count and "layer" in name:
             vars(owner)[name] = len(kept)
-    if hasattr(owner, "first_kv_shared_layer_idx"):
-        first = owner.first_kv_shared_layer_idx
-        vars(owner)["first_kv_shared_layer_idx"] = sum(layer < first for layer in kept)
+    if hasattr(owner, _FIRST_SHARED):
+        first = getattr(owner, _FIRST_SHARED)
+        vars(owner)[_FIRST_SHARED] = sum(layer < first for layer in kept)
     for name in _TABLES:
         if getattr(owner, name, None) is not None:
             _cut_table(getattr(owner, name), kept, count)

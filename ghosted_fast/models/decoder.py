@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ghosted_fast.errors import UnsupportedModelError
-from ghosted_fast.facts import layers_as_text
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.contract import returns_of
 from ghosted_fast.models.families import (
@@ -22,9 +21,8 @@ from ghosted_fast.models.families import (
     find_family,
     hidden_size,
 )
-from ghosted_fast.models.structure import layer_kinds
+from ghosted_fast.models.needed_layers import why_needed
 
-_LINEAR = "linear_attention"
 _DEFAULT_NORM_EPS = 1e-6
 
 
@@ -107,28 +105,7 @@ class Decoder:
         Args:
             removed: Indices of the layers.
         """
-        text = text_config_of(self.model.config)
-        kinds = layer_kinds(text, self.num_layers)
-        own = self.num_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
-        sources = {kind: index for index, kind in enumerate(kinds[:own])}
-        lost = sorted(set(sources.values()) & set(removed))
-        if own < self.num_layers and lost:
-            return (
-                f"expected layers {layers_as_text(sorted(sources.values()))} to be kept: the last "
-                f"{self.num_layers - own} layers of this {self.family.name} model use their keys "
-                "and values"
-            )
-        attention = {
-            i for i, kind in enumerate(kinds) if "attention" in kind and kind not in _LINEAR
-        }
-        if not attention or attention - set(removed):
-            return None
-        where = layers_as_text(sorted(attention))
-        return (
-            f"expected one of the layers {where} to be kept: they are the attention layers of this "
-            f"{self.family.name} model, whose other layers have no keys and values to count tokens "
-            "by"
-        )
+        return why_needed(text_config_of(self.model.config), self.num_layers, removed)
 
     @property
     def norm_eps(self) -> float:

@@ -25,13 +25,15 @@ def first_attended(
     Args:
         tokens: Token ids [B, T] or embeddings [B, T, d] of the current step.
         attention_mask: [B, past + T], or a prepared mask (a tensor of four dimensions, or a dict).
-        position_ids: [B, T] or [1, T].
+        position_ids: [B, T] or [1, T], or [axes, B, T] where pictures have places of their own.
         past_key_values: A transformers cache; its length may be an int or a tensor.
 
     Returns:
         Bool [B, T], or None if it is known without looking that there is no such token.
     """
     batch, length = tokens.shape[:2]
+    if position_ids is not None and position_ids.dim() == 3:
+        position_ids = position_ids.amax(0)  # positions in time, height and width
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     past_is_known = not isinstance(past, Tensor)
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:

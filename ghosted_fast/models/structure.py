@@ -20,19 +20,6 @@ def counts_of(config: Any) -> dict[str, int]:
     return {name: value for name, value in found.items() if type(value) is int}
 
 
-def layer_kinds(config: Any, count: int) -> list[str]:
-    """Return what a text configuration says each layer is, in transformers' words; empty if none.
-
-    Args:
-        config: The text configuration.
-        count: Number of layers.
-    """
-    kinds = getattr(config, "layer_types", None)
-    if not isinstance(kinds, list) or len(kinds) != count:
-        return []
-    return [str(kind) for kind in kinds]
-
-
 def language_model_of(model: Any) -> tuple[str, Any]:
     """Return the text decoder of a model, and its path from `model.base_model`.
 

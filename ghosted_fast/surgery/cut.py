@@ -362,10 +362,10 @@ def _check_lists(config: Any, family: Family, count: int) -> None:
 def _own_config(model: Any) -> Any:
     """Give a model a configuration that it shares with no other model, and return it."""
     memo: dict[int, Any] = {}
-    old, new = model.config, copy.deepcopy(model.config, memo)
+    new = copy.deepcopy(model.config, memo)
     for module in model.modules():
         for name, value in vars(module).items():
-            if type(value) is type(old) and id(value) in memo:
+            if hasattr(value, "get_text_config") and id(value) in memo:
                 vars(module)[name] = memo[id(value)]
     return new
 

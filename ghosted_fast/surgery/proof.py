@@ -39,10 +39,13 @@ def differences(cut: Any, dense: Any, removed: list[int]) -> list[str]:
         What differs, as "the weight x" or "layers.3.attention.scale (0.1, not 0.2)"; empty if they
         are the same.
     """
-    changed = lists_changed_by_reading(cut.config)
-    if changed:
-        return [f"config.{name}" for name in changed]
-    found = dict(_differences(cut, _built_anew(cut)))
+    try:
+        changed = lists_changed_by_reading(cut.config)
+        if changed:
+            return [f"config.{name}" for name in changed]
+        found = dict(_differences(cut, _built_anew(cut)))
+    except Exception as error:  # whatever the family's own code makes of the configuration
+        return [f"how it is built ({type(error).__name__}: {error})"]
     if found:
         known = dict(_differences(dense, _built_anew(dense)))
         kept = [i for i in range(len(removed) + _num_layers(cut)) if i not in removed]
@@ -55,7 +58,10 @@ def _built_anew(model: Any) -> Any:
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
-        return type(model)(read_again(model.config))
+        built = type(model)(read_again(model.config))
+    with torch.device("meta"):
+        built.initialize_weights()
+    return built
 
 
 def _num_layers(model: Any) -> int:
