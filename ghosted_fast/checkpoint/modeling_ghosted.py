@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import sys
 from typing import Any
 
@@ -35,7 +34,7 @@ from ghosted_fast.models.built_whole import (
     take_layers_out,
     text_config_of,
 )
-from ghosted_fast.models.first_token import first_attended
+from ghosted_fast.models.first_token import hands_on, mark_of, parameters_of
 
 FORMAT, FORMAT_WHOLE = 1, 2
 _REQUIREMENT = "transformers>=5.19,<6"
@@ -144,15 +143,17 @@ def _attach_ghosts(model: Any) -> None:
     base = model.base_model
     owner = base.get_submodule(path.rpartition(".")[0])
     same = type(getattr(owner, "config", base.config)) is type(base.config)
-    if same and not {"input_ids", "inputs_embeds"}.isdisjoint(_parameters_of(type(owner))):
+    reads = same and not {"input_ids", "inputs_embeds"}.isdisjoint(parameters_of(type(owner)))
+    if reads and hands_on(owner):
         for layer in layers:  # layers without a ghost drop the mark before their attention sees it
             _swap_class(layer, _ghosted_layer_class)
         _swap_class(owner, _first_token_decoder_class)
         return
-    _swap_class(base, _first_token_base_class)
-    vars(base)["first_tokens"] = FirstTokens()
+    where = owner if reads else base
+    _swap_class(where, _first_token_base_class)
+    vars(where)["first_tokens"] = FirstTokens()
     for entry in record["ghosts"]:
-        vars(layers[entry["layer"]])["first_tokens"] = base.first_tokens
+        vars(layers[entry["layer"]])["first_tokens"] = where.first_tokens
 
 
 def _check_format(config: Any) -> None:
@@ -212,8 +213,8 @@ def _ghosted_layer_class(base: Any) -> type:
         output = base.forward(self, hidden_states, *args, **kwargs)
         if behind is None:
             return output
-        if isinstance(output, tuple):
-            return (behind(output[0], is_first), *output[1:])
+        if isinstance(output, tuple | list):
+            return type(output)((behind(output[0], is_first), *output[1:]))
         return behind(output, is_first)
 
     return _renamed(base, functools.wraps(base.forward)(forward))
@@ -230,29 +231,13 @@ class FirstTokens:
         return (FirstTokens, ())
 
 
-def _mark_of(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Name the arguments of a forward pass, in place, and return the mark of its first tokens."""
-    kwargs.update(zip(names, args, strict=False))
-    tokens = kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
-    if tokens is None:
-        return None
-    known = ("attention_mask", "position_ids", "past_key_values")
-    return first_attended(tokens, **{name: kwargs.get(name) for name in known})
-
-
-def _parameters_of(base: Any) -> list[str]:
-    return [name for name in inspect.signature(base.forward).parameters if name != "self"]
-
-
 @functools.cache
 def _first_token_base_class(base: Any) -> type:
     """Make the class of base models that leave the mark where ghosts find it."""
-    names = _parameters_of(base)
+    names = parameters_of(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.first_tokens.mark = _mark_of(names, args, kwargs)
+        self.first_tokens.mark = mark_of(names, args, kwargs)
         return base.forward(self, **kwargs)
 
     return _renamed(base, functools.wraps(base.forward)(forward))
@@ -261,10 +246,10 @@ def _first_token_base_class(base: Any) -> type:
 @functools.cache
 def _first_token_decoder_class(base: Any) -> type:
     """Make the class of decoders that mark the first attended tokens for their layers."""
-    names = _parameters_of(base)
+    names = parameters_of(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        is_first = _mark_of(names, args, kwargs)
+        is_first = mark_of(names, args, kwargs)
         if is_first is not None:
             kwargs[_IS_FIRST] = is_first
         return base.forward(self, **kwargs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghosted_fast.models.contract import as_returned, hidden_state
+from ghosted_fast.models.contract import Returned, as_returned, hidden_state, state_in, with_state
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.text.batches import Batch
 
@@ -59,7 +59,7 @@ def visit_boundaries(
 
     def after(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            reached(index + 1, output[0] if isinstance(output, tuple) else output)
+            reached(index + 1, state_in(output))
 
         return hook
 
@@ -118,7 +118,7 @@ def visit_intervals(
 class _PassThrough(nn.Module):
     """Stands in for a layer that is not computed; answers for its attributes."""
 
-    def __init__(self, layer: nn.Module, returns: int | None, operator: Operator | None) -> None:
+    def __init__(self, layer: nn.Module, returns: Returned, operator: Operator | None) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
         self._returns, self._operator = returns, operator
@@ -180,7 +180,7 @@ def starting_at(model: Any, boundary: int, hidden: Tensor) -> Iterator[None]:
         return
 
     def give(_: nn.Module, __: Any, output: Any) -> Any:
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return with_state(output, hidden)
 
     handle = decoder.layers[boundary - 1].register_forward_hook(give)
     try:

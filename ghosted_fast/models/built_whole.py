@@ -146,36 +146,47 @@ def keep_layers(owner: nn.Module, layers: nn.ModuleList, kept: list[int]) -> Non
         layers: All of them.
         kept: Indices of those that stay, sorted.
     """
-    remaining = [layers[index] for index in kept]
-    count = len(layers)
+    every = list(layers)
     del layers[:]
-    layers.extend(remaining)
-    number_layers(layers, kept)
-    cut_owner(owner, kept, count)
+    layers.extend(every[index] for index in kept)
+    number_layers(dict(enumerate(every)), kept)
+    cut_owner(owner, kept, len(every))
 
 
-def number_layers(layers: nn.ModuleList, old: list[int]) -> None:
-    """Number layers anew by their places in the list, in place.
+def number_layers(layers: dict[int, nn.Module], kept: list[int]) -> None:
+    """Number layers anew, in place.
 
     Args:
-        layers: The kept layers.
-        old: The index that each was made with.
+        layers: Layers by the index that each was made with.
+        kept: The indices of those that are kept; their places are the new indices.
     """
-    for new, layer in enumerate(layers):
-        for module, name in _index_attributes(layer, old[new]):
-            setattr(module, name, getattr(module, name) - old[new] + new)
+    held: dict[tuple[str, str], dict[int, int]] = {}
+    for index, layer in layers.items():
+        for path, module in layer.named_modules():
+            for name, value in vars(module).items():
+                if type(value) is int and any(word in name for word in _INDEX_WORDS):
+                    held.setdefault((path, name), {})[index] = value
+    for (path, name), values in held.items():
+        step = _step_of(values)
+        for new, old in enumerate(kept):
+            if step and old in values:
+                module = layers[old].get_submodule(path)
+                setattr(module, name, values[old] + step * (new - old))
 
 
-def _index_attributes(layer: nn.Module, index: int) -> list[tuple[nn.Module, str]]:
-    """Return the attributes in a layer that hold its index, or one counted from 1."""
-    return [
-        (module, name)
-        for module in layer.modules()
-        for name, value in vars(module).items()
-        if type(value) is int
-        and any(word in name for word in _INDEX_WORDS)
-        and value - index in (0, 1)
-    ]
+def _step_of(values: dict[int, int]) -> int:
+    """Return by how much a number grows from layer to layer; 0 if it is no index.
+
+    Args:
+        values: The number in each layer, by the layer's index.
+    """
+    (first, start), *others = values.items()
+    if not others:
+        return 1 if start - first in (0, 1) else 0
+    index, value = others[0]
+    step = (value - start) // (index - first)
+    same = all(number == start + step * (layer - first) for layer, number in others)
+    return step if same and step > 0 and start - step * first in range(step + 1) else 0
 
 
 def cut_owner(owner: Any, kept: list[int], count: int) -> None:

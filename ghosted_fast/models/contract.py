@@ -17,12 +17,13 @@ from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.built_whole import text_config_of
 
 _LENGTH = 4
-# What each layer of a model returns: the length of its tuple, or None for a tensor.
-_KNOWN: WeakKeyDictionary[nn.Module, list[int | None]] = WeakKeyDictionary()
+# What a layer returns: a sequence of some length, or None for the hidden state alone.
+Returned = tuple[type, int] | None
+_KNOWN: WeakKeyDictionary[nn.Module, list[Returned]] = WeakKeyDictionary()
 
 
-def returns_of(model: Any, layers: nn.ModuleList, width: int) -> list[int | None]:
-    """Return what each layer returns: the length of a tuple, None for the hidden state alone.
+def returns_of(model: Any, layers: nn.ModuleList, width: int) -> list[Returned]:
+    """Return what each layer returns: a sequence and its length, or None for the state alone.
 
     Args:
         model: The model that runs the layers, all of them.
@@ -37,9 +38,25 @@ def returns_of(model: Any, layers: nn.ModuleList, width: int) -> list[int | None
     return _KNOWN[layers]
 
 
-def as_returned(hidden: Tensor, length: int | None) -> Any:
+def as_returned(hidden: Tensor, returned: Returned) -> Any:
     """Return a hidden state in the form in which a layer returns it."""
-    return hidden if length is None else (hidden, *[None] * (length - 1))
+    if returned is None:
+        return hidden
+    sequence, length = returned
+    return sequence((hidden, *[None] * (length - 1)))
+
+
+def state_in(output: Any) -> Tensor:
+    """Return the hidden state in what a layer returned."""
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return found
+
+
+def with_state(output: Any, hidden: Tensor) -> Any:
+    """Return what a layer returned with another hidden state in it."""
+    if isinstance(output, tuple | list):
+        return type(output)((hidden, *output[1:]))
+    return hidden
 
 
 def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,8 +77,8 @@ def plain_tokens(model: Any, length: int = _LENGTH) -> Tensor:
     return torch.tensor([tokens], device=next(model.parameters()).device)
 
 
-def _look(model: Any, layers: nn.ModuleList, width: int) -> list[int | None]:
-    returned: list[int | None] = []
+def _look(model: Any, layers: nn.ModuleList, width: int) -> list[Returned]:
+    returned: list[Returned] = []
     handed: dict[int, str] = {}
     name = type(model).__name__
 
@@ -83,10 +100,11 @@ def _look(model: Any, layers: nn.ModuleList, width: int) -> list[int | None]:
                 )
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
-        returned.append(len(output) if isinstance(output, tuple) else None)
+        several = isinstance(output, tuple | list)
+        returned.append((type(output), len(output)) if several else None)
         handed.clear()
         alive.append(output)
-        if isinstance(output, tuple):
+        if several:
             handed.update({id(t): f"output {i}" for i, t in _tensors(enumerate(output)) if i})
 
     alive: list[Any] = []  # so that no two tensors have one id

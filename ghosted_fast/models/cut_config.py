@@ -9,8 +9,9 @@ built with all its layers from the dense configuration, and the removed ones are
 from __future__ import annotations
 
 import copy
-import json
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from ghosted_fast.models.built_whole import (
@@ -46,9 +47,10 @@ def cut_config(config: Any, family: Family, kept: list[int], count: int) -> dict
         name: _cut_value(name, value, family, kept, count)
         for name, value in plain_values(text).items()
     }
-    numbers = [name for name, value in counts_of(text).items() if value == count]
-    for name in numbers:
-        new[text.attribute_map.get(name, name)] = len(kept)
+    for name, value in counts_of(text).items():
+        stored = text.attribute_map.get(name, name)
+        if value == count and stored in new:  # others follow from what is stored
+            new[stored] = len(kept)
     shared = new.get(_SHARED)
     if shared:  # the last so many layers use keys and values of earlier ones
         new[_SHARED] = sum(layer >= count - shared for layer in kept)
@@ -61,9 +63,20 @@ def cut_config(config: Any, family: Family, kept: list[int], count: int) -> dict
 
 def read_again(config: Any) -> Any:
     """Return a configuration as it comes back from a file."""
-    read = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
-    read._attn_implementation = config._attn_implementation
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        config.to_json_file(path, use_diff=False)
+        read = type(config).from_json_file(path)
+    _attend_alike(read, config)
     return read
+
+
+def _attend_alike(read: Any, config: Any) -> None:
+    """Give a configuration and its parts the attention functions that another one has."""
+    read._attn_implementation_internal = config._attn_implementation_internal
+    for name in type(config).sub_configs:
+        if getattr(config, name, None) is not None and getattr(read, name, None) is not None:
+            _attend_alike(getattr(read, name), getattr(config, name))
 
 
 def lists_changed_by_reading(config: Any) -> list[str]:

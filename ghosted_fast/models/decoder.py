@@ -12,7 +12,7 @@ from torch import nn
 
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.built_whole import text_config_of
-from ghosted_fast.models.contract import returns_of
+from ghosted_fast.models.contract import Returned, returns_of
 from ghosted_fast.models.families import (
     Family,
     decoder_layers,
@@ -86,8 +86,8 @@ class Decoder:
         return final_norm(self.model, self.family)
 
     @property
-    def returns(self) -> list[int | None]:
-        """What each layer returns: the length of a tuple, None for the hidden state alone.
+    def returns(self) -> list[Returned]:
+        """What each layer returns: a sequence and its length, or None for the state alone.
 
         Raises:
             UnsupportedModelError: The layers hand on more than one hidden state.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from typing import Any
 
 import torch
@@ -53,3 +56,59 @@ def first_attended(
     else:
         at_start = position_ids == 0
     return at_start.expand(batch, length).contiguous()
+
+
+def mark_of(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Name the arguments of a forward pass, in place, and return the mark of its first tokens.
+
+    Args:
+        names: The parameters of the forward pass, in order.
+        args: Its arguments without a name.
+        kwargs: Its named arguments; `args` are added.
+    """
+    kwargs.update(zip(names, args, strict=False))
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    state = kwargs.get("cache_params", kwargs.get("state"))
+    if tokens is None or _goes_on(state):
+        return None
+    known = ("attention_mask", "position_ids", "past_key_values")
+    return first_attended(tokens, **{name: kwargs.get(name) for name in known})
+
+
+def _goes_on(state: Any) -> bool:
+    """Return whether the state of a recurrent model has seen tokens."""
+    if state is None:
+        return False
+    offset = getattr(state, "seqlen_offset", None)
+    if offset is not None:
+        return bool(offset > 0)
+    seen = getattr(state, "has_previous_state", True)
+    return bool(seen() if callable(seen) else seen)
+
+
+def parameters_of(base: Any) -> list[str]:
+    """Return the names of what a class's forward pass takes."""
+    return [name for name in inspect.signature(base.forward).parameters if name != "self"]
+
+
+def hands_on(owner: Any) -> bool:
+    """Return whether a keyword that a module does not know reaches the layers it runs.
+
+    Its source says so: what a loop goes through is called with `**kwargs`.
+    """
+    try:
+        source = inspect.getsource(inspect.unwrap(type(owner).forward))
+    except (OSError, TypeError):
+        return True
+    nodes = list(ast.walk(ast.parse(textwrap.dedent(source))))
+    loops = [node.target for node in nodes if isinstance(node, ast.For)]
+    items = {name.id for loop in loops for name in ast.walk(loop) if isinstance(name, ast.Name)}
+    return any(
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in items
+        and any(keyword.arg is None for keyword in node.keywords)
+        for node in nodes
+    )

@@ -8,7 +8,6 @@ transformers include the ghost.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any
@@ -16,14 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghosted_fast.errors import UnsupportedModelError
-from ghosted_fast.models.first_token import first_attended
+from ghosted_fast.models.first_token import hands_on, mark_of, parameters_of
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.runtime_classes import bases_of, maker, subclass_for
 
 OUTPUT, INPUT = "output", "input"
 _ATTRIBUTES = {OUTPUT: "ghost", INPUT: "input_ghost"}
 _IS_FIRST = "ghost_is_first"
-_FIRST_TOKEN_INPUTS = ("attention_mask", "position_ids", "past_key_values")
 
 
 def _named_after(base: type) -> dict[str, Any]:
@@ -50,8 +48,8 @@ def _ghosted_layer_class(base: Any) -> type:
         output = base.forward(self, hidden_states, *args, **kwargs)
         if self.ghost is None:
             return output
-        if isinstance(output, tuple):
-            return (self.ghost(output[0], is_first), *output[1:])
+        if isinstance(output, tuple | list):
+            return type(output)((self.ghost(output[0], is_first), *output[1:]))
         return self.ghost(output, is_first)
 
     return type(
@@ -76,28 +74,13 @@ class FirstTokens:
         return (FirstTokens, ())
 
 
-def _mark_of(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Name the arguments of a forward pass, in place, and return the mark of its first tokens."""
-    kwargs.update(zip(names, args, strict=False))
-    tokens = kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
-    if tokens is None:
-        return None
-    return first_attended(tokens, **{name: kwargs.get(name) for name in _FIRST_TOKEN_INPUTS})
-
-
-def _parameters_of(base: Any) -> list[str]:
-    return [name for name in inspect.signature(base.forward).parameters if name != "self"]
-
-
 @maker("base")
 def _first_token_base_class(base: Any) -> type:
     """Make the class of base models that leave the mark where ghosts find it."""
-    names = _parameters_of(base)
+    names = parameters_of(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.first_tokens.mark = _mark_of(names, args, kwargs)
+        self.first_tokens.mark = mark_of(names, args, kwargs)
         return base.forward(self, **kwargs)
 
     return type(
@@ -110,10 +93,10 @@ def _first_token_base_class(base: Any) -> type:
 @maker("decoder")
 def _first_token_decoder_class(base: Any) -> type:
     """Make the class of decoders that mark the first attended tokens for their ghosted layers."""
-    names = _parameters_of(base)
+    names = parameters_of(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        is_first = _mark_of(names, args, kwargs)
+        is_first = mark_of(names, args, kwargs)
         if is_first is not None:
             kwargs[_IS_FIRST] = is_first
         return base.forward(self, **kwargs)
@@ -193,23 +176,24 @@ def attach_ghosts(
         setattr(layers[index], _ATTRIBUTES[side], ghost)
     if not any(ghost.first_state is not None for _, _, ghost in ghosts):
         return
-    if _reads_tokens(owner, base):
+    where: Any = owner if _reads_tokens(owner, base) else base
+    if where is owner and hands_on(owner):
         # Layers without a ghost drop the mark before their attention functions see it.
         for layer in layers:
             _become_ghosted_layer(layer)
         swap_class(owner, "decoder")
         return
-    if not hasattr(base, "first_tokens"):
-        swap_class(base, "base")
-        vars(base)["first_tokens"] = FirstTokens()
+    if not hasattr(where, "first_tokens"):
+        swap_class(where, "base")
+        vars(where)["first_tokens"] = FirstTokens()
     for index, _, _ in ghosts:
-        vars(layers[index])["first_tokens"] = base.first_tokens
+        vars(layers[index])["first_tokens"] = where.first_tokens
 
 
 def _reads_tokens(owner: Any, base: Any) -> bool:
     """Return whether the owner of the layers is given the tokens and the mask of the whole text."""
     same = type(getattr(owner, "config", base.config)) is type(base.config)
-    return same and not {"input_ids", "inputs_embeds"}.isdisjoint(_parameters_of(type(owner)))
+    return same and not {"input_ids", "inputs_embeds"}.isdisjoint(parameters_of(type(owner)))
 
 
 def _become_ghosted_layer(layer: nn.Module) -> None:

@@ -16,7 +16,7 @@ COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_laye
 
 def counts_of(config: Any) -> dict[str, int]:
     """Return what a configuration says of the number of layers, by attribute."""
-    found = {name: vars(config).get(config.attribute_map.get(name, name)) for name in COUNTS}
+    found = {name: getattr(config, name, None) for name in COUNTS}
     return {name: value for name, value in found.items() if type(value) is int}
 
 
@@ -58,6 +58,8 @@ def find_layers(model: Any) -> tuple[str, str, str] | str:
             break
     else:
         return f"expected one module list as long as {counts or 'the layers are many'}, found none"
+    depth = min(name.count(".") for name in candidates)
+    candidates = [name for name in candidates if name.count(".") == depth]
     if len(candidates) != 1:
         return f"expected one module list of {count} layers, found {candidates}"
     owner, _, layers = candidates[0].rpartition(".")

@@ -11,7 +11,7 @@ from torch import nn
 
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.facts import layers_as_text
-from ghosted_fast.models.contract import hidden_state, plain_tokens
+from ghosted_fast.models.contract import hidden_state, plain_tokens, with_state
 from ghosted_fast.models.cut_config import lists_changed_by_reading, read_again
 from ghosted_fast.models.decoder import Decoder, evaluating
 from ghosted_fast.models.families import layers_path
@@ -162,8 +162,7 @@ def check_computed_alike(cut: Any, dense: Any, removed: list[int]) -> None:
     tokens = plain_tokens(dense)
 
     def pass_by(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = hidden_state(args, kwargs)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return with_state(output, hidden_state(args, kwargs))
 
     handles = [decoder.layers[i].register_forward_hook(pass_by, with_kwargs=True) for i in removed]
     try:

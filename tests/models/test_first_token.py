@@ -168,7 +168,7 @@ def test_first_tokens_are_sought_once_and_only_if_a_ghost_asks(
         calls.append(first_attended(*args, **kwargs))
         return calls[-1]
 
-    monkeypatch.setattr("ghosted_fast.models.ghosted_layers.first_attended", counted)
+    monkeypatch.setattr("ghosted_fast.models.first_token.first_attended", counted)
     dense, model, _ = ghosted("llama")
     model.generate(random_tokens(1, 4), max_new_tokens=3, do_sample=False)
     assert [call is None for call in calls] == [False, True, True]
