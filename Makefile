@@ -1,4 +1,4 @@
-# make setup | demo | test | test-quick | test-mutants | test-engines | test-vllm | lint | types |
+# make setup | demo | test | test-quick | test-families | test-mutants | test-engines | test-vllm | lint | types |
 #      format | hooks | bench | bench-engines | docs | site | cuda | wheel | clean
 # Everything is installed into .venv, what only some tests need into .venv-deployment, .venv-engines
 # and .venv-vllm; a second run finds it there.
@@ -15,7 +15,7 @@ DEPLOYMENT_TESTS := tests/deployment
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 
-.PHONY: setup assets demo test test-quick test-mutants test-engines test-vllm lint types format \
+.PHONY: setup assets demo test test-quick test-families test-mutants test-engines test-vllm lint types format \
   hooks bench bench-engines cuda wheel clean
 .DELETE_ON_ERROR:
 
@@ -63,6 +63,10 @@ test: setup .venv/.nvcc .venv-deployment/.installed
 # For daily work: less than a minute on two cores.
 test-quick: setup
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m 'not slow and not real_model and not gpu'
+
+# Every class of transformers, in a few minutes; then `make docs` writes the table.
+test-families: setup
+	PYTHONPATH=tests $(BIN)/python -m families.sweep --output benchmarks/results/families.json
 
 test-mutants: setup .venv/.nvcc
 	PYTHONPATH=tests $(BIN)/python -m mutants.run

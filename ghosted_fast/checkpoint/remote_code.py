@@ -19,6 +19,9 @@ _AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
     "AutoModelForMultimodalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
 )
 # What the file takes from the package, and is given when it is saved.
 _INLINED = (_server, first_token, built_whole)
@@ -59,7 +62,7 @@ def auto_classes(dense: Any) -> dict[Any, Any]:
 
     Returns:
         The class by its auto class: the base model, the one for text, those for text with pictures
-        or sound.
+        or sound, those that judge a text or its tokens.
     """
     from transformers.models.auto import modeling_auto
 

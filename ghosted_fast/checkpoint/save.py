@@ -27,7 +27,8 @@ def save_model(
     Args:
         model: A transformers model, ghosted or not.
         folder: The folder to make. Its parents are made as needed.
-        tokenizer: A tokenizer to save beside the model, or None.
+        tokenizer: A tokenizer to save beside the model, or the processor of one that reads pictures
+            or sound too (`load_processor`), or None.
         overwrite: Whether an existing folder is replaced, once the new one is complete. A README.md
             that this library did not write is kept.
 

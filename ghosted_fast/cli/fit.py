@@ -138,7 +138,7 @@ def fit(
         )
         facts = found.to_dict() | {"calibration": Path(calibration.calibration).name}
         if first:
-            _save(smaller, facts, tokenizer, output)
+            _save(smaller, facts, model.processor() or tokenizer, output)
             if recovery.refine:
                 output.refine_state.unlink(missing_ok=True)
     if not first:

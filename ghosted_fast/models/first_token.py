@@ -40,12 +40,16 @@ def first_attended(
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     past_is_known = not isinstance(past, Tensor)
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        end = attention_mask.shape[1]
+        end = longest = attention_mask.shape[1]
         if past_is_known:
             end = min(end, past + length)
         if not past_is_known or end == past + length:
             attended = attention_mask[:, :end] != 0
             current = attended[:, end - length :]
+            if past_is_known and past == 0 and position_ids is not None and end < longest:
+                # A mask of more tokens than there are: the positions say whether others came
+                # before, which not every cache counts.
+                return current & (position_ids == 0)
             seen = attended[:, : end - length].sum(1, keepdim=True)
             first = (seen + current.cumsum(1)) == 1
             return current & (first if position_ids is None else first | (position_ids == 0))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
+from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.text.loading import is_hub_id
 from ghosted_fast.text.readers import (
     first_line,
@@ -43,7 +44,9 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def load_model(
     spec: str | Path, dtype: str | torch.dtype | None = None, gguf_file: str | None = None
 ) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer, in evaluation mode.
+    """Load a language model and its tokenizer, in evaluation mode.
+
+    A model that reads pictures or sound too is loaded whole.
 
     Args:
         spec: A hub id, a local folder, or the path of a GGUF file.
@@ -63,17 +66,54 @@ def load_model(
     name, gguf_file = _locate_model(str(spec), gguf_file)
     if gguf_file is not None:
         _require_gguf()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _auto_class(name, options).from_pretrained(
             name, dtype=wanted or "auto", **options, **_unpacked(gguf_file)
         )
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(f"cannot load the model {str(spec)!r}: {first_line(error)}") from error
     return model.eval(), tokenizer
+
+
+def load_processor(spec: str | Path) -> Any:
+    """Return the processor of a model that reads pictures or sound too, None where it has none.
+
+    It is saved in the place of the tokenizer, which it holds.
+
+    Args:
+        spec: A hub id or a local folder, as `load_model` takes it.
+    """
+    name, gguf_file = _locate_model(str(spec), None)
+    if gguf_file is not None:
+        return None
+    from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+
+    config = AutoConfig.from_pretrained(name)
+    if text_config_of(config) is config:
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError):  # a folder without its files
+        return None
+    return processor if isinstance(processor, ProcessorMixin) else None
+
+
+def _auto_class(name: str, options: dict[str, Any]) -> Any:
+    """Return the auto class of a checkpoint: that for pictures and text where it reads both."""
+    import transformers
+
+    if not options:
+        config = transformers.AutoConfig.from_pretrained(name)
+        if text_config_of(config) is not config:
+            for auto in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+                found = getattr(transformers, auto, None)
+                if found is not None and type(config) in found._model_mapping:
+                    return found
+    return transformers.AutoModelForCausalLM
 
 
 def cast_parameters(model: Any, dtype: torch.dtype) -> Any:

@@ -11,15 +11,18 @@ from torch import nn
 
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.facts import layers_as_text
+from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.contract import hidden_state, plain_tokens, with_state
 from ghosted_fast.models.cut_config import lists_changed_by_reading, read_again
 from ghosted_fast.models.decoder import Decoder, evaluating
 from ghosted_fast.models.families import layers_path
 from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.needed_layers import layer_kinds
 from ghosted_fast.models.runtime_classes import named_base_of
 
 # Attributes that say how a module is used, not what it is.
 _USE = frozenset(("training", "gradient_checkpointing", "config", "first_tokens"))
+_PLAIN_KINDS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.Size)
 
 
@@ -186,3 +189,30 @@ def check_computed_alike(cut: Any, dense: Any, removed: list[int]) -> None:
             f"(the logits differ by {(got - expected).abs().max().item():.2g} from those of the "
             "model in which the layers are passed by)"
         )
+    kinds = set(layer_kinds(text_config_of(dense.config), decoder.num_layers))
+    if kinds - _PLAIN_KINDS and not _goes_on_alike(cut, tokens) and _goes_on_alike(dense, tokens):
+        raise UnsupportedModelError(
+            f"layers {layers_as_text(removed)} cannot be removed from this {decoder.family.name} "
+            "model: with a cache it would compute something else than without, since its family "
+            "counts tokens by layers that hold them"
+        )
+
+
+def _goes_on_alike(model: Any, tokens: torch.Tensor) -> bool:
+    """Return whether a model writes with a cache what it writes without one."""
+    given: dict[str, Any] = {
+        "attention_mask": torch.ones_like(tokens),
+        "max_new_tokens": 3,
+        "min_new_tokens": 3,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with evaluating(model), torch.inference_mode():
+        try:
+            cached, plain = (model.generate(tokens, use_cache=on, **given) for on in (True, False))
+        except Exception:  # whatever the family's own code makes of its cache
+            return False
+    pairs = zip(cached.logits, plain.logits, strict=True)
+    return all(torch.allclose(c.float(), p.float(), rtol=1e-2, atol=1e-2) for c, p in pairs)

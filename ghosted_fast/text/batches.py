@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError
 
+# Inputs of models that read more than text, by how their names begin.
+_OTHER_INPUTS = ("pixel_", "image_", "input_features", "audio_", "video_", "input_audio")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -69,6 +72,12 @@ def iterate_batches(
             if "input_ids" not in item:
                 raise ArgumentError(
                     f"expected batch {index} to have input_ids, got the keys {sorted(item)}"
+                )
+            others = sorted(key for key in item if key.startswith(_OTHER_INPUTS))
+            if others:
+                raise ArgumentError(
+                    f"expected batch {index} to hold text alone, got {others}: models that read "
+                    "pictures or sound too are calibrated and measured on text"
                 )
             ids, mask = item["input_ids"], item.get("attention_mask")
         else:

@@ -351,3 +351,18 @@ def test_ghosted_models_of_other_families_load(tmp_path: Path) -> None:
 def test_dense_class_reports_the_ghosts_it_leaves_out(saved: Path) -> None:
     _, info = LlamaForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert any("ghost" in key for key in info["unexpected_keys"])
+
+
+def test_a_classifier_comes_back_as_one(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny_model("llama").config
+    config.num_labels, config.pad_token_id = 3, 0
+    dense = AutoModelForSequenceClassification.from_config(config).eval()
+    smaller = remove_layers(dense, [2], [GhostLinear(dense.config.hidden_size)])
+    save_model(smaller, tmp_path / "judge")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval()
+    ids = random_tokens(1, 8, 4)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, smaller(ids).logits)
+        assert again(ids).logits.shape == (1, 3)

@@ -1,0 +1,441 @@
+"""Try cuts on tiny random models of every class of transformers, and say what works.
+
+    PYTHONPATH=tests python -m families.sweep --kind causal --output build/families
+
+Each model is cut at its first layer, in the middle, at its last layer and in two places. What must
+come out is computed from the dense model with hooks that pass layers by and put the ghosts'
+formula in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from support.dense_reference import ghost_formula
+from torch import Tensor
+
+from families.outcomes import CUTS, DENSE, FAIL, FAILS, KINDS, OK, REFUSED, Outcome, summary
+from families.tiny_models import UNTESTABLE as UNTESTABLE_CAUSAL
+from families.tiny_models import VARIANTS, causal_types, tiny_causal
+from families.tiny_wrappers import UNTESTABLE as UNTESTABLE_WRAPPERS
+from families.tiny_wrappers import tiny_wrapper, wrapper_types
+from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.errors import GhostedFastError
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.options import RunOptions
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.surgery.cut import (
+    check_removable,
+    prune_model,
+    remove_layers,
+    removed_intervals,
+)
+
+COLUMNS = ("prune", "ghost", "cache", "padded", "reload", "remote", "select")
+LENGTH, SECONDS = 10, 240
+_REMOTE = Path(__file__).with_name("load_remote.py")
+
+
+def layers_of(cut: str, count: int) -> list[int]:
+    """Return the layers that a cut takes out of a model."""
+    middle = count // 2 - 1
+    return {
+        "first": [0],
+        "middle": [middle, middle + 1],
+        "last": [count - 1],
+        "gaps": [1, middle + 2],
+    }[cut]
+
+
+def build(kind: str, name: str) -> Any:
+    """Return the dense model."""
+    if kind == "wrappers":
+        return tiny_wrapper(name)
+    model_type, _, variant = name.partition("@")
+    return tiny_causal(model_type, variant)
+
+
+def names_of(kind: str) -> list[str]:
+    """Return the models of a kind that can be tried."""
+    if kind == "causal":
+        return [name for name in causal_types() if name not in UNTESTABLE_CAUSAL]
+    if kind == "variants":
+        return list(VARIANTS)
+    return [name for name in wrapper_types() if name not in UNTESTABLE_WRAPPERS]
+
+
+def tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> Tensor:
+    """Return token ids that mean nothing special to any of the tiny models."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, 40, (rows, length), generator=generator)
+
+
+@torch.inference_mode()
+def logits(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the logits of a text."""
+    given = {} if mask is None else {"attention_mask": mask}
+    found: Tensor = model(input_ids=ids, use_cache=False, **given).logits
+    return found.float()
+
+
+def ghosts_for(intervals: list[tuple[int, int]], width: int) -> list[GhostLinear]:
+    """Return one ghost for each gap; the first has all there is."""
+    ghosts = []
+    for index, _ in enumerate(intervals):
+        first = index == 0
+        ghost = GhostLinear(width, bias=first, norm_eps=1e-5 if index else None, first_state=first)
+        generator = torch.Generator().manual_seed(index)
+        with torch.no_grad():
+            for parameter in ghost.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        ghosts.append(ghost)
+    return ghosts
+
+
+@contextmanager
+def passed_by(
+    model: Any, intervals: list[tuple[int, int]], ghosts: list[GhostLinear] | None = None
+) -> Iterator[None]:
+    """Run the dense model with what its layers give put in the place of what removed ones do."""
+    layers = Decoder.of(model).layers
+    handles = []
+
+    def replace_by(ghost: GhostLinear | None) -> Callable[..., Any]:
+        def hook(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if ghost is not None:
+                first = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+                first[:, 0] = True
+                hidden = ghost_formula(ghost, hidden, first).to(hidden.dtype)
+            if isinstance(output, tuple | list):
+                return type(output)((hidden, *output[1:]))
+            return hidden
+
+        return hook
+
+    for index, (start, stop) in enumerate(intervals):
+        for layer in range(start, stop):
+            ghost = ghosts[index] if ghosts is not None and layer == stop - 1 else None
+            hook = replace_by(ghost)
+            handles.append(layers[layer].register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of logits, relative to the largest logit."""
+    if got.shape != expected.shape or not torch.isfinite(got).all():
+        return float("inf")
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def cached_apart(model: Any) -> float:
+    """Return how far the logits of a last token computed with a cache are from those without."""
+    ids = tokens()
+    expected = logits(model, ids)[:, -1]
+    ones, places = torch.ones_like(ids), torch.arange(LENGTH).expand_as(ids)
+    takes = inspect.signature(model.forward).parameters
+
+    def step(start: int, end: int, **cache: Any) -> Any:
+        given = {"attention_mask": ones[:, :end], "position_ids": places[:, start:end], **cache}
+        known = {name: value for name, value in given.items() if name in takes}
+        return model(input_ids=ids[:, start:end], use_cache=True, **known)
+
+    with torch.inference_mode():
+        found = step(0, LENGTH - 2)
+        caches = ("past_key_values", "cache_params", "state")
+        for end in (LENGTH - 1, LENGTH):
+            cache = {name: found[name] for name in caches if found.get(name) is not None}
+            found = step(end - 1, end, **cache)
+    return distance(found.logits[:, -1].float(), expected)
+
+
+def generated_apart(model: Any) -> float:
+    """Return 0 if greedy generation gives the same tokens with a cache and without, else 1."""
+    ids = tokens(rows=1, length=6)
+    ones = torch.ones_like(ids)
+    config = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    runs = [
+        model.generate(ids, attention_mask=ones, use_cache=on, **config) for on in (True, False)
+    ]
+    return float(not torch.equal(*runs))
+
+
+def padded_apart(model: Any) -> float:
+    """Return how far the last logits of a left-padded row are from those of the row alone."""
+    ids = tokens(rows=1, length=LENGTH)
+    padded = torch.cat([torch.full((1, 3), 1), ids], 1)
+    mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(ids)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        try:
+            found = model(
+                input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False
+            )
+        except TypeError:  # a model without positions
+            found = model(input_ids=padded, attention_mask=mask, use_cache=False)
+    return distance(found.logits[:, -1].float(), logits(model, ids)[:, -1])
+
+
+def loaded(kind: str, folder: Path, **options: Any) -> Any:
+    """Return a saved model, loaded by the auto class that its users would take."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
+
+    if kind != "wrappers":
+        return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    try:
+        return AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        return AutoModelForMultimodalLM.from_pretrained(folder, **options).eval()
+
+
+def check(kind: str, name: str, cut: str, folder: Path) -> Outcome:
+    """Try one cut of one model.
+
+    Args:
+        kind: One of `KINDS`.
+        name: The model.
+        cut: One of `CUTS`.
+        folder: Where the ghosted model is saved, with the logits that it must give.
+    """
+    outcome = Outcome(kind, name, cut)
+    dense = build(kind, name)
+    count, width = Decoder.of(dense).num_layers, Decoder.of(dense).hidden_size
+    removed = layers_of(cut, count)
+    intervals = removed_intervals(removed, count)
+    ghosts = ghosts_for(intervals, width)
+    ids = tokens()
+
+    def attempt(column: str, measure: Callable[[], float], limit: float = 1e-4) -> None:
+        try:
+            far = measure()
+        except Exception as error:
+            refused = isinstance(error, GhostedFastError) and column in ("prune", "select")
+            outcome.columns[column] = REFUSED if refused else FAIL
+            outcome.details[column] = f"{type(error).__name__}: {error}"[:600]
+        else:
+            outcome.columns[column] = OK if far <= limit else FAIL
+            if far > limit:
+                outcome.details[column] = f"logits {far:.2g} apart"
+
+    def as_dense(column: str, measure: Callable[[Any], float], model: Any) -> None:
+        attempt(column, lambda: measure(model), 1e-3)
+        if outcome.columns[column] == FAIL and fails(lambda: measure(dense)):
+            outcome.columns[column] = DENSE
+
+    def fails(measure: Callable[[], float]) -> bool:
+        try:
+            return measure() > 1e-4
+        except Exception:
+            return True
+
+    def pruned() -> float:
+        check_removable(dense, removed)
+        with passed_by(dense, intervals):
+            expected = logits(dense, ids)
+        return distance(logits(prune_model(dense, removed), ids), expected)
+
+    attempt("prune", pruned)
+    if outcome.columns["prune"] == REFUSED:
+        return outcome
+    with passed_by(dense, intervals, ghosts):
+        expected = logits(dense, ids)
+    try:
+        smaller = remove_layers(dense, removed, ghosts)
+    except Exception as error:
+        outcome.columns["ghost"] = FAIL
+        outcome.details["ghost"] = f"{type(error).__name__}: {error}"
+        return outcome
+    attempt("ghost", lambda: distance(logits(smaller, ids), expected), 1e-3)
+    as_dense("cache", lambda m: max(cached_apart(m), generated_apart(m)), smaller)
+    as_dense("padded", padded_apart, smaller)
+
+    def reloaded() -> float:
+        save_model(smaller, folder)
+        torch.save((kind, ids, logits(smaller, ids)), folder / "expected.pt")
+        return distance(logits(loaded(kind, folder), ids), logits(smaller, ids))
+
+    def dense_reloaded() -> float:
+        dense.save_pretrained(folder / "dense")
+        return distance(logits(loaded(kind, folder / "dense"), ids), logits(dense, ids))
+
+    attempt("reload", reloaded, 1e-6)
+    if outcome.columns["reload"] != OK and fails(dense_reloaded):
+        outcome.columns["reload"] = DENSE
+
+    def masked() -> float:
+        return distance(logits(dense, ids, torch.ones_like(ids)), logits(dense, ids))
+
+    def selected() -> float:
+        texts = [tokens(4, 32, seed) for seed in range(12)]
+        found, _ = ghost_model(
+            dense, texts, remove=1, run=RunOptions(corrections=1, progress=False)
+        )
+        return 0.0 if torch.isfinite(logits(found, ids)).all() else 1.0
+
+    if cut == "middle":
+        attempt("select", selected)
+        if outcome.columns["select"] == FAIL and fails(masked):
+            outcome.columns["select"] = DENSE
+    return outcome
+
+
+def _child(kind: str, name: str, cuts: tuple[str, ...], folder: Path, answers: Connection) -> None:
+    """Try the cuts of one model, in a process of its own."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    for cut in cuts:
+        try:
+            outcome = check(kind, name, cut, folder / f"{kind}-{name}-{cut}")
+        except GhostedFastError as error:
+            outcome = Outcome(
+                kind, name, cut, {"prune": REFUSED}, {"prune": f"{type(error).__name__}: {error}"}
+            )
+        except Exception as error:
+            outcome = Outcome(
+                kind, name, cut, {"prune": FAIL}, {"prune": f"{type(error).__name__}: {error}"}
+            )
+        answers.send(outcome)
+    answers.close()
+
+
+def run_one(kind: str, name: str, cuts: tuple[str, ...], folder: Path) -> list[Outcome]:
+    """Try the cuts of one model, at most `SECONDS` long each."""
+    fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
+    process = fork.Process(target=_child, args=(kind, name, cuts, folder, send))
+    process.start()
+    send.close()
+    found: list[Outcome] = []
+    while len(found) < len(cuts):
+        try:
+            if not receive.poll(SECONDS):
+                break
+            found.append(receive.recv())
+        except EOFError:
+            break
+    process.kill()
+    process.join()
+    lost = {"prune": "crashed or took too long"}
+    return found + [Outcome(kind, name, cut, {"prune": FAIL}, lost) for cut in cuts[len(found) :]]
+
+
+def check_remote(outcomes: list[Outcome], folder: Path) -> None:
+    """Load what was saved in a process that has no `ghosted_fast`, and enter what came of it."""
+    saved = {f"{o.kind}-{o.name}-{o.cut}": o for o in outcomes if o.columns.get("reload") == OK}
+    answers = folder / "remote.jsonl"
+    remaining = sorted(saved)
+    while remaining:
+        subprocess.run(
+            [sys.executable, str(_REMOTE), str(folder), str(answers), *remaining],
+            check=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        lines = answers.read_text().splitlines() if answers.exists() else []
+        said = dict(map(json.loads, lines))
+        if not said.keys() & set(remaining):
+            said = {remaining[0]: "crashed"}
+        for key in sorted(said.keys() & set(remaining)):
+            far = said[key]
+            good = isinstance(far, float) and far <= 1e-4
+            saved[key].columns["remote"] = OK if good else FAIL
+            if not good:
+                saved[key].details["remote"] = str(far)
+        remaining = [key for key in remaining if key not in said]
+
+
+def sweep(
+    kinds: tuple[str, ...], cuts: tuple[str, ...], only: list[str], jobs: int, remote: bool = True
+) -> list[Outcome]:
+    """Try cuts on models of some kinds, and print a line for each model."""
+    folder = Path(tempfile.mkdtemp(prefix="families-"))
+    work = [(kind, name) for kind in kinds for name in names_of(kind) if not only or name in only]
+    outcomes: list[Outcome] = []
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            for found in pool.map(lambda item: run_one(*item, cuts, folder), work):
+                outcomes += found
+                print(found[0].name, *(f"{o.cut}:{o.verdict}" for o in found), flush=True)
+        if remote:
+            check_remote(outcomes, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return outcomes
+
+
+def main() -> None:
+    """Run the sweep that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS))
+    parser.add_argument("--types", nargs="+", default=[], help="Only these models.")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--no-remote", action="store_true")
+    parser.add_argument("--output", type=Path, help="File for the verdicts, as JSON.")
+    given = parser.parse_args()
+    outcomes = sweep(
+        tuple(given.kind), tuple(given.cuts), given.types, given.jobs, not given.no_remote
+    )
+    for outcome in outcomes:
+        for column, detail in outcome.details.items():
+            print(outcome.name, outcome.cut, column, outcome.columns.get(column), detail)
+    print(Counter(model["verdict"] for model in summary(outcomes).values()))
+    if given.output is not None:
+        write(outcomes, given.output)
+    if any(outcome.verdict == FAILS for outcome in outcomes):
+        sys.exit(1)
+
+
+def write(outcomes: list[Outcome], path: Path) -> None:
+    """Write the verdicts of all models, with what they were found with."""
+    untestable = {"causal": UNTESTABLE_CAUSAL, "variants": {}, "wrappers": UNTESTABLE_WRAPPERS}
+    kinds = {outcome.kind for outcome in outcomes}
+    record = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "kinds": {
+            kind: {
+                "models": summary(o for o in outcomes if o.kind == kind),
+                "untestable": untestable[kind],
+            }
+            for kind in KINDS
+            if kind in kinds
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

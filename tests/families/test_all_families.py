@@ -1,0 +1,64 @@
+"""Nothing that people use goes wrong: models of many classes, cut in the middle.
+
+`make test-families` does the same with every class and every place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from families.outcomes import FAILS, WORKS, Outcome, summary
+from families.sweep import check, run_one
+
+# One of each form that a class can have.
+MODELS = [
+    ("causal", "bloom"),  # layers that return tuples
+    ("causal", "openai-gpt"),  # layers that return lists
+    ("causal", "gpt_neo"),  # kinds of layers in nested lists
+    ("causal", "falcon_h1"),  # a buffer that the model fills
+    ("causal", "internlm3"),  # a class that another family has too
+    ("causal", "bert"),  # layers deep inside, a norm at their end
+    ("causal", "trocr"),  # a decoder that is called past its base model
+    ("causal", "mamba"),  # no attention
+    ("causal", "longcat_flash"),  # two indices a layer
+    ("causal", "diffllama"),  # constants made of the index
+    ("causal", "llama4_text"),  # a list of all indices
+    ("causal", "gemma4_text"),  # settings of single layers, shared keys
+    ("variants", "qwen2_moe@every-second"),  # a rule in place of a list
+    ("wrappers", "gemma4"),
+    ("wrappers", "qwen3_5"),  # positions in several axes
+    ("wrappers", "nemo_speechlm"),  # infinity in the configuration
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), MODELS, ids=[name for _, name in MODELS])
+def test_no_cut_goes_wrong(kind: str, name: str, tmp_path: Path) -> None:
+    cuts = ("first", "middle")
+    for outcome in run_one(kind, name, cuts, tmp_path):
+        assert outcome.verdict != FAILS, (outcome.cut, outcome.reason)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hy_v4", "glm_moe_dsa", "cpmant"])
+def test_states_that_a_ghost_cannot_map_are_refused(name: str, tmp_path: Path) -> None:
+    outcome = check("causal", name, "middle", tmp_path / "model")
+    assert outcome.columns == {"prune": "refused"}
+    assert "state" in outcome.reason
+
+
+def test_a_model_works_if_only_needed_layers_are_refused() -> None:
+    good = Outcome("causal", "one", "first", {"prune": "ok"})
+    needed = Outcome(
+        "causal", "one", "middle", {"prune": "refused"}, {"prune": "expected layer 3 to be kept"}
+    )
+    other = Outcome("causal", "two", "first", {"prune": "refused"}, {"prune": "another state"})
+    wrong = Outcome("causal", "three", "last", {"prune": "ok", "reload": "fail"})
+    found = summary([good, needed, other, wrong])
+    assert {name: model["verdict"] for name, model in found.items()} == {
+        "one": WORKS,
+        "two": "refused",
+        "three": FAILS,
+    }
