@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from docs.generate import operators, program, quick_start, recovery, speed
+from docs.generate import operators, program, quick_start, recovery, speed, sweep
 from docs.generate.markers import block_names, replace_blocks
 from docs.generate.plots import pictures
 from docs.generate.results import ROOT
@@ -20,6 +20,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "quick-start": quick_start.quick_start,
         "quick-start-output": quick_start.quick_start_output,
         "where-it-runs": speed.where_it_runs,
+        "families": sweep.swept_count,
     },
     "docs/results.md": {
         "smollm2": recovery.smollm2_table,
@@ -44,7 +45,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/ort-genai.md": {"engine": partial(speed.one_engine, "ort-genai")},
     "docs/import.md": {"against-hooks": operators.against_hooks},
     "docs/cli.md": {"verbs": program.verbs},
-    "docs/families.md": {"families": program.families},
+    "docs/families.md": {"families": program.families, "swept": sweep.swept},
 }
 GPU_PAGE, GPU_PROGRAM = "docs/gpu-roofline.md", "benchmarks/gpu_roofline.py"
 IMAGES = "docs/images"

@@ -100,6 +100,12 @@ def _study(folder: str) -> Study:
 
 
 @cache
+def families() -> dict[str, Any]:
+    """Return the verdicts on models of every class of transformers."""
+    found: dict[str, Any] = json.loads((RESULTS / "families.json").read_text(encoding="utf-8"))
+    return found
+
+
 def engine_rows() -> list[dict[str, Any]]:
     """Return the rows of `make bench-engines`."""
     rows = json.loads((RESULTS / "engines.json").read_text(encoding="utf-8"))

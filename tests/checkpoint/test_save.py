@@ -14,7 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.dense_reference import NUM_LAYERS, REMOVED, random_ghost, random_ghosts
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+)
 
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import ArgumentError, CheckpointError
@@ -354,12 +360,10 @@ def test_dense_class_reports_the_ghosts_it_leaves_out(saved: Path) -> None:
 
 
 def test_a_classifier_comes_back_as_one(tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
-
     config = tiny_model("llama").config
     config.num_labels, config.pad_token_id = 3, 0
     dense = AutoModelForSequenceClassification.from_config(config).eval()
-    smaller = remove_layers(dense, [2], [GhostLinear(dense.config.hidden_size)])
+    smaller = remove_layers(dense, [2], [random_ghost(1, bias=True)])
     save_model(smaller, tmp_path / "judge")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval()
     ids = random_tokens(1, 8, 4)
