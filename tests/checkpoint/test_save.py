@@ -154,6 +154,7 @@ def test_record_in_the_configuration(saved: Path) -> None:
         "format": 1,
         "removed": REMOVED,
         "num_hidden_layers": NUM_LAYERS,
+        "layers": "layers",
         "ghosts": [
             {**plain, "layer": 0, "side": "input", "bias": True, "first_state": True},
             {**plain, "layer": 0, "side": "output", "norm_eps": 1e-5, "first_state": True},

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_WIDTH, VOCABULARY = 6, 64, 4, 2, 16, 128
+from families.shrinking import HEADS, TOKEN_IDS, shrunk_heads, shrunk_ids, shrunk_rope
+
+LAYERS, WIDTH, KV_HEADS, HEAD_WIDTH, VOCABULARY = 6, 64, 2, 16, 128
 TOWER_LAYERS, TOWER_WIDTH, TOWER_HEADS = 2, 32, 2
-FIRST_SPECIAL_ID = 60
 NOISE = 0.05
 
 UNTESTABLE: dict[str, str] = {
@@ -460,48 +461,6 @@ def shortened(values: list[Any], count: int) -> list[Any]:
     return made
 
 
-def shrunk_ids(config: dict[str, Any], known: dict[int, int]) -> None:
-    """Put the ids of special tokens into the vocabulary, equal ones at the same place."""
-    common = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
-    for key, value in config.items():
-        if not key.endswith(("_token_id", "_token_index", "_token_ids")):
-            continue
-        if key in common:
-            config[key] = None if value is None else common[key]
-        elif isinstance(value, int) and not isinstance(value, bool):
-            config[key] = known.setdefault(value, FIRST_SPECIAL_ID + len(known))
-        elif isinstance(value, list) and all(isinstance(one, int) for one in value):
-            config[key] = [known.setdefault(v, FIRST_SPECIAL_ID + len(known)) for v in value]
-
-
-def shrunk_rope(rope: dict[str, Any], width: int) -> None:
-    """Make the sections of rotary embeddings fit the width of a head."""
-    for value in rope.values():
-        if isinstance(value, dict):
-            shrunk_rope(value, width)
-    if rope.get("partial_rotary_factor") is not None:
-        rope["partial_rotary_factor"] = max(rope["partial_rotary_factor"], 0.5)
-    if rope.get("mrope_section"):
-        count = len(rope["mrope_section"])
-        pairs = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
-        rope["mrope_section"] = [pairs // count + (i < pairs % count) for i in range(count)]
-    if rope.get("original_max_position_embeddings"):
-        rope["original_max_position_embeddings"] = 64
-
-
-def shrunk_heads(config: dict[str, Any]) -> dict[str, Any]:
-    """Make the heads of latent attention agree with each other."""
-    if config.get("kv_lora_rank") is None:
-        return config
-    config["num_key_value_heads"] = config.get("num_attention_heads", HEADS)
-    rope, plain = config.get("qk_rope_head_dim", 8), config["qk_nope_head_dim"]
-    if "qk_head_dim" in config:
-        config["qk_head_dim"] = rope + plain
-    if "head_dim" in config:
-        config["head_dim"] = rope
-    return config
-
-
 def shrunk_layers(values: dict[Any, Any], table: dict[str, int]) -> dict[Any, Any]:
     """Return the settings of single layers for the layers that are left, with small sizes."""
     return {
@@ -531,7 +490,7 @@ def shrunk(config: dict[str, Any], text: bool, known: dict[int, int]) -> dict[st
     if isinstance(config.get("image_size"), int) and isinstance(config.get("patch_size"), int):
         config["image_size"] = 4 * config["patch_size"]
     shrunk_heads(config)
-    shrunk_ids(config, known)
+    shrunk_ids(config, known, TOKEN_IDS)
     return config
 
 

@@ -13,9 +13,17 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_WIDTH, VOCABULARY = 6, 64, 4, 2, 16, 160
+from families.shrinking import (
+    FIRST_SPECIAL_ID,
+    HEADS,
+    TOKEN_IDS,
+    shrunk_heads,
+    shrunk_ids,
+    shrunk_rope,
+)
+
+LAYERS, WIDTH, KV_HEADS, HEAD_WIDTH, VOCABULARY = 6, 64, 2, 16, 160
 TOWER_LAYERS, TOWER_WIDTH, TOWER_HEADS = 2, 32, 2
-FIRST_SPECIAL_ID = 60
 
 _NEEDS_IMAGE = "its forward pass asks for an image"
 UNTESTABLE: dict[str, str] = {
@@ -348,48 +356,6 @@ def shortened(values: list[Any], count: int) -> list[Any]:
     return made
 
 
-def shrunk_ids(config: dict[str, Any], known: dict[int, int]) -> None:
-    """Put the ids of special tokens into the vocabulary, equal ones at the same place."""
-    for key, value in config.items():
-        if not key.endswith(("_token_id", "_token_index", "_token_ids", "_id", "_start", "_end")):
-            continue
-        if key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-            small = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}.get(key, 1)
-            config[key] = None if value is None else small
-        elif isinstance(value, int) and not isinstance(value, bool):
-            config[key] = known.setdefault(value, FIRST_SPECIAL_ID + len(known))
-        elif isinstance(value, list) and all(isinstance(one, int) for one in value):
-            config[key] = [known.setdefault(v, FIRST_SPECIAL_ID + len(known)) for v in value]
-
-
-def shrunk_rope(rope: dict[str, Any], width: int) -> None:
-    """Make the sections of rotary embeddings fit the width of a head."""
-    for value in rope.values():
-        if isinstance(value, dict):
-            shrunk_rope(value, width)
-    if rope.get("partial_rotary_factor") is not None:
-        rope["partial_rotary_factor"] = max(rope["partial_rotary_factor"], 0.5)
-    if rope.get("mrope_section"):
-        count = len(rope["mrope_section"])
-        pairs = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
-        rope["mrope_section"] = [pairs // count + (i < pairs % count) for i in range(count)]
-    if rope.get("original_max_position_embeddings"):
-        rope["original_max_position_embeddings"] = 64
-
-
-def shrunk_heads(config: dict[str, Any]) -> dict[str, Any]:
-    """Make the heads of latent attention agree with each other."""
-    if config.get("kv_lora_rank") is None:
-        return config
-    config["num_key_value_heads"] = config["num_attention_heads"]
-    rope, plain = config.get("qk_rope_head_dim"), config["qk_nope_head_dim"]
-    if "qk_head_dim" in config:
-        config["qk_head_dim"] = rope + plain
-    if "head_dim" in config:
-        config["head_dim"] = rope
-    return config
-
-
 def shrunk(config: dict[str, Any], text: bool, known: dict[int, int]) -> dict[str, Any]:
     """Return the fields of a config with small sizes in the place of large ones."""
     layers = config.get("num_hidden_layers")
@@ -423,7 +389,7 @@ def shrunk(config: dict[str, Any], text: bool, known: dict[int, int]) -> dict[st
     if isinstance(config.get("image_size"), int) and isinstance(config.get("patch_size"), int):
         config["image_size"] = 4 * config["patch_size"]
     shrunk_heads(config)
-    shrunk_ids(config, known)
+    shrunk_ids(config, known, (*TOKEN_IDS, "_id", "_start", "_end"))
     return config
 
 

@@ -1,0 +1,79 @@
+"""What layers hand on is looked at before anything is calibrated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families.tiny_models import tiny_causal
+from torch import Tensor
+
+from ghosted_fast.errors import UnsupportedModelError
+from ghosted_fast.models.boundaries import leaving_out, resume, visit_boundaries
+from ghosted_fast.models.contract import as_returned, plain_tokens, state_in, with_state
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.surgery.cut import prune_model
+from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.text.batches import Batch
+
+
+@pytest.mark.parametrize(("name", "sequence"), [("bloom", tuple), ("openai-gpt", list)])
+def test_layers_that_return_sequences_are_left_out_and_resumed(name: str, sequence: type) -> None:
+    model = tiny_causal(name)
+    ids = random_tokens(2, 9, 1)
+    batch = Batch(ids, torch.ones_like(ids))
+    assert {found[0] for found in Decoder.of(model).returns} == {sequence}
+    states: dict[int, Tensor] = {}
+    visit_boundaries(model, batch, [2], states.__setitem__)
+    with torch.inference_mode():
+        whole = model(ids, attention_mask=batch.attention_mask).logits
+        assert torch.equal(resume(model, batch, 2, states[2]), whole)
+        pruned = prune_model(model, [3, 4])(ids, attention_mask=batch.attention_mask).logits
+        with leaving_out(model, [(3, 5, None)]):
+            assert torch.equal(model(ids, attention_mask=batch.attention_mask).logits, pruned)
+
+
+def test_most_layers_return_the_state_alone() -> None:
+    assert Decoder.of(tiny_model("llama")).returns == [None] * 6
+
+
+def test_another_shape_is_refused() -> None:
+    model = tiny_model("llama")
+    layers = model.model.layers
+    layers[0].register_forward_hook(lambda *io: torch.stack([io[2], io[2]], 2))
+    layers[1].register_forward_pre_hook(lambda *io: None)
+    with pytest.raises(UnsupportedModelError, match=r"state of shape \(1, 4, 2, 32\)"):
+        _ = Decoder.of(model).returns
+
+
+def test_a_second_state_is_refused() -> None:
+    model = tiny_model("llama")
+    left: list[Tensor] = []
+
+    def leave(_: Any, __: Any, output: Tensor) -> tuple[Tensor, Tensor]:
+        left[:] = [output + 1]
+        return output, left[0]
+
+    def take(_: Any, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if not isinstance(args[0], tuple) else args[0][0]
+        return (hidden,), {**kwargs, **({"router": left[0]} if left else {})}
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(take, with_kwargs=True)
+        layer.register_forward_hook(leave)
+    with pytest.raises(UnsupportedModelError, match=r"hands a second state.*router"):
+        _ = Decoder.of(model).returns
+
+
+def test_states_are_put_in_and_taken_out() -> None:
+    x, y = torch.zeros(1), torch.ones(1)
+    assert state_in(x) is x and state_in((x, y)) is x and state_in([x, y]) is x
+    assert with_state(x, y) is y and with_state([x, y], y) == [y, y]
+    assert as_returned(x, None) is x and as_returned(x, (tuple, 3)) == (x, None, None)
+
+
+def test_tokens_that_mean_something_are_not_used() -> None:
+    model = tiny_model("llama")
+    model.config.bos_token_id, model.config.eos_token_id = 0, [1, 3]
+    assert plain_tokens(model).tolist() == [[2, 4, 5, 6]]
