@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ghosted_fast.measure.tasks import evaluate_tasks as evaluate_tasks
     from ghosted_fast.models.ghost_linear import GhostLinear as GhostLinear
     from ghosted_fast.models.loading import load_model as load_model
+    from ghosted_fast.models.loading import load_processor as load_processor
     from ghosted_fast.ops import ghost_apply as ghost_apply
     from ghosted_fast.options import GhostOptions as GhostOptions
     from ghosted_fast.options import PerplexityBound as PerplexityBound
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from ghosted_fast.surgery.adopt.from_operators import ImportReport as ImportReport
     from ghosted_fast.surgery.adopt.from_operators import import_ghosts as import_ghosts
     from ghosted_fast.surgery.adopt.swap import swap_ghosts as swap_ghosts
+    from ghosted_fast.surgery.cut import check_removable as check_removable
     from ghosted_fast.surgery.cut import prune_model as prune_model
     from ghosted_fast.text.calibration_text import CalibrationText as CalibrationText
     from ghosted_fast.text.loading import load_texts as load_texts
@@ -76,6 +78,7 @@ _HOMES = {
     "Throughput": "measure.speed",
     "Variant": "grid",
     "accuracy": "measure.tasks",
+    "check_removable": "surgery.cut",
     "correct_ghosts": "improve.correction",
     "evaluate_tasks": "measure.tasks",
     "fetch_demo_assets": "assets.downloads",
@@ -83,6 +86,7 @@ _HOMES = {
     "ghost_model": "pipeline",
     "import_ghosts": "surgery.adopt.from_operators",
     "load_model": "models.loading",
+    "load_processor": "models.loading",
     "load_texts": "text.loading",
     "perplexity": "measure.perplexity",
     "prune_model": "surgery.cut",

@@ -174,22 +174,11 @@ def _layers(model: Any) -> tuple[str, nn.ModuleList]:
     record = model.config.ghost or {}
     if "layers" in record:
         return record["layers"], model.base_model.get_submodule(record["layers"])
-    text = text_config_of(model.config)
-    known = "text" if text is not model.config else ""
     return next(
         (name, module)
         for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == text.num_hidden_layers
-        and (not known or _is_inside_text(model, name, text))
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
     )
-
-
-def _is_inside_text(model: Any, path: str, text: Any) -> bool:
-    """Return whether a path leads through the text decoder of a model that has other parts."""
-    parts = path.split(".")
-    modules = [model.base_model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
-    return any(type(getattr(module, "config", None)) is type(text) for module in modules)
 
 
 def _swap_class(module: Any, make: Any) -> None:
@@ -266,13 +255,13 @@ def _renamed(base: Any, forward: Any) -> type:
 def __getattr__(name: str) -> Any:
     """Make `Ghosted<X>` of transformers' configuration or model class X.
 
-    `Ghosted<X>_<C>` is that of a model class X that transformers uses with a configuration class C
+    `Ghosted<X>__<C>` is that of a model class X that transformers uses with a configuration class C
     beside its own.
     """
     if not name.startswith(_PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _check_version()
-    dense_name, _, config_name = name.removeprefix(_PREFIX).partition("_")
+    dense_name, _, config_name = name.removeprefix(_PREFIX).partition("__")
     base = _of_transformers(dense_name)
     try:
         package = importlib.import_module("ghosted_fast.checkpoint")

@@ -92,5 +92,5 @@ def auto_map_of(model: Any) -> dict[str, str] | None:
     names = {"AutoConfig": dense.__name__}
     for auto, item in classes.items():
         shared = item.config_class is not dense  # a class of another family's
-        names[auto] = f"{item.__name__}_{dense.__name__}" if shared else item.__name__
+        names[auto] = f"{item.__name__}__{dense.__name__}" if shared else item.__name__
     return {auto: f"{MODULE}.Ghosted{name}" for auto, name in names.items()}

@@ -32,7 +32,13 @@ from ghosted_fast.models.built_whole import (
     take_layers_out,
     text_config_of,
 )
-from ghosted_fast.models.families import GHOSTED_PREFIX, decoder_layers, decoder_of, hidden_size
+from ghosted_fast.models.families import (
+    GHOSTED_PREFIX,
+    decoder_layers,
+    decoder_of,
+    hidden_size,
+    layers_path,
+)
 from ghosted_fast.models.runtime_classes import (
     Derived,
     bases_of,
@@ -60,8 +66,7 @@ def become_ghosted_class(
         num_hidden_layers: Number of layers of the dense model.
         whole: What the model is built whole of, if the cut configuration does not build it:
             `dense_config`, the values of the dense configuration that the cut one has no more;
-            `per_layer`, what its properties say of the kept layers; `layers`, the path of the
-            layers from the base model.
+            `per_layer`, what its properties say of the kept layers.
     """
     from ghosted_fast.models.ghosted_layers import swap_class
 
@@ -72,6 +77,7 @@ def become_ghosted_class(
         "format": FORMAT if whole is None else FORMAT_WHOLE,
         "removed": removed,
         "num_hidden_layers": num_hidden_layers,
+        "layers": layers_path(model),
         "ghosts": [],
         **(whole or {}),
     }

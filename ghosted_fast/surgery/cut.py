@@ -24,7 +24,6 @@ from ghosted_fast.models.families import (
     decoder_of,
     find_family,
     hidden_size,
-    layers_path,
 )
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.ghosted_layers import (
@@ -223,7 +222,6 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
             whole={
                 "dense_config": {**dense_values, **known.get("dense_config", {})},
                 "per_layer": different,
-                "layers": layers_path(model, decoder.family),
             }
             if whole
             else None,

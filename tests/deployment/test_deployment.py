@@ -10,12 +10,21 @@ import pytest
 import torch
 from support.dense_reference import NUM_LAYERS, REMOVED, random_ghosts
 from torch import nn
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.ghosted_layers import ghosts_of
+from ghosted_fast.options import RunOptions
+from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms, tiny_model
 
@@ -238,6 +247,32 @@ def test_bitsandbytes_base(tmp_path: Path) -> None:
     assert type(loaded.model.layers[0].mlp.up_proj) is not nn.Linear
     assert loaded.model.layers[3].ghost.weight.is_floating_point()
     assert 0 < relative_rms(logits(loaded), logits(model)) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantized_model_is_ghosted_and_comes_back(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    sizes = {**tiny_model("llama").config.to_dict(), "hidden_size": 64, "intermediate_size": 128}
+    wide = LlamaForCausalLM(LlamaConfig(**{**sizes, "head_dim": 16}))  # a block is of 64 weights
+    folder = save_model(wide, tmp_path / "dense")
+    plain = ["lm_head", "model.layers.5.mlp.up_proj"]
+    if kind == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=plain)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=plain
+        )
+    dense = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).eval()
+    texts = [random_tokens(4, 32, seed) for seed in range(16)]
+    smaller, _ = ghost_model(
+        dense, texts, removed=[1, 2], run=RunOptions(corrections=1, progress=False)
+    )
+    again = AutoModelForCausalLM.from_pretrained(save_model(smaller, tmp_path / "smaller")).eval()
+    assert torch.equal(logits(again), logits(smaller))
+    kinds = [type(layer.mlp.up_proj) for layer in again.model.layers]
+    assert kinds[-1] is nn.Linear and nn.Linear not in kinds[:-1]
 
 
 def test_compiled_generation() -> None:
