@@ -108,6 +108,12 @@ class SetScore:
     score: float
 
 
+def named_layers(layers: Iterable[int]) -> str:
+    """Return layers with the word before them: "layer 3", "layers 12-15, 17"."""
+    gone = set(layers)
+    return f"{'layer' if len(gone) == 1 else 'layers'} {layers_as_text(gone)}"
+
+
 def layers_as_text(layers: Iterable[int]) -> str:
     """Return layers as runs with both ends: 12-15, 17."""
     gone = set(layers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 _TABLES = ("embed_tokens_per_layer", "per_layer_model_projection")
 _FIRST_SHARED = "first_kv_shared_layer_idx"
 _OVERRIDES = "per_layer_config"
+_COUNT = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)")
 _INDEX_WORDS = ("idx", "index", "layer_id", "layer_number", "layer_num", "block_id")
 
 
@@ -186,7 +188,9 @@ def _step_of(values: dict[int, int]) -> int:
     index, value = others[0]
     step = (value - start) // (index - first)
     same = all(number == start + step * (layer - first) for layer, number in others)
-    return step if same and step > 0 and start - step * first in range(step + 1) else 0
+    # From 0 or from 1; two indices a layer (of two caches) from 0. A scale may grow as well.
+    starts = range(max(step, 2))
+    return step if same and step > 0 and start - step * first in starts else 0
 
 
 def cut_owner(owner: Any, kept: list[int], count: int) -> None:
@@ -196,7 +200,7 @@ def cut_owner(owner: Any, kept: list[int], count: int) -> None:
             continue
         if type(value) is list and len(value) == count:
             vars(owner)[name] = [value[index] for index in kept]
-        elif type(value) is int and value == count and "layer" in name:
+        elif type(value) is int and value == count and _COUNT.fullmatch(name):
             vars(owner)[name] = len(kept)
     if hasattr(owner, _FIRST_SHARED):
         first = getattr(owner, _FIRST_SHARED)

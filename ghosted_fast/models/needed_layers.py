@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from ghosted_fast.facts import layers_as_text
+from ghosted_fast.facts import layers_as_text, named_layers
 
 _LINEAR = "linear_attention"
 
@@ -38,7 +38,7 @@ def why_needed(text: Any, count: int, removed: Collection[int]) -> str | None:
         sources = sorted({kind: index for index, kind in enumerate(kinds[:own])}.values())
         if set(sources) & set(removed):
             return (
-                f"expected layers {layers_as_text(sources)} to be kept: the last {count - own} "
+                f"expected {named_layers(sources)} to be kept: the last {count - own} "
                 "layers of this model use their keys and values"
             )
     lost = sorted(set(kinds) - set(left))

@@ -14,7 +14,7 @@ from ghosted_fast.checkpoint.model_card import IMPORTED, attach_report
 from ghosted_fast.checkpoint.record import is_ghosted, refresh_record, removal_record
 from ghosted_fast.checkpoint.transformers_types import become_ghosted_class
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
-from ghosted_fast.facts import layers_as_text
+from ghosted_fast.facts import named_layers
 from ghosted_fast.models.built_whole import cut_owner, keep_layers, number_layers, text_config_of
 from ghosted_fast.models.cut_config import computed_lists, cut_config, lists_changed_by_reading
 from ghosted_fast.models.decoder import Decoder, model_name
@@ -178,7 +178,7 @@ def _proven(model: Any, cut: Cut) -> tuple[Any, bool]:
             return trial, whole
     others = f" and {len(found) - 1} more places" if len(found) > 1 else ""
     raise UnsupportedModelError(
-        f"layers {layers_as_text(cut.removed)} cannot be removed from this "
+        f"{named_layers(cut.removed)} cannot be removed from this "
         f"{find_family(model).name} model: saved and loaded, it would be another, in "
         f"{found[0]}{others}"
     )

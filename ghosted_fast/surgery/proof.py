@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ghosted_fast.errors import UnsupportedModelError
-from ghosted_fast.facts import layers_as_text
+from ghosted_fast.facts import named_layers
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.contract import hidden_state, plain_tokens, with_state
 from ghosted_fast.models.cut_config import lists_changed_by_reading, read_again
@@ -179,12 +179,12 @@ def check_computed_alike(cut: Any, dense: Any, removed: list[int]) -> None:
             got = cut(tokens, use_cache=False)[0]
     except Exception as error:
         raise UnsupportedModelError(
-            f"layers {layers_as_text(removed)} cannot be removed from this {decoder.family.name} "
+            f"{named_layers(removed)} cannot be removed from this {decoder.family.name} "
             f"model: it does not run without them ({type(error).__name__}: {error})"
         ) from error
     if not torch.allclose(got.float(), expected.float(), rtol=1e-2, atol=1e-3):
         raise UnsupportedModelError(
-            f"layers {layers_as_text(removed)} cannot be removed from this {decoder.family.name} "
+            f"{named_layers(removed)} cannot be removed from this {decoder.family.name} "
             "model: the layers behind them depend on more than the hidden state that they hand on "
             f"(the logits differ by {(got - expected).abs().max().item():.2g} from those of the "
             "model in which the layers are passed by)"
@@ -192,7 +192,7 @@ def check_computed_alike(cut: Any, dense: Any, removed: list[int]) -> None:
     kinds = set(layer_kinds(text_config_of(dense.config), decoder.num_layers))
     if kinds - _PLAIN_KINDS and not _goes_on_alike(cut, tokens) and _goes_on_alike(dense, tokens):
         raise UnsupportedModelError(
-            f"layers {layers_as_text(removed)} cannot be removed from this {decoder.family.name} "
+            f"{named_layers(removed)} cannot be removed from this {decoder.family.name} "
             "model: with a cache it would compute something else than without, since its family "
             "counts tokens by layers that hold them"
         )

@@ -10,7 +10,6 @@ formula in.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import multiprocessing
 import os
@@ -20,27 +19,33 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from support.dense_reference import ghost_formula
-from torch import Tensor
 
+from families.causal_tables import UNTESTABLE as UNTESTABLE_CAUSAL
+from families.measures import (
+    cached_apart,
+    distance,
+    generated_apart,
+    ghosts_for,
+    logits,
+    padded_apart,
+    passed_by,
+    tokens,
+)
 from families.outcomes import CUTS, DENSE, FAIL, FAILS, KINDS, OK, REFUSED, Outcome, summary
-from families.tiny_models import UNTESTABLE as UNTESTABLE_CAUSAL
 from families.tiny_models import VARIANTS, causal_types, tiny_causal
-from families.tiny_wrappers import UNTESTABLE as UNTESTABLE_WRAPPERS
 from families.tiny_wrappers import tiny_wrapper, wrapper_types
+from families.wrapper_tables import UNTESTABLE as UNTESTABLE_WRAPPERS
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import GhostedFastError
 from ghosted_fast.models.decoder import Decoder
-from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.options import RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import (
@@ -51,7 +56,7 @@ from ghosted_fast.surgery.cut import (
 )
 
 COLUMNS = ("prune", "ghost", "cache", "padded", "reload", "remote", "select")
-LENGTH, SECONDS = 10, 240
+SECONDS = 240
 _REMOTE = Path(__file__).with_name("load_remote.py")
 
 
@@ -81,122 +86,6 @@ def names_of(kind: str) -> list[str]:
     if kind == "variants":
         return list(VARIANTS)
     return [name for name in wrapper_types() if name not in UNTESTABLE_WRAPPERS]
-
-
-def tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> Tensor:
-    """Return token ids that mean nothing special to any of the tiny models."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(5, 40, (rows, length), generator=generator)
-
-
-@torch.inference_mode()
-def logits(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the logits of a text."""
-    given = {} if mask is None else {"attention_mask": mask}
-    found: Tensor = model(input_ids=ids, use_cache=False, **given).logits
-    return found.float()
-
-
-def ghosts_for(intervals: list[tuple[int, int]], width: int) -> list[GhostLinear]:
-    """Return one ghost for each gap; the first has all there is."""
-    ghosts = []
-    for index, _ in enumerate(intervals):
-        first = index == 0
-        ghost = GhostLinear(width, bias=first, norm_eps=1e-5 if index else None, first_state=first)
-        generator = torch.Generator().manual_seed(index)
-        with torch.no_grad():
-            for parameter in ghost.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        ghosts.append(ghost)
-    return ghosts
-
-
-@contextmanager
-def passed_by(
-    model: Any, intervals: list[tuple[int, int]], ghosts: list[GhostLinear] | None = None
-) -> Iterator[None]:
-    """Run the dense model with what its layers give put in the place of what removed ones do."""
-    layers = Decoder.of(model).layers
-    handles = []
-
-    def replace_by(ghost: GhostLinear | None) -> Callable[..., Any]:
-        def hook(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if ghost is not None:
-                first = torch.zeros(hidden.shape[:2], dtype=torch.bool)
-                first[:, 0] = True
-                hidden = ghost_formula(ghost, hidden, first).to(hidden.dtype)
-            if isinstance(output, tuple | list):
-                return type(output)((hidden, *output[1:]))
-            return hidden
-
-        return hook
-
-    for index, (start, stop) in enumerate(intervals):
-        for layer in range(start, stop):
-            ghost = ghosts[index] if ghosts is not None and layer == stop - 1 else None
-            hook = replace_by(ghost)
-            handles.append(layers[layer].register_forward_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def distance(got: Tensor, expected: Tensor) -> float:
-    """Return the largest difference of logits, relative to the largest logit."""
-    if got.shape != expected.shape or not torch.isfinite(got).all():
-        return float("inf")
-    return float((got - expected).abs().max() / expected.abs().max())
-
-
-def cached_apart(model: Any) -> float:
-    """Return how far the logits of a last token computed with a cache are from those without."""
-    ids = tokens()
-    expected = logits(model, ids)[:, -1]
-    ones, places = torch.ones_like(ids), torch.arange(LENGTH).expand_as(ids)
-    takes = inspect.signature(model.forward).parameters
-
-    def step(start: int, end: int, **cache: Any) -> Any:
-        given = {"attention_mask": ones[:, :end], "position_ids": places[:, start:end], **cache}
-        known = {name: value for name, value in given.items() if name in takes}
-        return model(input_ids=ids[:, start:end], use_cache=True, **known)
-
-    with torch.inference_mode():
-        found = step(0, LENGTH - 2)
-        caches = ("past_key_values", "cache_params", "state")
-        for end in (LENGTH - 1, LENGTH):
-            cache = {name: found[name] for name in caches if found.get(name) is not None}
-            found = step(end - 1, end, **cache)
-    return distance(found.logits[:, -1].float(), expected)
-
-
-def generated_apart(model: Any) -> float:
-    """Return 0 if greedy generation gives the same tokens with a cache and without, else 1."""
-    ids = tokens(rows=1, length=6)
-    ones = torch.ones_like(ids)
-    config = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    runs = [
-        model.generate(ids, attention_mask=ones, use_cache=on, **config) for on in (True, False)
-    ]
-    return float(not torch.equal(*runs))
-
-
-def padded_apart(model: Any) -> float:
-    """Return how far the last logits of a left-padded row are from those of the row alone."""
-    ids = tokens(rows=1, length=LENGTH)
-    padded = torch.cat([torch.full((1, 3), 1), ids], 1)
-    mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(ids)], 1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.inference_mode():
-        try:
-            found = model(
-                input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False
-            )
-        except TypeError:  # a model without positions
-            found = model(input_ids=padded, attention_mask=mask, use_cache=False)
-    return distance(found.logits[:, -1].float(), logits(model, ids)[:, -1])
 
 
 def loaded(kind: str, folder: Path, **options: Any) -> Any:
@@ -412,12 +301,20 @@ def main() -> None:
             print(outcome.name, outcome.cut, column, outcome.columns.get(column), detail)
     print(Counter(model["verdict"] for model in summary(outcomes).values()))
     if given.output is not None:
-        write(outcomes, given.output)
+        write(outcomes, given.output, only=bool(given.types))
     if any(outcome.verdict == FAILS for outcome in outcomes):
         sys.exit(1)
 
 
-def write(outcomes: list[Outcome], path: Path) -> None:
+def _added(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with the verdicts of another one in the place of its own."""
+    for kind, said in found["kinds"].items():
+        models = known["kinds"].setdefault(kind, said)["models"]
+        models.update(said["models"])
+    return known
+
+
+def write(outcomes: list[Outcome], path: Path, only: bool = False) -> None:
     """Write the verdicts of all models, with what they were found with."""
     untestable = {"causal": UNTESTABLE_CAUSAL, "variants": {}, "wrappers": UNTESTABLE_WRAPPERS}
     kinds = {outcome.kind for outcome in outcomes}
@@ -433,6 +330,8 @@ def write(outcomes: list[Outcome], path: Path) -> None:
             if kind in kinds
         },
     }
+    if only and path.exists():  # the verdicts on other models stay
+        record = _added(json.loads(path.read_text()), record)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
 
