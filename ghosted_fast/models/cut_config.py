@@ -23,6 +23,8 @@ from ghosted_fast.models.built_whole import (
 from ghosted_fast.models.families import Family
 from ghosted_fast.models.structure import counts_of
 
+# Names of modules beside the text decoder, whose layers stay.
+_OF_OTHERS = re.compile(r"vision|visual|image|audio|tower")
 _SHARED = "num_kv_shared_layers"
 _NUMBERED = re.compile(r"(?<![^.])(layers|h|blocks|layer)\.(\d+)(?![^.])")
 
@@ -111,13 +113,20 @@ def _cut_value(name: str, value: Any, family: Family, kept: list[int], count: in
         return {
             str(kept.index(int(layer))): own for layer, own in value.items() if int(layer) in kept
         }
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple) or _is_of_all(name):
         return value
     if name in family.layer_index_lists or _lists_indices(name, value, count):
         return [kept.index(layer) for layer in value if layer in kept]
     if len(value) == count:
         return [value[layer] for layer in kept]
     return value
+
+
+def _is_of_all(name: str) -> bool:
+    """Return whether a list belongs to the whole model, however long it is."""
+    from transformers import PreTrainedConfig
+
+    return name.endswith(("token_id", "token_ids")) or hasattr(PreTrainedConfig, name)
 
 
 def _lists_indices(name: str, value: Any, count: int) -> bool:
@@ -139,7 +148,7 @@ def _renumber_names(config: Any, kept: list[int]) -> None:
 
 
 def _renumbered(value: Any, kept: list[int]) -> Any:
-    if isinstance(value, str):
+    if isinstance(value, str) and not _OF_OTHERS.search(value):
         return _NUMBERED.sub(lambda match: f"{match[1]}.{kept.index(int(match[2]))}", value)
     if isinstance(value, list | tuple):
         return [_renumbered(entry, kept) for entry in value if not _is_gone(entry, kept)]
@@ -154,5 +163,7 @@ def _renumbered(value: Any, kept: list[int]) -> Any:
 
 def _is_gone(name: Any, kept: list[int]) -> bool:
     """Return whether a module's name is that of a removed layer."""
-    match = _NUMBERED.search(name) if isinstance(name, str) else None
+    if not isinstance(name, str) or _OF_OTHERS.search(name):
+        return False
+    match = _NUMBERED.search(name)
     return match is not None and int(match[2]) not in kept

@@ -170,6 +170,7 @@ def test_names_of_layers_in_a_quantization_follow() -> None:
         "quant_method": "fp8",
         "modules_to_not_convert": [
             "lm_head",
+            "vision_tower.encoder.layers.0",
             "model.layers.0.mlp",
             "model.layers.10",
             "layers.3.x",
@@ -180,7 +181,11 @@ def test_names_of_layers_in_a_quantization_follow() -> None:
     from ghosted_fast.models.families import Family
 
     cut_config(config, Family("llama"), [1, 3, 4, 5], 6)
-    assert config.quantization_config["modules_to_not_convert"] == ["lm_head", "layers.1.x"]
+    assert config.quantization_config["modules_to_not_convert"] == [
+        "lm_head",
+        "vision_tower.encoder.layers.0",
+        "layers.1.x",
+    ]
     assert config.quantization_config["dynamic"] == {"model.layers.2.self_attn": {"bits": 8}}
 
 
@@ -189,3 +194,12 @@ def test_configurations_are_as_they_were_after_building() -> None:
     assert smaller.config.layer_types == KINDS[:5]
     read = AutoConfig.for_model(**smaller.config.to_dict())
     assert read.layer_types == KINDS[:5] and read.num_hidden_layers == 5
+
+
+def test_lists_that_are_as_long_as_the_layers_by_chance_stay() -> None:
+    model = tiny_model("llama")
+    model.config.eos_token_id = [2, 3, 4, 5, 6, 7]
+    model.config.scales = [0, 1, 0, 1, 0, 1]
+    pruned = prune_model(model, [1, 2])
+    assert pruned.config.eos_token_id == [2, 3, 4, 5, 6, 7]
+    assert pruned.config.scales == [0, 1, 0, 1]
