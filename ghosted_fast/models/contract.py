@@ -115,6 +115,13 @@ def _look(model: Any, layers: nn.ModuleList, width: int) -> list[Returned]:
     try:
         with torch.inference_mode():
             model(plain_tokens(model), use_cache=False)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever the family's own code asks for
+        raise UnsupportedModelError(
+            f"{name} does not run on text alone ({type(error).__name__}: {error}): expected a "
+            "model that gives logits for token ids"
+        ) from error
     finally:
         model.train(training)
         for handle in handles:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ghosted_fast import distributed
-from ghosted_fast.errors import ArgumentError, renamed
+from ghosted_fast.errors import ArgumentError, UnsupportedModelError, renamed
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.selection.criteria import CRITERIA, check_criterion
@@ -69,8 +69,7 @@ def select_layers(
     for count in (remove, *also):
         check_layer_count(count, decoder.num_layers)
     check_criterion(criterion)
-    middle = (decoder.num_layers - 1) // 2
-    check_removable(decoder.model, [middle])
+    alike = _alike(decoder)
     distributed.check_same(
         {
             "remove": remove,
@@ -82,7 +81,28 @@ def select_layers(
         decoder.model,
     )
     text = distributed.same_text_everywhere(batches)
-    return CRITERIA[criterion].choose(Request(decoder, text, remove, options, run, also))
+    return CRITERIA[criterion].choose(Request(decoder, text, remove, options, run, also, alike))
+
+
+def _alike(decoder: Decoder) -> bool:
+    """Return whether the first layer, one in the middle and the last can all be removed.
+
+    Where they can, so can every run of layers that `Decoder.needs` allows; else each candidate is
+    tried before anything is calibrated.
+
+    Raises:
+        UnsupportedModelError: None of the three can.
+    """
+    last = decoder.num_layers - 1
+    refused: dict[int, UnsupportedModelError] = {}
+    for layer in {0, last // 2, last}:
+        try:
+            check_removable(decoder.model, [layer])
+        except UnsupportedModelError as error:
+            refused[layer] = error
+    if {0, last // 2, last} == refused.keys():
+        raise refused[last // 2]
+    return not refused
 
 
 def check_layer_count(count: int, num_layers: int) -> None:

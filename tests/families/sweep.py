@@ -140,9 +140,9 @@ def check(kind: str, name: str, cut: str, folder: Path) -> Outcome:
         if outcome.columns[column] == FAIL and fails(lambda: measure(dense)):
             outcome.columns[column] = DENSE
 
-    def fails(measure: Callable[[], float]) -> bool:
+    def fails(measure: Callable[[], float], limit: float = 1e-3) -> bool:
         try:
-            return measure() > 1e-4
+            return measure() > limit
         except Exception:
             return True
 

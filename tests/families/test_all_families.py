@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from families.measures import tokens
 from families.outcomes import FAILS, WORKS, Outcome, summary
 from families.sweep import check, run_one
+from families.tiny_models import tiny_causal
+from ghosted_fast.options import RunOptions
+from ghosted_fast.selection.select import select_layers
 
 # One of each form that a class can have.
 MODELS = [
@@ -39,6 +43,15 @@ def test_no_cut_goes_wrong(kind: str, name: str, tmp_path: Path) -> None:
     cuts = ("first", "middle")
     for outcome in run_one(kind, name, cuts, tmp_path):
         assert outcome.verdict != FAILS, (outcome.cut, outcome.reason)
+
+
+@pytest.mark.slow
+def test_layers_that_cannot_go_are_not_chosen() -> None:
+    # The first block of RWKV holds a norm that all others need: no run may begin there.
+    dense, texts = tiny_causal("rwkv"), [tokens(4, 32, seed) for seed in range(12)]
+    chosen = select_layers(dense, texts, 2, run=RunOptions(progress=False))
+    assert 0 not in chosen.removed
+    assert (0, 2) not in {(score.start, score.stop) for score in chosen.scores}
 
 
 @pytest.mark.slow

@@ -77,3 +77,10 @@ def test_tokens_that_mean_something_are_not_used() -> None:
     model = tiny_model("llama")
     model.config.bos_token_id, model.config.eos_token_id = 0, [1, 3]
     assert plain_tokens(model).tolist() == [[2, 4, 5, 6]]
+
+
+def test_a_model_that_asks_for_more_than_text_is_refused() -> None:
+    model = tiny_model("llama")
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(UnsupportedModelError, match="text alone \\(ZeroDivisionError"):
+        _ = Decoder.of(model).returns

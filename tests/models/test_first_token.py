@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.tiny_models import tiny_causal
 from support.dense_reference import (
     INTERVALS,
     NUM_LAYERS,
@@ -16,7 +17,8 @@ from support.dense_reference import (
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from ghosted_fast.models.first_token import first_attended
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.first_token import first_attended, hands_on
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms, tiny_model
@@ -191,3 +193,42 @@ def test_compiled_decode_with_a_static_cache() -> None:
             step = {"position_ids": torch.tensor([[i]]), "past_key_values": cache}
             logits.append(compiled(tokens[:, i : i + 1], use_cache=True, **step).logits)
     assert relative_rms(torch.cat(logits, 1), expected) < 1e-5
+
+
+def test_positions_decide_where_a_cache_counts_nothing() -> None:
+    # A cache whose first layer holds no keys says 0, however many tokens it has seen.
+    mask, token = torch.ones(1, 9, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
+    first = first_attended(token, mask, torch.tensor([[8]]), CacheOfLength(0))
+    assert first is not None and not first.any()
+    padded = torch.tensor([[0, 0, 1, 1, 0, 0]])
+    tokens, places = torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 0, 0, 1]])
+    first = first_attended(tokens, padded, places, CacheOfLength(0))
+    assert first is not None and first.tolist() == [[False, False, True, False]]
+
+
+def test_positions_of_several_axes() -> None:
+    places = torch.tensor([[[0, 1, 1]], [[0, 0, 1]], [[0, 0, 2]]])
+    first = first_attended(torch.zeros(1, 3, dtype=torch.long), None, places)
+    assert first is not None and first.tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize(("name", "reached"), [("llama", True), ("gptj", False), ("falcon", False)])
+def test_whether_a_mark_reaches_the_layers_is_read_in_the_source(name: str, reached: bool) -> None:
+    owner = tiny_causal(name).base_model
+    assert hands_on(owner) is reached
+
+
+@pytest.mark.parametrize("name", ["gptj", "bert", "trocr", "mamba", "openai-gpt"])
+def test_marks_reach_ghosts_of_models_of_any_age(name: str) -> None:
+    dense = tiny_causal(name)
+    width = Decoder.of(dense).hidden_size
+    ghost = GhostLinear(width, first_state=True)
+    with torch.no_grad():
+        ghost.first_state.fill_(3.0)
+    smaller = remove_layers(dense, [1], [ghost])
+    seen: list[Tensor] = []
+    found = next(m for m in smaller.modules() if isinstance(m, GhostLinear))
+    found.register_forward_hook(lambda *io: seen.append(io[2]))
+    with torch.no_grad():
+        smaller(input_ids=random_tokens(2, 5, 1) % 30 + 5, use_cache=False)
+    assert (seen[0][:, 0] == 3).all() and not (seen[0][:, 1:] == 3).all(-1).any()

@@ -11,6 +11,7 @@ from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.statistics.interval import IntervalStatistics
 from ghosted_fast.statistics.sample import Interval
+from ghosted_fast.surgery.cut import check_removable
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.folds import held_out_batches
@@ -52,6 +53,7 @@ class Request:
         options: How ghosts are fitted.
         run: Held-out tokens to score on, sets to race, memory, progress.
         also: Other numbers of layers, to be settled too where that takes no pass of its own.
+        alike: Whether any run of layers can go that `Decoder.needs` allows; if not, each is tried.
     """
 
     decoder: Decoder
@@ -60,6 +62,7 @@ class Request:
     options: GhostOptions
     run: RunOptions
     also: tuple[int, ...] = ()
+    alike: bool = True
 
     @property
     def num_layers(self) -> int:
@@ -73,11 +76,22 @@ class Request:
             UnsupportedModelError: There is none.
         """
         found = candidate_intervals(count, self.num_layers)
-        reasons = [self.decoder.needs(range(*pair)) for pair in found]
+        reasons = [self._refusal(range(*pair)) for pair in found]
         allowed = [pair for pair, why in zip(found, reasons, strict=True) if why is None]
         if not allowed:
             raise UnsupportedModelError(f"no run of {count} layers can go: {reasons[0]}")
         return allowed
+
+    def _refusal(self, layers: range) -> str | None:
+        """Return why layers cannot go, None if they can."""
+        reason = self.decoder.needs(layers)
+        if reason is not None or self.alike:
+            return reason
+        try:
+            check_removable(self.decoder.model, layers)
+        except UnsupportedModelError as error:
+            return str(error)
+        return None
 
     def held_out(self, times: int = 1) -> list[Batch]:
         """Return the held-out sequences that candidates are scored on.
