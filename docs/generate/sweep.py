@@ -51,8 +51,8 @@ def swept_count() -> str:
     return (
         f"Every cut works for {good['causal']} of transformers' {all_of['causal']} classes of "
         f"language models that can be tried, and for {good['wrappers']} of the "
-        f"{all_of['wrappers']} that read pictures or sound too; the others are refused before "
-        "anything is calibrated: [docs/families.md](docs/families.md)."
+        f"{all_of['wrappers']} that read pictures or sound too. What is refused of the others, and "
+        "why: [docs/families.md](docs/families.md)."
     )
 
 

@@ -34,7 +34,7 @@ from ghosted_fast.models.built_whole import (
     take_layers_out,
     text_config_of,
 )
-from ghosted_fast.models.first_token import hands_on, mark_of, parameters_of
+from ghosted_fast.models.first_token import FirstTokens, mark_of, marked_at, parameters_of
 
 FORMAT, FORMAT_WHOLE = 1, 2
 _REQUIREMENT = "transformers>=5.19,<6"
@@ -142,14 +142,12 @@ def _attach_ghosts(model: Any) -> None:
         return
     base = model.base_model
     owner = base.get_submodule(path.rpartition(".")[0])
-    same = type(getattr(owner, "config", base.config)) is type(base.config)
-    reads = same and not {"input_ids", "inputs_embeds"}.isdisjoint(parameters_of(type(owner)))
-    if reads and hands_on(owner):
+    where, by_keyword = marked_at(base, owner)
+    if by_keyword:
         for layer in layers:  # layers without a ghost drop the mark before their attention sees it
             _swap_class(layer, _ghosted_layer_class)
         _swap_class(owner, _first_token_decoder_class)
         return
-    where = owner if reads else base
     _swap_class(where, _first_token_base_class)
     vars(where)["first_tokens"] = FirstTokens()
     for entry in record["ghosts"]:
@@ -194,8 +192,8 @@ def _ghosted_layer_class(base: Any) -> type:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         is_first = kwargs.pop(_IS_FIRST, None)
         left = getattr(self, "first_tokens", None)
-        if is_first is None and left is not None and left.mark is not None:
-            is_first = left.mark.to(hidden_states.device)
+        if left is not None:
+            is_first = left.on(hidden_states.device)
         before, behind = getattr(self, "input_ghost", None), getattr(self, "ghost", None)
         if before is not None:
             hidden_states = before(hidden_states, is_first)
@@ -207,17 +205,6 @@ def _ghosted_layer_class(base: Any) -> type:
         return behind(output, is_first)
 
     return _renamed(base, functools.wraps(base.forward)(forward))
-
-
-class FirstTokens:
-    """Where the base of a model leaves the mark of first tokens for ghosts deep inside it."""
-
-    def __init__(self) -> None:
-        self.mark: Tensor | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle without the mark, which belongs to one forward pass."""
-        return (FirstTokens, ())
 
 
 @functools.cache

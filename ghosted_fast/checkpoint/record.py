@@ -69,8 +69,9 @@ def check_record(record: Any, *counts: int) -> None:
         )
     )
     if not consistent:
+        described = " or ".join(map(str, sorted(set(counts))))
         raise CheckpointError(
-            f"the configuration's ghost field does not fit a model of {counts} layers: "
+            f"the configuration's ghost field does not fit a model of {described} layers: "
             f"{record!r}. The saved configuration is damaged or was edited: save the model again."
         )
 

@@ -9,32 +9,25 @@ from typing import Any
 
 from ghosted_fast.checkpoint import _server
 from ghosted_fast.models import built_whole, first_token
+from ghosted_fast.models.auto_classes import auto_classes
 from ghosted_fast.models.runtime_classes import named_base_of
 
 MODULE = "modeling_ghosted"
 _PACKAGE = "ghosted_fast."
 _SOURCE = Path(__file__).with_name(f"{MODULE}.py")
-_AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForImageTextToText",
-    "AutoModelForMultimodalLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-)
 # What the file takes from the package, and is given when it is saved.
 _INLINED = (_server, first_token, built_whole)
 
 
 def remote_code() -> str:
     """Return `modeling_ghosted.py` with what it takes from the package written into it."""
-    imports, body = _taken_apart(_SOURCE.read_text(encoding="utf-8"))
+    source = _SOURCE.read_text(encoding="utf-8")
+    imports, body = _taken_apart(source)
     for module in _INLINED:
         lines, text = _taken_apart(inspect.getsource(module))
         imports |= lines
         body = f"{body}\n\n{text}"
-    docstring = ast.get_docstring(ast.parse(_SOURCE.read_text(encoding="utf-8")), clean=False)
+    docstring = ast.get_docstring(ast.parse(source), clean=False)
     first = "from __future__ import annotations"
     head = "\n".join([first, "", *sorted(imports - {first})])
     return f'"""{docstring}"""\n\n{head}\n\n{body}'
@@ -52,27 +45,6 @@ def _taken_apart(source: str) -> tuple[set[str], str]:
         if not is_docstring and not (getattr(node, "module", None) or "").startswith(_PACKAGE):
             imports.add(ast.unparse(node))
     return imports, "\n".join(lines[end:]).strip("\n") + "\n"
-
-
-def auto_classes(dense: Any) -> dict[Any, Any]:
-    """Return the dense model classes that transformers loads for a configuration.
-
-    Args:
-        dense: A dense configuration class.
-
-    Returns:
-        The class by its auto class: the base model, the one for text, those for text with pictures
-        or sound, those that judge a text or its tokens.
-    """
-    from transformers.models.auto import modeling_auto
-
-    found = {}
-    for name in _AUTO_CLASSES:
-        auto = getattr(modeling_auto, name, None)
-        model_class = auto._model_mapping.get(dense, None) if auto is not None else None
-        if isinstance(model_class, type):
-            found[auto] = model_class
-    return found
 
 
 def auto_map_of(model: Any) -> dict[str, str] | None:

@@ -22,8 +22,9 @@ from ghosted_fast.checkpoint.record import (
     is_ghosted,
     refresh_record,
 )
-from ghosted_fast.checkpoint.remote_code import MODULE, auto_classes, auto_map_of, remote_code
+from ghosted_fast.checkpoint.remote_code import MODULE, auto_map_of, remote_code
 from ghosted_fast.errors import CheckpointError
+from ghosted_fast.models.auto_classes import auto_classes
 from ghosted_fast.models.built_whole import (
     described_whole,
     list_properties,

@@ -112,6 +112,7 @@ def fit(
 
     from ghosted_fast.cli._shared.launch import process_group
     from ghosted_fast.cli._shared.loading import check_layers
+    from ghosted_fast.models.loading import load_processor
     from ghosted_fast.pipeline import ghost_model
 
     options = ghosts.options(recovery.sequential)
@@ -122,6 +123,7 @@ def fit(
             calibration.check()
             evaluation.check(calibration)
         dense, tokenizer = model.open()
+        beside = load_processor(model.model) or tokenizer
         check_layers(dense, how_many.how_many())
         if launch.dry_run:
             return _memory(dense, how_many, options)
@@ -138,7 +140,7 @@ def fit(
         )
         facts = found.to_dict() | {"calibration": Path(calibration.calibration).name}
         if first:
-            _save(smaller, facts, model.processor() or tokenizer, output)
+            _save(smaller, facts, beside, output)
             if recovery.refine:
                 output.refine_state.unlink(missing_ok=True)
     if not first:

@@ -59,7 +59,7 @@ def import_operators(args: OperatorArgs, target: TargetArgs) -> Result:
     from ghosted_fast.checkpoint.save import save_model
     from ghosted_fast.cli._shared.loading import check_new
     from ghosted_fast.facts import layers_as_text
-    from ghosted_fast.models.loading import load_model
+    from ghosted_fast.models.loading import load_model, load_processor
     from ghosted_fast.surgery.adopt.from_operators import import_ghosts
     from ghosted_fast.surgery.adopt.operator_files import read_operators
     from ghosted_fast.surgery.adopt.readings import Reading
@@ -67,10 +67,11 @@ def import_operators(args: OperatorArgs, target: TargetArgs) -> Result:
     check_new(target.output, target.overwrite)
     tensors = read_operators(args.operators)
     dense, tokenizer = load_model(target.model, target.dtype)
+    beside = load_processor(target.model) or tokenizer
     smaller, found = import_ghosts(
         dense, tensors, target.removed, form=args.form, layout=args.layout
     )
-    save_model(smaller, target.output, tokenizer, target.overwrite)
+    save_model(smaller, target.output, beside, target.overwrite)
     shown = [
         f"removed {layers_as_text(found.removed)}; saved {target.output}",
         f"read as {Reading(found.form, found.layout)}",

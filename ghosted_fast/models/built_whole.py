@@ -110,15 +110,11 @@ def plain_values(config: Any) -> dict[str, Any]:
 
 
 def set_values(text: Any, values: dict[str, Any]) -> None:
-    """Set attributes of a text configuration: the number of layers before what it must fit."""
-    values = dict(values)
-    overrides = values.pop(_OVERRIDES, None)
-    if overrides is not None:
+    """Set attributes of a text configuration, settings of single layers last: they must fit."""
+    if _OVERRIDES in values:
         text.per_layer_config = None
-    for name, value in values.items():
-        setattr(text, name, copy.deepcopy(value))
-    if overrides is not None:
-        text.per_layer_config = copy.deepcopy(overrides)
+    for name in sorted(values, key=_OVERRIDES.__eq__):
+        setattr(text, name, copy.deepcopy(values[name]))
 
 
 @contextmanager

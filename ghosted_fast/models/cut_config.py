@@ -1,4 +1,4 @@
-"""Make a configuration describe the layers that are kept, and the whole model again.
+"""Make a configuration describe the layers that are kept.
 
 Most of what depends on a layer's place stands in lists: one entry per layer, or the indices of some
 layers. They are cut. A rule ("every second layer") cannot be cut, so a model of such a family is
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +93,15 @@ def lists_changed_by_reading(config: Any) -> list[str]:
     ]
 
 
-def computed_lists(text: Any) -> dict[str, list[Any]]:
-    """Return what the properties of a configuration say of each layer, by name."""
-    number = max(counts_of(text).values(), default=0)
+def computed_lists(text: Any, count: int) -> dict[str, list[Any]]:
+    """Return what the properties of a text configuration say of each of its layers, by name."""
     found = {}
     config_class: Any = type(text)
     for name in list_properties(config_class):
-        try:
+        value = None
+        with suppress(Exception):  # a property of what this configuration does not have
             value = getattr(text, name)
-        except (AttributeError, NotImplementedError, TypeError, ValueError):
-            continue
-        if isinstance(value, list) and len(value) == number:
+        if isinstance(value, list) and len(value) == count:
             found[name] = value
     return found
 

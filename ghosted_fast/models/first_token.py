@@ -62,6 +62,33 @@ def first_attended(
     return at_start.expand(batch, length).contiguous()
 
 
+class FirstTokens:
+    """Where a model leaves the mark of first tokens for ghosts that no argument reaches."""
+
+    def __init__(self) -> None:
+        self.mark: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the mark, which belongs to one forward pass."""
+        return (FirstTokens, ())
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """Return the mark on a device."""
+        return None if self.mark is None else self.mark.to(device)
+
+
+def marked_at(base: Any, owner: Any) -> tuple[Any, bool]:
+    """Return which module marks the first tokens, and whether its layers can be handed the mark.
+
+    Args:
+        base: The base model: what is called with the tokens.
+        owner: The module that runs the layers: the base itself, or deep inside it.
+    """
+    same = type(getattr(owner, "config", base.config)) is type(base.config)
+    reads = same and not {"input_ids", "inputs_embeds"}.isdisjoint(parameters_of(type(owner)))
+    return (owner, hands_on(owner)) if reads else (base, False)
+
+
 def mark_of(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Name the arguments of a forward pass, in place, and return the mark of its first tokens.
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghosted_fast.errors import UnsupportedModelError
-from ghosted_fast.models.first_token import hands_on, mark_of, parameters_of
+from ghosted_fast.models.first_token import FirstTokens, mark_of, marked_at, parameters_of
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.runtime_classes import bases_of, maker, subclass_for
 
@@ -39,10 +39,8 @@ def _ghosted_layer_class(base: Any) -> type:
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         is_first = kwargs.pop(_IS_FIRST, None)
-        if is_first is None and self.first_tokens is not None:
-            is_first = self.first_tokens.mark
-            if is_first is not None:
-                is_first = is_first.to(hidden_states.device)
+        if self.first_tokens is not None:
+            is_first = self.first_tokens.on(hidden_states.device)
         if self.input_ghost is not None:
             hidden_states = self.input_ghost(hidden_states, is_first)
         output = base.forward(self, hidden_states, *args, **kwargs)
@@ -61,17 +59,6 @@ def _ghosted_layer_class(base: Any) -> type:
             "first_tokens": None,
         },
     )
-
-
-class FirstTokens:
-    """Where the base of a model leaves the mark of first tokens for ghosts deep inside it."""
-
-    def __init__(self) -> None:
-        self.mark: Tensor | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle without the mark, which belongs to one forward pass."""
-        return (FirstTokens, ())
 
 
 @maker("base")
@@ -176,8 +163,8 @@ def attach_ghosts(
         setattr(layers[index], _ATTRIBUTES[side], ghost)
     if not any(ghost.first_state is not None for _, _, ghost in ghosts):
         return
-    where: Any = owner if _reads_tokens(owner, base) else base
-    if where is owner and hands_on(owner):
+    where, by_keyword = marked_at(base, owner)
+    if by_keyword:
         # Layers without a ghost drop the mark before their attention functions see it.
         for layer in layers:
             _become_ghosted_layer(layer)
@@ -188,12 +175,6 @@ def attach_ghosts(
         vars(where)["first_tokens"] = FirstTokens()
     for index, _, _ in ghosts:
         vars(layers[index])["first_tokens"] = where.first_tokens
-
-
-def _reads_tokens(owner: Any, base: Any) -> bool:
-    """Return whether the owner of the layers is given the tokens and the mask of the whole text."""
-    same = type(getattr(owner, "config", base.config)) is type(base.config)
-    return same and not {"input_ids", "inputs_embeds"}.isdisjoint(parameters_of(type(owner)))
 
 
 def _become_ghosted_layer(layer: nn.Module) -> None:

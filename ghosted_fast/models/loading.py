@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
+from ghosted_fast.models.auto_classes import WITH_PICTURES, auto_classes
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.text.loading import is_hub_id
 from ghosted_fast.text.readers import (
@@ -104,16 +105,14 @@ def load_processor(spec: str | Path) -> Any:
 
 def _auto_class(name: str, options: dict[str, Any]) -> Any:
     """Return the auto class of a checkpoint: that for pictures and text where it reads both."""
-    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not options:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
         if text_config_of(config) is not config:
-            for auto in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
-                found = getattr(transformers, auto, None)
-                if found is not None and type(config) in found._model_mapping:
-                    return found
-    return transformers.AutoModelForCausalLM
+            found = {auto.__name__: auto for auto in auto_classes(type(config))}
+            return next((found[n] for n in WITH_PICTURES if n in found), AutoModelForCausalLM)
+    return AutoModelForCausalLM
 
 
 def cast_parameters(model: Any, dtype: torch.dtype) -> Any:

@@ -87,21 +87,21 @@ def select_layers(
 def _alike(decoder: Decoder) -> bool:
     """Return whether the first layer, one in the middle and the last can all be removed.
 
-    Where they can, so can every run of layers that `Decoder.needs` allows; else each candidate is
-    tried before anything is calibrated.
+    Where they can, the others are taken to be alike; else each candidate is tried before anything
+    is calibrated.
 
     Raises:
         UnsupportedModelError: None of the three can.
     """
     last = decoder.num_layers - 1
-    refused: dict[int, UnsupportedModelError] = {}
-    for layer in {0, last // 2, last}:
+    tried, refused = {0, last // 2, last}, []
+    for layer in sorted(tried):
         try:
             check_removable(decoder.model, [layer])
         except UnsupportedModelError as error:
-            refused[layer] = error
-    if {0, last // 2, last} == refused.keys():
-        raise refused[last // 2]
+            refused.append(error)
+    if len(refused) == len(tried):
+        raise refused[0]
     return not refused
 
 

@@ -84,7 +84,8 @@ def prune_model(model: Any, removed: Iterable[int], inplace: bool = False) -> An
         inplace: Whether to change `model` itself; otherwise a copy that shares its weights.
 
     Returns:
-        The pruned model, an ordinary model of its family.
+        The pruned model: an ordinary model of its family, where a configuration of the family
+        describes the layers that are left.
     """
     return remove_layers(model, removed, inplace=inplace)
 
@@ -110,13 +111,15 @@ def remove_layers(
         inplace: Whether to change `model` itself; otherwise a copy that shares its weights.
 
     Returns:
-        The model: `ghosted_<family>` if it has a ghost, else an ordinary model of its family.
+        The model: `ghosted_<family>` if it has a ghost, or if no configuration of the family
+        describes the layers that are left; else an ordinary model of its family.
 
     Raises:
         TypeError: `model` is no transformers model, or a ghost no `GhostLinear`.
         ArgumentError: Layers or ghosts do not fit the model, or a gap starts where a ghost already
             stands.
-        UnknownFamilyError, UnsupportedModelError: See `find_family`.
+        UnknownFamilyError, UnsupportedModelError: See `find_family`; or other layers need those, or
+            the cut model would be another once it was saved and loaded.
     """
     decoder = Decoder.of(model)
     intervals = removed_intervals(removed, decoder.num_layers)
@@ -158,10 +161,10 @@ def check_removable(model: Any, removed: Iterable[int]) -> None:
     Raises:
         ArgumentError, UnknownFamilyError, UnsupportedModelError: See `remove_layers`.
     """
-    decoder = Decoder.of(model)
+    decoder, layers = Decoder.of(model), sorted(removed)
     _ = decoder.returns  # the layers hand on nothing but hidden states
-    smaller = remove_layers(decoder.model, removed)
-    check_computed_alike(smaller, decoder.model, sorted(removed))
+    smaller = remove_layers(decoder.model, layers)
+    check_computed_alike(smaller, decoder.model, layers)
 
 
 def _proven(model: Any, cut: Cut) -> tuple[Any, bool]:
@@ -170,12 +173,14 @@ def _proven(model: Any, cut: Cut) -> tuple[Any, bool]:
     Raises:
         UnsupportedModelError: There is none.
     """
-    for whole in (False, True):
+    for asked in (False, True):
         trial = share_copy(model)
-        whole = _cut(trial, cut, whole)
+        whole = _cut(trial, cut, asked)
         found = differences(trial, model, cut.removed)
         if not found:
             return trial, whole
+        if whole:  # there is no other way
+            break
     others = f" and {len(found) - 1} more places" if len(found) > 1 else ""
     raise UnsupportedModelError(
         f"{named_layers(cut.removed)} cannot be removed from this "
@@ -202,14 +207,14 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
     dense_count, dense_removed = removal_record(config, count)
     dense_kept = [layer for layer in range(dense_count) if layer not in dense_removed]
     text, known = text_config_of(config), getattr(config, "ghost", None) or {}
-    lists = computed_lists(text)
+    lists = computed_lists(text, count)
     dense_values = cut_config(config, decoder.family, kept, count)
     keep_layers(decoder.owner, decoder.layers, kept)
     whole = whole or "dense_config" in known
     if cut.placed or is_ghosted(config) or whole:
         if known:
             config.ghost = None  # it is that of the model before the cut
-        now = computed_lists(text)
+        now = computed_lists(text, len(kept))
         wanted = {name: [value[layer] for layer in kept] for name, value in lists.items()}
         different = {name: value for name, value in wanted.items() if now.get(name) != value}
         if whole:

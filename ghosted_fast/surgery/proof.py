@@ -11,18 +11,17 @@ from torch import nn
 
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.facts import named_layers
-from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.contract import hidden_state, plain_tokens, with_state
 from ghosted_fast.models.cut_config import lists_changed_by_reading, read_again
 from ghosted_fast.models.decoder import Decoder, evaluating
-from ghosted_fast.models.families import layers_path
+from ghosted_fast.models.families import decoder_layers, decoder_of, num_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.models.needed_layers import layer_kinds
 from ghosted_fast.models.runtime_classes import named_base_of
 
 # Attributes that say how a module is used, not what it is.
 _USE = frozenset(("training", "gradient_checkpointing", "config", "first_tokens"))
-_PLAIN_KINDS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
+# The layer, None outside of all, and the name in it.
+_Place = tuple[int | None, str]
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.Size)
 
 
@@ -47,13 +46,11 @@ def differences(cut: Any, dense: Any, removed: list[int]) -> list[str]:
         if changed:
             return [f"config.{name}" for name in changed]
         found = dict(_differences(cut, _built_anew(cut)))
+        known = dict(_differences(dense, _built_anew(dense))) if found else {}
     except Exception as error:  # whatever the family's own code makes of the configuration
         return [f"how it is built ({type(error).__name__}: {error})"]
-    if found:
-        known = dict(_differences(dense, _built_anew(dense)))
-        kept = [i for i in range(len(removed) + _num_layers(cut)) if i not in removed]
-        found = {name: text for name, text in found.items() if _before(name, kept) not in known}
-    return list(found.values())
+    kept = [i for i in range(len(removed) + num_layers(cut)) if i not in removed]
+    return [text for place, text in found.items() if _before(place, kept) not in known]
 
 
 def _built_anew(model: Any) -> Any:
@@ -67,43 +64,37 @@ def _built_anew(model: Any) -> Any:
     return built
 
 
-def _num_layers(model: Any) -> int:
-    return len(model.base_model.get_submodule(layers_path(model)))
-
-
-def _before(name: tuple[str, int | None, str], kept: list[int]) -> tuple[str, int | None, str]:
+def _before(place: _Place, kept: list[int]) -> _Place:
     """Return what a place in a kept layer was called before the cut."""
-    where, layer, attribute = name
-    return where, None if layer is None else kept[layer], attribute
+    layer, name = place
+    return None if layer is None else kept[layer], name
 
 
-def _differences(here: Any, built: Any) -> Iterator[tuple[tuple[str, int | None, str], str]]:
-    """Yield each place, as path in layer, layer and attribute, and what to say of it."""
-    layers = layers_path(here)
+def _differences(here: Any, built: Any) -> Iterator[tuple[_Place, str]]:
+    """Yield each place in which two models differ, and what to say of it."""
+    layers = decoder_layers(here)
+    path = next(name for name, module in here.named_modules() if module is layers)
     mine, other = _weights(here), _weights(built)
     for name in sorted(mine.keys() | other.keys()):
         if mine.get(name) != other.get(name):
-            yield _place(name, layers), f"the weight {name} ({_pair(mine, other, name)})"
-    owner, _, _ = layers.rpartition(".")
-    mine = dict(_attributes(here.base_model.get_submodule(owner)))
-    other = dict(_attributes(built.base_model.get_submodule(owner)))
+            yield _place(name, path), f"the weight {name} ({_pair(mine, other, name)})"
+    leaf = path.rpartition(".")[2]
+    mine, other = dict(_attributes(decoder_of(here))), dict(_attributes(decoder_of(built)))
     for name in sorted(mine.keys() | other.keys()):
         if mine.get(name) != other.get(name):
-            yield _place(name, layers), f"{name} ({_pair(mine, other, name)})"
+            yield _place(name, leaf), f"{name} ({_pair(mine, other, name)})"
 
 
 def _pair(mine: dict[str, Any], other: dict[str, Any], name: str) -> str:
     return f"{mine.get(name, 'nothing')}, not {other.get(name, 'nothing')}"
 
 
-def _place(name: str, layers: str) -> tuple[str, int | None, str]:
+def _place(name: str, layers: str) -> _Place:
     """Take a name apart, so that it can be found under the number that the layer had before."""
-    leaf = layers.rpartition(".")[2]
-    head, found, tail = name.partition(f"{leaf}.")
-    number, _, rest = tail.partition(".")
-    if found and number.isdigit():
-        return head, int(number), rest
-    return name, None, ""
+    number, _, rest = name.removeprefix(f"{layers}.").partition(".")
+    if name.startswith(f"{layers}.") and number.isdigit():
+        return int(number), rest
+    return None, name
 
 
 def _weights(model: nn.Module) -> dict[str, tuple[Any, ...]]:
@@ -189,30 +180,3 @@ def check_computed_alike(cut: Any, dense: Any, removed: list[int]) -> None:
             f"(the logits differ by {(got - expected).abs().max().item():.2g} from those of the "
             "model in which the layers are passed by)"
         )
-    kinds = set(layer_kinds(text_config_of(dense.config), decoder.num_layers))
-    if kinds - _PLAIN_KINDS and not _goes_on_alike(cut, tokens) and _goes_on_alike(dense, tokens):
-        raise UnsupportedModelError(
-            f"{named_layers(removed)} cannot be removed from this {decoder.family.name} "
-            "model: with a cache it would compute something else than without, since its family "
-            "counts tokens by layers that hold them"
-        )
-
-
-def _goes_on_alike(model: Any, tokens: torch.Tensor) -> bool:
-    """Return whether a model writes with a cache what it writes without one."""
-    given: dict[str, Any] = {
-        "attention_mask": torch.ones_like(tokens),
-        "max_new_tokens": 3,
-        "min_new_tokens": 3,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "output_logits": True,
-        "return_dict_in_generate": True,
-    }
-    with evaluating(model), torch.inference_mode():
-        try:
-            cached, plain = (model.generate(tokens, use_cache=on, **given) for on in (True, False))
-        except Exception:  # whatever the family's own code makes of its cache
-            return False
-    pairs = zip(cached.logits, plain.logits, strict=True)
-    return all(torch.allclose(c.float(), p.float(), rtol=1e-2, atol=1e-2) for c, p in pairs)

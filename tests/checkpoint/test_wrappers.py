@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from families.tiny_wrappers import tiny_wrapper
-from support.tiny_text import TEXT, tiny_tokenizer
+from safetensors.torch import save_file
+from support.tiny_text import TEXT, save_tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -105,10 +106,11 @@ def test_the_whole_way_through() -> None:
         ghost_model(model, [{"input_ids": texts[0], "pixel_values": texts[0]}], removed=[1])
 
 
-def test_fit_takes_a_folder_with_a_processor(tmp_path: Path) -> None:
+@pytest.fixture
+def llava(tmp_path: Path) -> Path:
+    """Return a model folder with a processor."""
     folder = tmp_path / "llava"
-    model = tiny_wrapper("llava")
-    model.save_pretrained(folder)
+    tiny_wrapper("llava").save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     picture_token = tokenizer.convert_ids_to_tokens(5)
     processor = LlavaProcessor(
@@ -116,16 +118,39 @@ def test_fit_takes_a_folder_with_a_processor(tmp_path: Path) -> None:
     )
     processor.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     processor.save_pretrained(folder)
+    return folder
+
+
+def check_whole(smaller: Path, folder: Path) -> None:
+    """Check that a folder holds the cut model and the processor of the one it comes from."""
+    again, _ = load_model(smaller)
+    assert type(again).__name__ == "GhostedLlavaForConditionalGeneration"
+    kept, given = AutoProcessor.from_pretrained(smaller), load_processor(folder)
+    assert type(kept) is LlavaProcessor and kept.chat_template == given.chat_template
+    assert kept.image_processor.to_dict() == given.image_processor.to_dict()
+
+
+def test_fit_takes_a_folder_with_a_processor(llava: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join([TEXT] * 60))
-    given = f"fit --model {folder} --calibration {text} --tokens 1024 --sequence-length 32"
+    given = f"fit --model {llava} --calibration {text} --tokens 1024 --sequence-length 32"
     given += f" --removed 2-3 --corrections 0 --output {tmp_path / 'smaller'}"
     result = CliRunner().invoke(app, given.split())
     assert result.exit_code == 0, result.output
-    again, _ = load_model(tmp_path / "smaller")
-    assert type(again).__name__ == "GhostedLlavaForConditionalGeneration"
-    kept = AutoProcessor.from_pretrained(tmp_path / "smaller")
-    assert type(kept) is LlavaProcessor and kept.chat_template == processor.chat_template
-    assert load_processor(folder) is not None
+    check_whole(tmp_path / "smaller", llava)
     with pytest.raises(ValueError, match="Unrecognized configuration"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+
+
+def test_import_keeps_the_processor(llava: Path, tmp_path: Path) -> None:
+    width = Decoder.of(load_model(llava)[0]).hidden_size
+    save_file({"gap.weight": torch.randn(width, width) / 20}, tmp_path / "operators.safetensors")
+    given = f"import {tmp_path / 'operators.safetensors'} --model {llava} --removed 2-3"
+    given += f" --form delta --layout out-in --output {tmp_path / 'smaller'}"
+    result = CliRunner().invoke(app, given.split())
+    assert result.exit_code == 0, result.output
+    check_whole(tmp_path / "smaller", llava)
+
+
+def test_models_of_text_have_no_processor(tmp_path: Path) -> None:
+    assert load_processor(save_tiny_model(tmp_path / "tiny")) is None

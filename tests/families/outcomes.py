@@ -49,7 +49,8 @@ def summary(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
     """Return the verdict of each model, by name.
 
     A model works if every cut does, or is refused since other layers need those. It is refused if
-    all its cuts are, and works partly if some are for another reason.
+    all its cuts are, and works partly if some are for another reason, or if not even the dense
+    model comes back as it was saved.
     """
     models: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -61,17 +62,21 @@ def _of_one(outcomes: list[Outcome]) -> dict[str, Any]:
     verdicts = [outcome.verdict for outcome in outcomes]
     bad = [outcome for outcome in outcomes if outcome.verdict != WORKS]
     others = [outcome for outcome in bad if "to be kept" not in outcome.reason]
+    lost = [outcome for outcome in outcomes if outcome.columns.get("reload") == DENSE]
     if FAILS in verdicts:
         verdict = FAILS
     elif WORKS not in verdicts:
         verdict = REFUSED
     else:
-        verdict = PARTLY if others else WORKS
+        verdict = PARTLY if others or lost else WORKS
     found: dict[str, Any] = {"verdict": verdict}
     worst = [o for o in bad if o.verdict == FAILS] or others
     if worst:
         found["cuts"] = [outcome.cut for outcome in worst]
         found["reason"] = worst[0].reason
+    elif lost:
+        found["cuts"] = [outcome.cut for outcome in lost]
+        found["reason"] = "reload: dense: transformers does not load the dense model as it saved it"
     dense = sorted({c for o in outcomes for c, state in o.columns.items() if state == DENSE})
     if dense:
         found["dense"] = dense  # what the dense model cannot do either

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
-HEADS = 4
+import torch
+from torch import nn
+
+HEADS, NOISE = 4, 0.05
 FIRST_SPECIAL_ID = 60
 TOKEN_IDS = ("_token_id", "_token_index", "_token_ids")
 
@@ -55,3 +60,65 @@ def shrunk_heads(config: dict[str, Any]) -> dict[str, Any]:
     if "head_dim" in config:
         config["head_dim"] = rope
     return config
+
+
+def shrunk_layers(values: dict[Any, Any], table: dict[str, int]) -> dict[Any, Any]:
+    """Return the settings of single layers for the layers that are left, with small sizes."""
+    return {
+        index: shrunk_heads({name: table.get(name, given) for name, given in one.items()})
+        for index, one in values.items()
+        if int(index) < table["num_hidden_layers"]
+    }
+
+
+def resized(
+    config: dict[str, Any],
+    key: str,
+    layers: int | None,
+    table: dict[str, int],
+    shorten: Callable[[list[Any], int], list[Any]],
+) -> None:
+    """Give a field a small size, or one entry for each of few layers.
+
+    Args:
+        config: The fields of a config.
+        key: The field.
+        layers: How many layers the config had.
+        table: Small sizes by the names of fields.
+        shorten: Makes a list of one entry a layer shorter.
+    """
+    value, count = config[key], table["num_hidden_layers"]
+    if isinstance(value, list | tuple) and layers and len(value) == layers:
+        config[key] = [table[key]] * count if key in table else shorten(list(value), count)
+    elif key in table and type(value) is int and value > 0:
+        config[key] = table[key]
+
+
+def merge(config: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Put fields into a config, nested ones too, unless they say what they are.
+
+    Args:
+        config: The fields of a config.
+        extra: What they become; `...` takes a field out.
+    """
+    for key, value in extra.items():
+        part = config.get(key)
+        if value is ...:
+            config.pop(key, None)
+        elif isinstance(value, dict) and isinstance(part, dict) and "model_type" not in value:
+            merge(part, value)
+        else:
+            config[key] = deepcopy(value)
+
+
+def has_text_part(fields: dict[str, Any], parts: tuple[str, ...]) -> bool:
+    """Return whether the fields of a config hold those of its text part, by one of its names."""
+    return any(isinstance(fields.get(key), dict) for key in parts)
+
+
+def disturbed(model: nn.Module) -> None:
+    """Add noise to all matrices, so that every layer changes what comes out."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(torch.randn_like(parameter), alpha=NOISE)

@@ -68,10 +68,12 @@ def test_a_model_works_if_only_needed_layers_are_refused() -> None:
         "causal", "one", "middle", {"prune": "refused"}, {"prune": "expected layer 3 to be kept"}
     )
     other = Outcome("causal", "two", "first", {"prune": "refused"}, {"prune": "another state"})
+    lost = Outcome("causal", "four", "first", {"prune": "ok", "reload": "dense"})
     wrong = Outcome("causal", "three", "last", {"prune": "ok", "reload": "fail"})
-    found = summary([good, needed, other, wrong])
+    found = summary([good, needed, other, wrong, lost])
     assert {name: model["verdict"] for name, model in found.items()} == {
         "one": WORKS,
         "two": "refused",
         "three": FAILS,
+        "four": "partly",
     }

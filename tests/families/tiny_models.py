@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -15,13 +13,22 @@ from families.causal_tables import (
     EXTRA,
     HEAD_WIDTH,
     LAYERS,
-    NOISE,
     SLIDING,
     TEXT,
     TEXT_PARTS,
     TOWER,
 )
-from families.shrinking import TOKEN_IDS, shrunk_heads, shrunk_ids, shrunk_rope
+from families.shrinking import (
+    TOKEN_IDS,
+    disturbed,
+    has_text_part,
+    merge,
+    resized,
+    shrunk_heads,
+    shrunk_ids,
+    shrunk_layers,
+    shrunk_rope,
+)
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3@3-dense": ("deepseek_v3", {"first_k_dense_replace": 3}),
@@ -92,15 +99,6 @@ def shortened(values: list[Any], count: int) -> list[Any]:
     return made
 
 
-def shrunk_layers(values: dict[Any, Any], table: dict[str, int]) -> dict[Any, Any]:
-    """Return the settings of single layers for the layers that are left, with small sizes."""
-    return {
-        index: shrunk_heads({name: table.get(name, given) for name, given in one.items()})
-        for index, one in values.items()
-        if int(index) < table["num_hidden_layers"]
-    }
-
-
 def shrunk(config: dict[str, Any], text: bool, known: dict[int, int]) -> dict[str, Any]:
     """Return the fields of a config with small sizes in the place of large ones."""
     layers = next((config[n] for n in ("num_hidden_layers", "num_layers") if config.get(n)), None)
@@ -112,12 +110,8 @@ def shrunk(config: dict[str, Any], text: bool, known: dict[int, int]) -> dict[st
             shrunk_rope(value, HEAD_WIDTH)
         elif key == "per_layer_config" and value:
             config[key] = shrunk_layers(value, table)
-        elif isinstance(value, list | tuple) and layers and len(value) == layers:
-            config[key] = shortened(list(value), table["num_hidden_layers"])
-            if key in table:
-                config[key] = [table[key]] * len(config[key])
-        elif key in table and isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            config[key] = table[key]
+        else:
+            resized(config, key, layers, table, shortened)
     if isinstance(config.get("image_size"), int) and isinstance(config.get("patch_size"), int):
         config["image_size"] = 4 * config["patch_size"]
     shrunk_heads(config)
@@ -125,37 +119,16 @@ def shrunk(config: dict[str, Any], text: bool, known: dict[int, int]) -> dict[st
     return config
 
 
-def merge(config: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Put fields into a config, nested ones too; `...` takes a field out."""
-    for key, value in extra.items():
-        part = config.get(key)
-        if value is ...:
-            config.pop(key, None)
-        elif isinstance(value, dict) and isinstance(part, dict):
-            merge(part, value)
-        else:
-            config[key] = deepcopy(value)
-
-
 def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> Any:
     """Return the shrunken default config of a type, with changes."""
     made = CONFIG_MAPPING[model_type]
     fields = made().to_dict()
-    has_text = any(isinstance(fields.get(key), dict) for key in TEXT_PARTS)
-    shrunk(fields, not has_text, {})
+    shrunk(fields, not has_text_part(fields, TEXT_PARTS), {})
     if fields.get("is_decoder") is False and not fields.get("is_encoder_decoder"):
         fields["is_decoder"] = True
     merge(fields, EXTRA.get(model_type, {}))
     merge(fields, changes or {})
     return made.from_dict(fields)
-
-
-def disturbed(model: nn.Module) -> None:
-    """Add noise to all matrices, so that every layer changes what comes out."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.add_(torch.randn_like(parameter), alpha=NOISE)
 
 
 def tiny_causal(model_type: str, variant: str = "") -> PreTrainedModel:

@@ -11,8 +11,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from families.shrinking import (
     TOKEN_IDS,
+    disturbed,
+    has_text_part,
+    merge,
+    resized,
     shrunk_heads,
     shrunk_ids,
+    shrunk_layers,
     shrunk_rope,
 )
 from families.wrapper_tables import (
@@ -56,24 +61,15 @@ def shrunk(config: dict[str, Any], text: bool, known: dict[int, int]) -> dict[st
         elif key == "rope_parameters" and isinstance(value, dict):
             shrunk_rope(value, HEAD_WIDTH)
         elif key == "per_layer_config" and value:
-            count = table["num_hidden_layers"]
-            kept = {index: one for index, one in value.items() if int(index) < count}
-            config[key] = {
-                index: shrunk_heads({name: table.get(name, given) for name, given in one.items()})
-                for index, one in kept.items()
-            }
+            config[key] = shrunk_layers(value, table)
         elif key in TOWER_LISTS and value is not None:
             config[key] = TOWER_LISTS[key]
         elif key == "layers_block_type":
             config[key] = shortened(value, 8)
         elif key == "cross_attention_layers":
             config[key] = [index for index in value if index < LAYERS]
-        elif isinstance(value, list) and layers and len(value) == layers:
-            config[key] = shortened(value, table["num_hidden_layers"])
-            if key in table:
-                config[key] = [table[key]] * len(config[key])
-        elif key in table and isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            config[key] = table[key]
+        else:
+            resized(config, key, layers, table, shortened)
     if isinstance(config.get("image_size"), int) and isinstance(config.get("patch_size"), int):
         config["image_size"] = 4 * config["patch_size"]
     shrunk_heads(config)
@@ -81,26 +77,11 @@ def shrunk(config: dict[str, Any], text: bool, known: dict[int, int]) -> dict[st
     return config
 
 
-def merge(config: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Put fields into a config, nested ones too."""
-    for key, value in extra.items():
-        part = config.get(key)
-        if isinstance(value, dict) and isinstance(part, dict) and "model_type" not in value:
-            merge(part, value)
-        else:
-            config[key] = value
-
-
-def has_text_part(fields: dict[str, Any]) -> bool:
-    """Return whether the fields of a config hold those of its text part."""
-    return any(isinstance(fields.get(key), dict) for key in TEXT_PARTS)
-
-
 def tiny_config(model_type: str) -> Any:
     """Return the shrunken default config of a type."""
     made = CONFIG_MAPPING[model_type]
     fields = made().to_dict()
-    shrunk(fields, not has_text_part(fields), {})
+    shrunk(fields, not has_text_part(fields, TEXT_PARTS), {})
     merge(fields, EXTRA.get(model_type, {}))
     return made.from_dict(fields)
 
@@ -112,9 +93,5 @@ def tiny_wrapper(model_type: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = found(config).float().eval()
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-        with torch.no_grad():
-            for parameter in decoder.parameters():
-                if parameter.dim() > 1:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        disturbed(model.get_decoder() if hasattr(model, "get_decoder") else model)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -232,3 +234,13 @@ def test_marks_reach_ghosts_of_models_of_any_age(name: str) -> None:
     with torch.no_grad():
         smaller(input_ids=random_tokens(2, 5, 1) % 30 + 5, use_cache=False)
     assert (seen[0][:, 0] == 3).all() and not (seen[0][:, 1:] == 3).all(-1).any()
+
+
+def test_a_copy_leaves_its_marks_to_itself() -> None:
+    ghost = GhostLinear(Decoder.of(tiny_causal("gptj")).hidden_size, first_state=True)
+    smaller = remove_layers(tiny_causal("gptj"), [1], [ghost])
+    for again in (copy.deepcopy(smaller), pickle.loads(pickle.dumps(smaller))):
+        holders = {id(m.first_tokens) for m in again.modules() if getattr(m, "first_tokens", None)}
+        assert len(holders) == 1
+        assert id(smaller.base_model.first_tokens) not in holders
+        assert again.base_model.first_tokens.mark is None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families.tiny_wrappers import tiny_wrapper
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.surgery import proof
 from ghosted_fast.surgery.cut import check_removable, prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
@@ -140,12 +143,65 @@ def test_a_family_that_its_configuration_describes_stays_one_of_its_own() -> Non
     assert prune_model(tiny("deepseek_v3"), [0]).config.model_type == "ghosted_deepseek_v3"
 
 
-def test_what_no_file_says_is_refused() -> None:
+def test_what_the_dense_model_would_lose_as_well_is_no_fault_of_the_cut() -> None:
     model = tiny_model("llama")
     model.model.layers[3].mlp.extra = torch.nn.Linear(2, 2)
-    prune_model(model, [1])  # that weight is lost whenever the model is saved
-    smaller = prune_model(model, [1], inplace=True)
-    assert len(smaller.model.layers) == 5
+    model.model.layers[3].mlp.scale = 3.0
+    assert len(prune_model(model, [1]).model.layers) == 5
+    assert len(prune_model(model, [1], inplace=True).model.layers) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda layer: vars(layer.self_attn).update(scaling=0.1), r"layers.1.self_attn.scaling"),
+        (
+            lambda layer: setattr(layer, "mlp", torch.nn.Identity()),
+            r"weight .*layers.1.mlp.down_proj",
+        ),
+        (lambda layer: layer.register_buffer("table", torch.ones(3)), r"weight .*layers.1.table"),
+    ],
+)
+def test_a_cut_that_no_file_describes_is_refused(
+    change: Callable[[Any], None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    build = proof._built_anew
+
+    def another(cut: Any) -> Any:
+        built = build(cut)
+        if cut is not model:
+            change(built.model.layers[1])
+        return built
+
+    monkeypatch.setattr(proof, "_built_anew", another)
+    with pytest.raises(UnsupportedModelError, match=rf"layers 2-3 cannot be removed.*{said}"):
+        prune_model(model, [2, 3])
+    with pytest.raises(UnsupportedModelError, match=said):
+        prune_model(model, [2, 3], inplace=True)
+    assert len(model.model.layers) == 6  # as it was
+
+
+def test_towers_beside_the_decoder_are_compared_by_their_own_names() -> None:
+    model = tiny_wrapper("llava")
+    tower = model.model.vision_tower
+    tower.encoder.layers[1].extra = torch.nn.Linear(2, 2)  # in no configuration
+    assert Decoder.of(prune_model(model, [0, 1, 2, 3, 4])).num_layers == 1
+
+
+def test_layers_may_come_from_anything_that_gives_them_once() -> None:
+    with pytest.raises(UnsupportedModelError, match="layers 2-3 cannot be removed"):
+        check_removable(_with_a_layer_that_looks_back(), iter([2, 3]))
+
+
+def _with_a_layer_that_looks_back() -> Any:
+    """Return a model whose fifth layer adds what the third one computed."""
+    model = tiny_model("llama")
+    seen: list[torch.Tensor] = []
+    # Hooks are copied with the layers, and a layer that is passed by still runs.
+    model.model.layers[2].register_forward_hook(lambda *io: seen.append(io[2].clone()))
+    model.model.layers[4].register_forward_hook(lambda *io: io[2] + (seen.pop() if seen else 0.0))
+    return model
 
 
 def test_layers_that_count_tokens_stay() -> None:

@@ -66,12 +66,6 @@ class ModelArgs:
 
         return open_model(self.model, self.dtype, self.device)
 
-    def processor(self) -> Any:
-        """Return the processor that is saved in the tokenizer's place; None where there is none."""
-        from ghosted_fast.models.loading import load_processor
-
-        return load_processor(self.model)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsArgs:

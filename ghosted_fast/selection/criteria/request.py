@@ -53,7 +53,8 @@ class Request:
         options: How ghosts are fitted.
         run: Held-out tokens to score on, sets to race, memory, progress.
         also: Other numbers of layers, to be settled too where that takes no pass of its own.
-        alike: Whether any run of layers can go that `Decoder.needs` allows; if not, each is tried.
+        alike: Whether layers are taken to be alike, so that any run can go that `Decoder.needs`
+            allows; if not, each candidate is tried.
     """
 
     decoder: Decoder
