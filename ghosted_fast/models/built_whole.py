@@ -46,12 +46,6 @@ def described_whole(config: Any) -> Iterator[list[int] | None]:
 
 def take_layers_out(model: Any, config: Any, kept: list[int]) -> None:
     """Take the removed layers out of a model that was built whole."""
-    own = model.config
-    if own is not config:  # some models are built from a copy
-        text = text_config_of(config)
-        values = plain_values(text)
-        set_values(text_config_of(own), {n: values.get(n) for n in config.ghost["dense_config"]})
-        own.ghost = config.ghost
     owner, _, name = config.ghost["layers"].rpartition(".")
     owner = model.base_model.get_submodule(owner)
     keep_layers(owner, getattr(owner, name), kept)

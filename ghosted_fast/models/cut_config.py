@@ -82,10 +82,16 @@ def _attend_alike(read: Any, config: Any) -> None:
             _attend_alike(getattr(read, name), getattr(config, name))
 
 
-def lists_changed_by_reading(config: Any) -> list[str]:
-    """Return the lists of a text configuration that its class mends when it is read from a file."""
-    text, read = text_config_of(config), text_config_of(read_again(config))
-    before, after = plain_values(text), plain_values(read)
+def lists_changed(config: Any, again: Any) -> list[str]:
+    """Return the lists of a text configuration that are others in it read or built again.
+
+    Some classes mend a configuration that they read, such as the kind of the last layer.
+
+    Args:
+        config: The configuration.
+        again: What it became.
+    """
+    before, after = plain_values(text_config_of(config)), plain_values(text_config_of(again))
     return [
         name
         for name, value in before.items()

@@ -16,7 +16,7 @@ from ghosted_fast.checkpoint.transformers_types import become_ghosted_class
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
 from ghosted_fast.facts import named_layers
 from ghosted_fast.models.built_whole import cut_owner, keep_layers, number_layers, text_config_of
-from ghosted_fast.models.cut_config import computed_lists, cut_config, lists_changed_by_reading
+from ghosted_fast.models.cut_config import computed_lists, cut_config, lists_changed, read_again
 from ghosted_fast.models.decoder import Decoder, model_name
 from ghosted_fast.models.families import (
     Family,
@@ -218,7 +218,7 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
         wanted = {name: [value[layer] for layer in kept] for name, value in lists.items()}
         different = {name: value for name, value in wanted.items() if now.get(name) != value}
         if whole:
-            mended = lists_changed_by_reading(config)
+            mended = lists_changed(config, read_again(config))
             different |= {name: list(getattr(text, name)) for name in mended}
         become_ghosted_class(
             model,

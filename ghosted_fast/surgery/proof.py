@@ -12,7 +12,7 @@ from torch import nn
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.facts import named_layers
 from ghosted_fast.models.contract import hidden_state, plain_tokens, with_state
-from ghosted_fast.models.cut_config import lists_changed_by_reading, read_again
+from ghosted_fast.models.cut_config import lists_changed, read_again
 from ghosted_fast.models.decoder import Decoder, evaluating
 from ghosted_fast.models.families import decoder_layers, decoder_of, num_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
@@ -42,10 +42,11 @@ def differences(cut: Any, dense: Any, removed: list[int]) -> list[str]:
         are the same.
     """
     try:
-        changed = lists_changed_by_reading(cut.config)
+        built = _built_anew(cut)
+        changed = lists_changed(cut.config, built.config)
         if changed:
             return [f"config.{name}" for name in changed]
-        found = dict(_differences(cut, _built_anew(cut)))
+        found = dict(_differences(cut, built))
         known = dict(_differences(dense, _built_anew(dense))) if found else {}
     except Exception as error:  # whatever the family's own code makes of the configuration
         return [f"how it is built ({type(error).__name__}: {error})"]

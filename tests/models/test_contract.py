@@ -84,3 +84,17 @@ def test_a_model_that_asks_for_more_than_text_is_refused() -> None:
     model.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(UnsupportedModelError, match="text alone \\(ZeroDivisionError"):
         _ = Decoder.of(model).returns
+
+
+def test_layers_below_are_computed_where_those_above_use_their_keys() -> None:
+    model = tiny_causal("gemma4_text")
+    ids = random_tokens(2, 9, 1) % 30 + 5
+    batch = Batch(ids, torch.ones_like(ids))
+    last = Decoder.of(model).num_layers - 1
+    states: dict[int, Tensor] = {}
+    visit_boundaries(model, batch, [last], states.__setitem__)
+    with torch.inference_mode():
+        whole = model(ids, attention_mask=batch.attention_mask).logits
+    assert torch.equal(resume(model, batch, last, states[last]), whole)
+    other = resume(model, batch, last, states[last] + 1)
+    assert not torch.allclose(other, whole, atol=1e-3)
