@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from ghosted_fast.models.decoder import Decoder
-from ghosted_fast.models.first_token import first_attended, hands_on
+from ghosted_fast.models.first_token import first_attended, hands_on, mark_of
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms, tiny_model
@@ -244,3 +245,23 @@ def test_a_copy_leaves_its_marks_to_itself() -> None:
         assert len(holders) == 1
         assert id(smaller.base_model.first_tokens) not in holders
         assert again.base_model.first_tokens.mark is None
+
+
+@pytest.mark.parametrize(
+    ("state", "begins"),
+    [
+        (None, True),
+        (SimpleNamespace(has_previous_state=False), True),
+        (SimpleNamespace(has_previous_state=lambda: True), False),
+        (SimpleNamespace(seqlen_offset=0), True),
+        (SimpleNamespace(seqlen_offset=3), False),
+        ([torch.zeros(2)], False),
+    ],
+)
+@pytest.mark.parametrize("name", ["cache_params", "state"])
+def test_a_recurrent_state_that_has_seen_tokens_has_no_first(
+    state: Any, begins: bool, name: str
+) -> None:
+    mark = mark_of(["input_ids"], (torch.zeros(1, 2, dtype=torch.long),), {name: state})
+    assert (mark is not None) is begins
+    assert mark is None or mark.tolist() == [[True, False]]

@@ -13,9 +13,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import UnsupportedModelError
+from ghosted_fast.models import built_whole
 from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.serving.vllm.models import check_native
 from ghosted_fast.surgery import proof
-from ghosted_fast.surgery.cut import check_removable, prune_model
+from ghosted_fast.surgery.cut import check_removable, prune_model, remove_layers
 from ghosted_fast.testing import random_tokens, tiny_model
 
 SIZES: dict[str, Any] = {
@@ -259,3 +262,46 @@ def test_lists_that_are_as_long_as_the_layers_by_chance_stay() -> None:
     pruned = prune_model(model, [1, 2])
     assert pruned.config.eos_token_id == [2, 3, 4, 5, 6, 7]
     assert pruned.config.scales == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "step"),
+    [
+        ({0: 0, 1: 1, 2: 2}, 1),
+        ({1: 2, 4: 5}, 1),  # counted from 1
+        ({0: 0, 1: 2, 3: 6}, 2),  # two caches a layer
+        ({0: 1, 1: 3, 2: 5}, 2),
+        ({0: 2, 1: 4, 2: 6}, 0),  # a scale that grows with depth
+        ({0: 3, 1: 3, 2: 3}, 0),
+        ({0: 0, 1: 1, 2: 1}, 0),
+        ({5: 5}, 1),
+        ({5: 2}, 0),
+    ],
+)
+def test_indices_are_told_from_other_numbers(values: dict[int, int], step: int) -> None:
+    assert built_whole._step_of(values) == step
+
+
+@pytest.mark.parametrize("name", ["evolla", "chameleon"])
+def test_the_decoder_is_found_beside_other_lists_of_its_length(name: str) -> None:
+    model = tiny_wrapper(name)
+    decoder = Decoder.of(model)
+    shorter = Decoder.of(prune_model(model, [1]))
+    ran: list[int] = []
+    for index, layer in enumerate(shorter.layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    with torch.inference_mode():
+        shorter.model(input_ids=random_tokens(1, 6, 2) % 30 + 5, use_cache=False)
+    assert ran == list(range(decoder.num_layers - 1))
+
+
+def test_vllm_is_given_only_what_its_classes_can_build() -> None:
+    check_native("GhostedQwen3MoeForCausalLM", _ghosted_config(tiny_model("qwen3_moe"), [2]))
+    with pytest.raises(
+        UnsupportedModelError, match="GhostedDeepseekV3.*Serve it with transformers"
+    ):
+        check_native("GhostedDeepseekV3ForCausalLM", _ghosted_config(tiny("deepseek_v3"), [0]))
+
+
+def _ghosted_config(model: Any, removed: list[int]) -> Any:
+    return remove_layers(model, removed, [GhostLinear(32)]).config

@@ -44,6 +44,25 @@ def check_version() -> None:
             )
 
 
+def check_native(name: str, config: Any) -> None:
+    """Raise unless vLLM's own classes can build a saved model from its configuration.
+
+    Args:
+        name: The model's class.
+        config: Its configuration.
+
+    Raises:
+        CheckpointError: See `check_record`.
+        UnsupportedModelError: The configuration does not describe the layers that are left.
+    """
+    check_record(config.ghost, config.num_hidden_layers)
+    if config.ghost and config.ghost["format"] != FORMAT:
+        raise UnsupportedModelError(
+            f"{name} cannot be served by vLLM: what its layers are follows from their places in "
+            "the dense model, which vLLM's classes do not know. Serve it with transformers."
+        )
+
+
 def _native_class(name: str) -> type:
     from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -57,12 +76,7 @@ def _native_class(name: str) -> type:
         check_version()
         base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
         config = vllm_config.model_config.hf_config
-        check_record(config.ghost, config.num_hidden_layers)
-        if config.ghost and config.ghost["format"] != FORMAT:
-            raise UnsupportedModelError(
-                f"{name} cannot be served by vLLM: what its layers are follows from their places "
-                "in the dense model, which vLLM's classes do not know. Serve it with transformers."
-            )
+        check_native(name, config)
         for record in (config.ghost or {"ghosts": []})["ghosts"]:
             layer = self.model.layers[record["layer"]]
             if not isinstance(layer, PPMissingLayer):
