@@ -15,7 +15,13 @@ from ghosted_fast.checkpoint.record import is_ghosted, refresh_record, removal_r
 from ghosted_fast.checkpoint.transformers_types import become_ghosted_class
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
 from ghosted_fast.facts import named_layers
-from ghosted_fast.models.built_whole import cut_owner, keep_layers, number_layers, text_config_of
+from ghosted_fast.models.built_whole import (
+    cut_owner,
+    keep_layers,
+    keep_ties,
+    number_layers,
+    text_config_of,
+)
 from ghosted_fast.models.cut_config import computed_lists, cut_config, lists_changed, read_again
 from ghosted_fast.models.decoder import Decoder, model_name
 from ghosted_fast.models.families import (
@@ -210,6 +216,7 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
     lists = computed_lists(text, count)
     dense_values = cut_config(config, decoder.family, kept, count)
     keep_layers(decoder.owner, decoder.layers, kept)
+    keep_ties(model, decoder.layers, kept)
     whole = whole or "dense_config" in known
     if cut.placed or is_ghosted(config) or whole:
         if known:

@@ -1,0 +1,90 @@
+"""Models whose layers do more than map a hidden state: what is cut of each, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from families.measures import cached_apart, distance, ghosts_for, logits, passed_by, tokens
+from families.shrinking import disturbed
+from families.tiny_models import tiny_config
+from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.errors import UnsupportedModelError
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.surgery.cut import check_removable, remove_layers, removed_intervals
+
+pytestmark = pytest.mark.slow
+_ALTERNATING = {
+    "num_hidden_layers": 8,
+    "layers_block_type": ["linear_attention", "hybrid"] * 4,
+    "hybrid_layer_ids": [1, 3, 5, 7],
+    "num_mem_blocks": 2,  # layers 1 and 5 are one block, 3 and 7 another
+}
+
+
+def _tiny(model_type: str, **changes: Any) -> Any:
+    """Return a tiny random model of a type, with changes to its configuration."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, changes)).float().eval()
+        disturbed(model)
+    return model
+
+
+def _cut(dense: Any, removed: list[int]) -> Any:
+    """Cut layers and put ghosts in, and hold the logits to the dense model's with hooks."""
+    intervals = removed_intervals(removed, Decoder.of(dense).num_layers)
+    ghosts = ghosts_for(intervals, Decoder.of(dense).hidden_size)
+    with passed_by(dense, intervals, ghosts):
+        expected = logits(dense, tokens())
+    check_removable(dense, removed)
+    smaller = remove_layers(dense, removed, ghosts)
+    assert distance(logits(smaller, tokens()), expected) < 1e-3
+    return smaller
+
+
+def _saved(model: Any, folder: Path) -> Any:
+    """Return a model as it comes back from a folder."""
+    save_model(model, folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def _size(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "removed"),
+    [
+        ("zamba", {}, [2]),  # the layer that the shared weights are named by
+        ("zamba", {}, [0, 5]),  # one layer is left of those that share
+        ("zamba2", _ALTERNATING, [1]),  # of two blocks, one changes its first layer
+        ("zamba2", _ALTERNATING, [3, 4, 5]),
+        ("zamba2", _ALTERNATING, [1, 5]),  # no layer is left of a block
+    ],
+)
+def test_weights_that_layers_share_stay_shared(
+    model_type: str, changes: dict[str, Any], removed: list[int], tmp_path: Path
+) -> None:
+    smaller = _cut(_tiny(model_type, **changes), removed)
+    assert cached_apart(smaller) < 1e-3
+    back = _saved(smaller, tmp_path / "model")
+    assert torch.equal(logits(back, tokens()), logits(smaller, tokens()))
+    assert _size(back) == _size(smaller)
+    back.tie_weights()  # by the rules for the layers that are left
+    assert _size(back) == _size(smaller)
+    assert back.all_tied_weights_keys == smaller.all_tied_weights_keys
+    # A cut of what was cut.
+    again = remove_layers(back, [0])
+    assert torch.equal(
+        logits(_saved(again, tmp_path / "again"), tokens()), logits(again, tokens())
+    )
+
+
+def test_the_last_attention_of_a_hybrid_model_stays() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"one of the layers 2, 5 to be kept"):
+        check_removable(_tiny("zamba2"), [2, 5])
