@@ -15,7 +15,8 @@ from families.tiny_models import tiny_config
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.decoder import Decoder
-from ghosted_fast.surgery.cut import check_removable, remove_layers, removed_intervals
+from ghosted_fast.surgery.cut import remove_layers, removed_intervals
+from ghosted_fast.surgery.removable import check_removable
 
 pytestmark = pytest.mark.slow
 _ALTERNATING = {
@@ -88,3 +89,36 @@ def test_weights_that_layers_share_stay_shared(
 def test_the_last_attention_of_a_hybrid_model_stays() -> None:
     with pytest.raises(UnsupportedModelError, match=r"one of the layers 2, 5 to be kept"):
         check_removable(_tiny("zamba2"), [2, 5])
+
+
+def test_a_model_whose_auto_class_has_another_configuration_is_loaded(tmp_path: Path) -> None:
+    # Made from the configuration of all of Emu 3, it has that of the text part, which transformers'
+    # auto class does not know.
+    smaller = _cut(_tiny("emu3"), [2, 3])
+    assert torch.equal(logits(_saved(smaller, tmp_path / "m"), tokens()), logits(smaller, tokens()))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "removed", "needed"),
+    [
+        ("rwkv", [0, 1], "layer 0"),  # it has a norm for the embeddings
+        ("inkling2_text", [0, 1, 2], "layer 0"),  # its input is read by all later layers
+    ],
+)
+def test_layers_that_others_need_are_named(
+    model_type: str, removed: list[int], needed: str
+) -> None:
+    dense = _tiny(model_type)
+    with pytest.raises(UnsupportedModelError, match=f"expected {needed} to be kept, which others"):
+        check_removable(dense, removed)
+    check_removable(dense, removed[1:])  # the advice works
+
+
+def test_weights_that_change_by_their_places_are_refused(tmp_path: Path) -> None:
+    dense = _tiny("rwkv", rescale_every=6, num_hidden_layers=14)
+    with pytest.raises(UnsupportedModelError, match=r"rescale_every = 0, got 6.*load it with"):
+        check_removable(dense, [12])
+    dense.save_pretrained(tmp_path / "dense")
+    fit = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", rescale_every=0).eval()
+    smaller = _cut(fit, [8, 9])
+    assert torch.equal(logits(_saved(smaller, tmp_path / "m"), tokens()), logits(smaller, tokens()))

@@ -18,7 +18,8 @@ from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.serving.vllm.models import check_native
 from ghosted_fast.surgery import proof
-from ghosted_fast.surgery.cut import check_removable, prune_model, remove_layers
+from ghosted_fast.surgery.cut import prune_model, remove_layers
+from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.testing import random_tokens, tiny_model
 
 SIZES: dict[str, Any] = {

@@ -11,7 +11,7 @@ from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.statistics.interval import IntervalStatistics
 from ghosted_fast.statistics.sample import Interval
-from ghosted_fast.surgery.cut import check_removable
+from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.folds import held_out_batches
