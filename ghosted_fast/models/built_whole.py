@@ -244,11 +244,14 @@ def _step_of(values: dict[int, int]) -> int:
 
 def cut_owner(owner: Any, kept: list[int], count: int) -> None:
     """Make what the owner of the layers took from the configuration fit the kept layers."""
+    described = getattr(owner, "config", None)  # cut by now
     for name, value in list(vars(owner).items()):
         if name.startswith("_") or name == _FIRST_SHARED:
             continue
         if type(value) is list and len(value) == count:
             vars(owner)[name] = [value[index] for index in kept]
+        elif type(value) is list and type(getattr(described, name, None)) is list:
+            vars(owner)[name] = list(getattr(described, name))  # indices of some layers
         elif type(value) is int and value == count and _COUNT.fullmatch(name):
             vars(owner)[name] = len(kept)
     if hasattr(owner, _FIRST_SHARED):

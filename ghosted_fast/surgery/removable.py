@@ -32,7 +32,9 @@ def check_removable(model: object, removed: Iterable[int]) -> None:
             layers are at fault, the message says which are to be kept.
     """
     decoder, layers = Decoder.of(model), sorted(removed)
-    _ = decoder.returns  # the layers hand on nothing but hidden states
+    reason = decoder.contract.why_needed(layers)  # looks at what the layers hand on
+    if reason is not None:
+        raise UnsupportedModelError(reason)
     smaller = remove_layers(decoder.model, layers)
     try:
         check_computed_alike(smaller, decoder.model, layers)

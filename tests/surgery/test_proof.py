@@ -194,7 +194,7 @@ def test_towers_beside_the_decoder_are_compared_by_their_own_names() -> None:
 
 
 def test_layers_may_come_from_anything_that_gives_them_once() -> None:
-    with pytest.raises(UnsupportedModelError, match="layers 2-3 cannot be removed"):
+    with pytest.raises(UnsupportedModelError, match="expected layer 2 to be kept"):
         check_removable(_with_a_layer_that_looks_back(), iter([2, 3]))
 
 

@@ -85,7 +85,7 @@ class Request:
 
     def _refusal(self, layers: range) -> str | None:
         """Return why layers cannot go, None if they can."""
-        reason = self.decoder.needs(layers)
+        reason = self.decoder.needs(layers) or self.decoder.contract.why_needed(layers)
         if reason is not None or self.alike:
             return reason
         try:
