@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from ghosted_fast.surgery.adopt.from_operators import ImportReport as ImportReport
     from ghosted_fast.surgery.adopt.from_operators import import_ghosts as import_ghosts
     from ghosted_fast.surgery.adopt.swap import swap_ghosts as swap_ghosts
-    from ghosted_fast.surgery.removable import check_removable as check_removable
     from ghosted_fast.surgery.cut import prune_model as prune_model
+    from ghosted_fast.surgery.removable import check_removable as check_removable
     from ghosted_fast.text.calibration_text import CalibrationText as CalibrationText
     from ghosted_fast.text.loading import load_texts as load_texts
     from ghosted_fast.text.loading import token_batches as token_batches

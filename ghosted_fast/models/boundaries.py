@@ -121,7 +121,9 @@ def visit_intervals(
 class _PassThrough(nn.Module):
     """Stands in for a layer that is not computed; answers for its attributes."""
 
-    def __init__(self, layer: nn.Module, returns: Returned | None, operator: Operator | None) -> None:
+    def __init__(
+        self, layer: nn.Module, returns: Returned | None, operator: Operator | None
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
         self._returns, self._operator = returns, operator

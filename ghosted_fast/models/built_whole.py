@@ -146,7 +146,7 @@ def keep_layers(owner: nn.Module, layers: nn.ModuleList, kept: list[int]) -> Non
     cut_owner(owner, kept, len(every))
 
 
-def keep_ties(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> None:
+def keep_ties(model: Any, layers: nn.ModuleList, kept: list[int]) -> None:
     """Make what a model says of weights that are one weight fit the kept layers, in place.
 
     Args:
@@ -155,15 +155,15 @@ def keep_ties(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> None:
         kept: The indices that they had, sorted.
     """
     for module in model.modules():
-        ties = getattr(module, "all_tied_weights_keys", None)
+        ties: dict[str, str] = vars(module).get("all_tied_weights_keys") or {}
         inside = module.named_modules() if ties else ()
         path = next((name for name, item in inside if item is layers), None)
         if path is None:
             continue
-        left: Any = _ties_left(ties, path, kept)
-        module.all_tied_weights_keys = left
+        left = _ties_left(ties, path, kept)
+        vars(module)["all_tied_weights_keys"] = left
         if "." not in path:  # its own rules, of patterns, are about the layers that there were
-            module._tied_weights_keys = dict(left)
+            vars(module)["_tied_weights_keys"] = dict(left)
 
 
 def _ties_left(ties: dict[str, str], path: str, kept: list[int]) -> dict[str, str]:

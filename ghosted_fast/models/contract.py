@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ghosted_fast.errors import UnsupportedModelError
-from ghosted_fast.facts import named_layers
+from ghosted_fast.facts import layers_as_text, named_layers, runs_of
 from ghosted_fast.models.built_whole import text_config_of
 
 _LENGTH = 4
@@ -65,7 +65,33 @@ class Contract:
                 f"would miss what is handed on there beside the hidden state ({self.second}), "
                 "unless removed too"
             )
+        resting = self.resting & set(removed)
+        if resting:
+            return (
+                f"expected {named_layers(resting)} to be kept: on text alone, as it is calibrated, "
+                "the model does not run what reads pictures or sound"
+            )
+        for start, stop in runs_of(removed):
+            if self.beside(start, stop) is None:
+                gap = range(start, stop)
+                one = f"one of the layers {layers_as_text(gap)}" if gap[1:] else named_layers(gap)
+                return (
+                    f"expected {one} to be kept: no layer beside them, where a ghost would be, "
+                    "runs on text alone"
+                )
         return None
+
+    def beside(self, start: int, stop: int) -> int | None:
+        """Return the layer that holds the ghost of a gap, None if there is none.
+
+        It is the one before the gap; the one behind it, if that one does not run on text alone.
+
+        Args:
+            start: The first layer that is removed.
+            stop: The first that is kept behind it.
+        """
+        near = (start - 1, stop)
+        return next((i for i in near if 0 <= i < len(self.returns) and i not in self.resting), None)
 
 
 _KNOWN: WeakKeyDictionary[nn.ModuleList, Contract] = WeakKeyDictionary()

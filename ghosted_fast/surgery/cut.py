@@ -14,7 +14,7 @@ from ghosted_fast.checkpoint.model_card import IMPORTED, attach_report
 from ghosted_fast.checkpoint.record import is_ghosted, refresh_record, removal_record
 from ghosted_fast.checkpoint.transformers_types import become_ghosted_class
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
-from ghosted_fast.facts import named_layers
+from ghosted_fast.facts import named_layers, runs_of
 from ghosted_fast.models.built_whole import (
     cut_owner,
     keep_layers,
@@ -72,13 +72,7 @@ def removed_intervals(removed: Iterable[int], num_layers: int) -> list[tuple[int
         raise ArgumentError(f"expected each layer once, got {layers}")
     if len(layers) == num_layers:
         raise ArgumentError(f"expected at least one of the {num_layers} layers to be kept")
-    intervals: list[tuple[int, int]] = []
-    for layer in layers:
-        if intervals and intervals[-1][1] == layer:
-            intervals[-1] = (intervals[-1][0], layer + 1)
-        else:
-            intervals.append((layer, layer + 1))
-    return intervals
+    return runs_of(layers)
 
 
 def prune_model(model: Any, removed: Iterable[int], inplace: bool = False) -> Any:
@@ -310,6 +304,7 @@ def _place_ghosts(
             f"got {len(ghosts)}"
         )
     layers, width = decoder_layers(model), hidden_size(model)
+    contract = Decoder.of(model).contract
     placed: list[tuple[int, str, GhostLinear]] = []
     dropped = 0
     for (start, stop), ghost in zip(intervals, ghosts, strict=True):
@@ -321,13 +316,16 @@ def _place_ghosts(
                     f"expected ghosts of hidden_size {width}, as the model's, "
                     f"got {ghost.hidden_size}"
                 )
-            if start > 0 and ghost_of(layers[start - 1], OUTPUT) is not None:
+            beside = contract.beside(start, stop)
+            if beside is None:
+                raise UnsupportedModelError(contract.why_needed(range(start, stop)))
+            side = OUTPUT if beside < start else INPUT
+            if ghost_of(layers[beside], side) is not None:
                 raise ArgumentError(
                     f"the gap {start, stop} starts where a ghost already stands: fit one ghost "
                     "for the whole gap from the dense model instead"
                 )
-            first = start == 0
-            placed.append((0 if first else start - 1 - dropped, INPUT if first else OUTPUT, ghost))
+            placed.append((start - dropped - (side == OUTPUT), side, ghost))
         dropped += stop - start
     return placed
 

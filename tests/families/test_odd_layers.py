@@ -14,9 +14,13 @@ from families.shrinking import disturbed
 from families.tiny_models import tiny_config
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import UnsupportedModelError
+from ghosted_fast.models.boundaries import visit_boundaries
 from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.options import RunOptions
+from ghosted_fast.selection.select import select_layers
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals
 from ghosted_fast.surgery.removable import check_removable
+from ghosted_fast.text.batches import Batch
 
 pytestmark = pytest.mark.slow
 _ALTERNATING = {
@@ -81,9 +85,7 @@ def test_weights_that_layers_share_stay_shared(
     assert back.all_tied_weights_keys == smaller.all_tied_weights_keys
     # A cut of what was cut.
     again = remove_layers(back, [0])
-    assert torch.equal(
-        logits(_saved(again, tmp_path / "again"), tokens()), logits(again, tokens())
-    )
+    assert torch.equal(logits(_saved(again, tmp_path / "again"), tokens()), logits(again, tokens()))
 
 
 def test_the_last_attention_of_a_hybrid_model_stays() -> None:
@@ -122,3 +124,35 @@ def test_weights_that_change_by_their_places_are_refused(tmp_path: Path) -> None
     fit = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", rescale_every=0).eval()
     smaller = _cut(fit, [8, 9])
     assert torch.equal(logits(_saved(smaller, tmp_path / "m"), tokens()), logits(smaller, tokens()))
+
+
+def test_layers_that_read_pictures_stay_and_hold_no_ghost(tmp_path: Path) -> None:
+    dense = _tiny("mllama", text_config={"cross_attention_layers": [3]})
+    with pytest.raises(UnsupportedModelError, match="expected layer 3 to be kept: on text alone"):
+        check_removable(dense, [2, 3])
+    smaller = _cut(dense, [4])
+    assert smaller.config.cross_attention_layers == [3]
+    assert [(g["layer"], g["side"]) for g in smaller.config.ghost["ghosts"]] == [(4, "input")]
+    back = _saved(smaller, tmp_path / "m")
+    assert torch.equal(logits(back, tokens()), logits(smaller, tokens()))
+    assert "| 4 | before layer 4 |" in (tmp_path / "m" / "README.md").read_text()
+    states: dict[int, torch.Tensor] = {}
+    visit_boundaries(dense, Batch(tokens(), torch.ones_like(tokens())), [3, 4], states.__setitem__)
+    assert torch.equal(states[3], states[4])
+
+
+def test_a_gap_between_layers_that_read_pictures_has_no_place_for_a_ghost() -> None:
+    dense = _tiny("mllama", text_config={"cross_attention_layers": [2, 4]})
+    with pytest.raises(UnsupportedModelError, match="expected layer 3 to be kept: no layer beside"):
+        check_removable(dense, [3])
+    with pytest.raises(UnsupportedModelError, match="expected layer 5 to be kept: no layer beside"):
+        remove_layers(dense, [5], ghosts_for([(5, 6)], 64))
+    check_removable(dense, [1])
+
+
+@pytest.mark.parametrize("criterion", ["ghost", "shortgpt", "sleb", "taylor"])
+def test_layers_that_must_stay_are_not_chosen(criterion: str) -> None:
+    dense = _tiny("mllama", text_config={"cross_attention_layers": [3]})
+    texts = [tokens(4, 32, seed) for seed in range(12)]
+    chosen = select_layers(dense, texts, 2, criterion, run=RunOptions(progress=False))
+    assert 3 not in chosen.removed

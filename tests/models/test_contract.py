@@ -45,7 +45,9 @@ def test_another_shape_is_refused() -> None:
         _ = Decoder.of(model).contract
 
 
-@pytest.mark.parametrize(("name", "state"), [("reformer", "prev_attn_output"), ("zaya", "output 1")])
+@pytest.mark.parametrize(
+    ("name", "state"), [("reformer", "prev_attn_output"), ("zaya", "output 1")]
+)
 def test_a_second_state_that_each_layer_changes_is_refused(name: str, state: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"hands a second state.*{state}"):
         _ = Decoder.of(tiny_causal(name)).contract

@@ -83,6 +83,10 @@ class Request:
             raise UnsupportedModelError(f"no run of {count} layers can go: {reasons[0]}")
         return allowed
 
+    def rests(self, layer: int) -> bool:
+        """Return whether a layer does not run on text, so that text cannot tell what it does."""
+        return layer in self.decoder.contract.resting
+
     def _refusal(self, layers: range) -> str | None:
         """Return why layers cannot go, None if they can."""
         reason = self.decoder.needs(layers) or self.decoder.contract.why_needed(layers)
