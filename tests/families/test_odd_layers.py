@@ -14,7 +14,7 @@ from families.shrinking import disturbed
 from families.tiny_models import tiny_config
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import UnsupportedModelError
-from ghosted_fast.models.boundaries import visit_boundaries
+from ghosted_fast.models.boundaries import resume, visit_boundaries
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import RunOptions
 from ghosted_fast.selection.select import select_layers
@@ -126,6 +126,19 @@ def test_weights_that_change_by_their_places_are_refused(tmp_path: Path) -> None
     assert torch.equal(logits(_saved(smaller, tmp_path / "m"), tokens()), logits(smaller, tokens()))
 
 
+def test_layers_that_share_a_choice_of_tokens_are_cut(tmp_path: Path) -> None:
+    dense, text = _tiny("glm_moe_dsa"), tokens(2, 40)  # 16 tokens are chosen of those before each
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 to be kept: layers 2-3 .*prev_topk"):
+        check_removable(dense, [1])
+    smaller = _cut(dense, [2, 4, 5])
+    assert smaller.config.indexer_types == ["full", "full", "shared"]
+    back = _saved(smaller, tmp_path / "m")
+    assert torch.equal(logits(back, text), logits(smaller, text))
+    with passed_by(dense, [(2, 3), (4, 6)]):
+        expected = logits(dense, text)
+    assert distance(logits(remove_layers(dense, [2, 4, 5]), text), expected) < 1e-4
+
+
 def test_layers_that_read_pictures_stay_and_hold_no_ghost(tmp_path: Path) -> None:
     dense = _tiny("mllama", text_config={"cross_attention_layers": [3]})
     with pytest.raises(UnsupportedModelError, match="expected layer 3 to be kept: on text alone"):
@@ -137,8 +150,12 @@ def test_layers_that_read_pictures_stay_and_hold_no_ghost(tmp_path: Path) -> Non
     assert torch.equal(logits(back, tokens()), logits(smaller, tokens()))
     assert "| 4 | before layer 4 |" in (tmp_path / "m" / "README.md").read_text()
     states: dict[int, torch.Tensor] = {}
-    visit_boundaries(dense, Batch(tokens(), torch.ones_like(tokens())), [3, 4], states.__setitem__)
+    batch = Batch(tokens(), torch.ones_like(tokens()))
+    visit_boundaries(dense, batch, [3, 4], states.__setitem__)
     assert torch.equal(states[3], states[4])
+    with torch.inference_mode():
+        whole = dense(tokens(), attention_mask=batch.attention_mask, use_cache=False).logits
+    assert torch.equal(resume(dense, batch, 4, states[4]), whole)
 
 
 def test_a_gap_between_layers_that_read_pictures_has_no_place_for_a_ghost() -> None:
