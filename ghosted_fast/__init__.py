@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from ghosted_fast.surgery.adopt.from_operators import ImportReport as ImportReport
     from ghosted_fast.surgery.adopt.from_operators import import_ghosts as import_ghosts
     from ghosted_fast.surgery.adopt.swap import swap_ghosts as swap_ghosts
-    from ghosted_fast.surgery.cut import check_removable as check_removable
     from ghosted_fast.surgery.cut import prune_model as prune_model
+    from ghosted_fast.surgery.removable import check_removable as check_removable
     from ghosted_fast.text.calibration_text import CalibrationText as CalibrationText
     from ghosted_fast.text.loading import load_texts as load_texts
     from ghosted_fast.text.loading import token_batches as token_batches
@@ -78,7 +78,7 @@ _HOMES = {
     "Throughput": "measure.speed",
     "Variant": "grid",
     "accuracy": "measure.tasks",
-    "check_removable": "surgery.cut",
+    "check_removable": "surgery.removable",
     "correct_ghosts": "improve.correction",
     "evaluate_tasks": "measure.tasks",
     "fetch_demo_assets": "assets.downloads",

@@ -32,7 +32,8 @@ from ghosted_fast.selection.how_many import choose_layers, remeasured
 from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.statistics.sample import Interval
-from ghosted_fast.surgery.cut import check_removable, remove_layers, removed_intervals, share_copy
+from ghosted_fast.surgery.cut import remove_layers, removed_intervals, share_copy
+from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.text.calibration_text import CalibrationText
 
 _OPTIONS, _RUN = "a field of options=GhostOptions(...)", "a field of run=RunOptions(...)"

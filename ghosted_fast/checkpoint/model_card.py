@@ -207,13 +207,14 @@ def _ghosts(record: Mapping[str, Any]) -> str:
     kept = [layer for layer in range(count) if layer not in removed]
     rows = []
     for ghost, fact in zip(record["ghosts"], facts, strict=True):
-        at_start = ghost["side"] == "input"
-        start = 0 if at_start else kept[ghost["layer"]] + 1
+        before = ghost["side"] == "input"
+        last = ghost["layer"] - before  # the kept layer before the gap
+        start = 0 if last < 0 else kept[last] + 1
         stop = next((layer for layer in kept if layer >= start), count)
         rows.append(
             [
                 layers_as_text(range(start, stop)),
-                f"{'before' if at_start else 'behind'} layer {ghost['layer']}",
+                f"{'before' if before else 'behind'} layer {ghost['layer']}",
                 "raw" if ghost["norm_eps"] is None else "normed",
                 "yes" if ghost["bias"] else "no",
                 "yes" if ghost["first_state"] else "no",
