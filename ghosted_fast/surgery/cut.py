@@ -33,6 +33,7 @@ from ghosted_fast.models.ghosted_layers import (
     check_swappable,
     ghost_of,
 )
+from ghosted_fast.models.module_names import Renumbering
 from ghosted_fast.models.structure import counts_of
 from ghosted_fast.surgery.proof import check_computed_alike, differences
 
@@ -208,7 +209,8 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
     dense_kept = [layer for layer in range(dense_count) if layer not in dense_removed]
     text, known = text_config_of(config), getattr(config, "ghost", None) or {}
     lists = computed_lists(text, count)
-    dense_values = cut_config(config, decoder.family, kept, count)
+    names = Renumbering.of(model, decoder.layers, kept, gone=False)
+    dense_values = cut_config(config, decoder.family, kept, count, names)
     keep_layers(decoder.owner, decoder.layers, kept)
     whole = whole or "dense_config" in known
     if cut.placed or is_ghosted(config) or whole:
@@ -281,7 +283,8 @@ def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int])
         check_swappable(module)
     config = _own_config(model)
     there = list(range(len(layers)))
-    cut_config(config, family, kept if described == count else there, described)
+    names = Renumbering.of(model, layers, kept, gone=True) if described == count else None
+    cut_config(config, family, kept if described == count else there, described, names)
     number_layers(dict(zip(kept, layers, strict=True)), kept)
     cut_owner(decoder, kept, count)
     become_ghosted_class(model, removed=sorted(dropped), num_hidden_layers=count)
