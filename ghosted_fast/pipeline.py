@@ -14,6 +14,7 @@ from ghosted_fast.errors import ArgumentError, renamed
 from ghosted_fast.improve.correction import correct_ghosts
 from ghosted_fast.improve.refinement import refine_ghosts
 from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.structure import share_copy
 from ghosted_fast.options import (
     Bound,
     Count,
@@ -32,7 +33,7 @@ from ghosted_fast.selection.how_many import choose_layers, remeasured
 from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.statistics.sample import Interval
-from ghosted_fast.surgery.cut import check_removable, remove_layers, removed_intervals, share_copy
+from ghosted_fast.surgery.cut import check_removable, remove_layers, removed_intervals
 from ghosted_fast.text.calibration_text import CalibrationText
 
 _OPTIONS, _RUN = "a field of options=GhostOptions(...)", "a field of run=RunOptions(...)"

@@ -21,7 +21,7 @@ from ghosted_fast.models.built_whole import (
     text_config_of,
 )
 from ghosted_fast.models.families import Family
-from ghosted_fast.models.module_names import Renumbering
+from ghosted_fast.models.quantized.names import Renumbering
 from ghosted_fast.models.structure import counts_of
 
 _SHARED = "num_kv_shared_layers"

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
-from torch import nn
-
 from ghosted_fast.checkpoint.model_card import IMPORTED, attach_report
 from ghosted_fast.checkpoint.record import is_ghosted, refresh_record, removal_record
 from ghosted_fast.checkpoint.transformers_types import become_ghosted_class
@@ -33,8 +31,9 @@ from ghosted_fast.models.ghosted_layers import (
     check_swappable,
     ghost_of,
 )
-from ghosted_fast.models.module_names import Renumbering
-from ghosted_fast.models.structure import counts_of
+from ghosted_fast.models.quantized.names import Renumbering
+from ghosted_fast.models.quantized.unpacked import forget_packing
+from ghosted_fast.models.structure import counts_of, share_copy
 from ghosted_fast.surgery.proof import check_computed_alike, differences
 
 
@@ -238,7 +237,7 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
             ghost.to(device=weight.device, dtype=decoder.dtype)
         attach_ghosts(model.base_model, decoder.owner, decoder.layers, cut.placed)
         refresh_record(model)
-    _drop_gguf_marks(model)
+    forget_packing(model)
     return whole
 
 
@@ -290,27 +289,6 @@ def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int])
     become_ghosted_class(model, removed=sorted(dropped), num_hidden_layers=count)
     name = model_name(model)
     attach_report(config, {"model": name, "recovery": IMPORTED})
-
-
-def share_copy(model: Any) -> Any:
-    """Return a copy of a model's structure that shares the memory of its parameters and buffers.
-
-    Layers can be taken out of the copy, and it can be cast or moved, without touching the original.
-    A value written into a shared weight shows in both.
-
-    Args:
-        model: Any module.
-    """
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        shared = parameter
-        if type(parameter) is nn.Parameter:
-            # An object of its own: casting a module replaces the data of its parameter objects.
-            shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-            vars(shared).update(vars(parameter))
-        memo[id(parameter)] = shared
-    memo.update({id(buffer): buffer for buffer in model.buffers()})
-    return copy.deepcopy(model, memo)
 
 
 def _place_ghosts(
@@ -373,16 +351,7 @@ def _own_config(model: Any) -> Any:
         for name, value in vars(module).items():
             if hasattr(value, "get_text_config") and id(value) in memo:
                 vars(module)[name] = memo[id(value)]
+    settings = getattr(new, "quantization_config", None)
+    if getattr(model, "hf_quantizer", None) is not None and settings is not None:
+        model.hf_quantizer.quantization_config = settings
     return new
-
-
-def _drop_gguf_marks(model: Any) -> None:
-    """Remove the marks of a GGUF file whose weights are unpacked: they forbid saving."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or getattr(quantizer, "packed_modules", None):
-        return
-    method = getattr(quantizer.quantization_config, "quant_method", None)
-    if getattr(method, "value", method) != "gguf":
-        return
-    model.hf_quantizer = None
-    quantizer.remove_quantization_config(model)

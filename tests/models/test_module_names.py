@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import tiny_model
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     SAVED = "saved"
 
 

@@ -1,7 +1,7 @@
-"""Names of modules in the settings of a quantization, for the layers that are kept.
+r"""Names of modules in the settings of a quantization, for the layers that are kept.
 
 A setting names modules that are left as they are, or that have settings of their own: by the whole
-name, by a regular expression ("re:.*layers\\.(0|4)\\.mlp"; some formats write no prefix), or by the
+name, by a regular expression ("re:.*layers\.(0|4)\.mlp"; some formats write no prefix), or by the
 class. A name is renumbered. An expression is kept if it means the same modules under their new
 numbers, which only the names of the model's modules can say; else expressions that mean these and
 no others take its place.
