@@ -14,6 +14,7 @@ from ghosted_fast.errors import ArgumentError, renamed
 from ghosted_fast.improve.correction import correct_ghosts
 from ghosted_fast.improve.refinement import refine_ghosts
 from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.quantized.loading import quantization_of
 from ghosted_fast.models.structure import share_copy
 from ghosted_fast.options import (
     Bound,
@@ -130,6 +131,7 @@ def ghost_model(
         recovery=recovery,
         scores=selection.scores,
         seconds=seconds,
+        calibrated_in=quantization_of(model.config),
     )
     with _timed(seconds, "calibrate"):
         patches = fit_gaps(

@@ -75,6 +75,8 @@ def become_ghosted_class(
     config = model.config
     if not is_ghosted(config):
         config.__class__ = subclass_for("config", type(config))
+        # One that was read from a file holds the family's name itself, before that of its class.
+        vars(config).pop("model_type", None)
     config.ghost = {
         "format": FORMAT if whole is None else FORMAT_WHOLE,
         "removed": removed,
