@@ -12,6 +12,7 @@ from ghosted_fast import distributed
 from ghosted_fast.checkpoint.model_card import attach_report
 from ghosted_fast.errors import ArgumentError, renamed
 from ghosted_fast.improve.correction import correct_ghosts
+from ghosted_fast.improve.gradients import check_gradients
 from ghosted_fast.improve.refinement import refine_ghosts
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.quantized.loading import quantization_of
@@ -113,6 +114,8 @@ def ghost_model(
     distributed.check_same({**asked, "options": options, "run": here}, model)
     text = distributed.same_text_everywhere(batches)
     improved = method.improvable and bool(run.corrections or run.refine)
+    if improved:
+        check_gradients(decoder.model)
     if improved or not method.improvable or not isinstance(wanted, Layers):
         text.hold()
     dense = share_copy(model) if run.inplace and isinstance(wanted, SpeedBound) else model

@@ -160,7 +160,9 @@ def test_the_models_that_cannot_be_quantized(
     quantized, tokenizer = load_quantized(source, "nf4")
     quantized.save_pretrained(tmp_path / "nf4")
     tokenizer.save_pretrained(tmp_path / "nf4")
-    with pytest.raises(ArgumentError, match=r"is quantized .bitsandbytes nf4.: name the model that"):
+    with pytest.raises(
+        ArgumentError, match=r"is quantized .bitsandbytes nf4.: name the model that"
+    ):
         check_quantizable(tmp_path / "nf4", "int8")
     result = fit(tmp_path / "nf4", texts, tmp_path / "x", "--calibrate-in", "int8", "--remove", "2")
     assert result.exit_code != 0 and "name the model that it was made of" in str(

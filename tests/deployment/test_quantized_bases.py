@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.quantized_models import QUANTIZED, in_a_list, settings_of
+from support.quantized_models import QUANTIZED, fp8_folder, in_a_list, settings_of
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.options import RunOptions
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.surgery.cut import prune_model
+from ghosted_fast.surgery.cut import prune_model, remove_layers
 from ghosted_fast.testing import random_tokens
 
 pytest.importorskip("torchao")
@@ -98,6 +101,26 @@ def test_weights_that_a_forward_pass_unpacked_are_saved_packed(name: str, saved:
     ghost = 64 * 64 * 4
     assert (folder / "model.safetensors").stat().st_size < whole + ghost
     assert settings_of(folder)["quantization_status"] == "compressed"
+
+
+def test_packed_fp8_is_cut_and_saved_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the kernels: it is loaded as on a GPU, and what was saved is unpacked."""
+    folder = fp8_folder(tmp_path / "dense")
+    settings = FineGrainedFP8Config(dequantize=True)
+    plain = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings).eval()
+    ghost = GhostLinear(64)
+    torch.nn.init.normal_(ghost.weight, std=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+        dense = AutoModelForCausalLM.from_pretrained(folder)
+        assert dense.model.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
+        saved = save_model(remove_layers(dense, REMOVED, [ghost]), tmp_path / "smaller")
+    assert settings_of(saved)["modules_to_not_convert"] == ["lm_head", UP]
+    again = AutoModelForCausalLM.from_pretrained(saved, quantization_config=settings).eval()
+    expected = remove_layers(plain, REMOVED, [ghost])
+    assert torch.equal(logits(again), logits(expected))
 
 
 def test_weights_that_would_be_others_once_packed_are_saved_unpacked(
