@@ -285,6 +285,8 @@ def _said(facts: dict[str, Any]) -> list[TextTable | str]:
     shown: list[TextTable | str] = [
         f"removed {layers_as_text(facts['removed'])}; saved {facts['output']}"
     ]
+    if facts.get("calibrated_in"):
+        shown.append(f"calibrated in weights quantized by {facts['calibrated_in']}")
     if facts.get("budget"):
         shown.append(budget_line(facts["budget"]))
     if facts.get("ghosts"):

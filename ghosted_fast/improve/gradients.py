@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,41 @@ from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.contract import plain_tokens
 from ghosted_fast.models.decoder import Decoder, evaluating
 from ghosted_fast.models.quantized.loading import quantization_of
+
+# Modules of bitsandbytes in 4 bits: whether they repack their weights for a processor's kernel,
+# which has no gradient, in the first pass that wants none.
+_REPACKS = "support_avx512bf16_for_cpu"
+# What torch puts into the graph for an operator that has no gradient: it passes on zeros.
+_NO_GRADIENT = "WarnNotImplemented"
+
+
+@contextmanager
+def kernels_with_gradients(*models: Any) -> Iterator[None]:
+    """Have the layers of models use kernels that know gradients, within the context.
+
+    Args:
+        models: Any models; copies that share weights must be among them.
+    """
+    held = [m for model in models for m in model.modules() if getattr(m, _REPACKS, False)]
+    try:
+        for module in held:
+            setattr(module, _REPACKS, False)
+            module.state_dict()  # puts weights that were repacked back into their form
+        yield
+    finally:
+        for module in held:
+            setattr(module, _REPACKS, True)
+
+
+def uses_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of a ghosted and its dense model, run with kernels that know gradients."""
+
+    @functools.wraps(function)
+    def run(ghosted: Any, dense: Any, *args: Any, **kwargs: Any) -> Any:
+        with kernels_with_gradients(ghosted, dense):
+            return function(ghosted, dense, *args, **kwargs)
+
+    return run
 
 
 def check_gradients(model: Any) -> None:
@@ -36,7 +74,7 @@ def check_gradients(model: Any) -> None:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             given = [t for t in _tensors((args, kwargs)) if t.requires_grad]
             made = [t for t in _tensors(output) if t.is_floating_point()]
-            if given and made and not any(t.requires_grad for t in made):
+            if given and made and not any(_has_gradient(t) for t in made):
                 broken.append(name)
 
         return hook
@@ -53,7 +91,7 @@ def check_gradients(model: Any) -> None:
     try:
         for item in frozen:
             item.requires_grad_(False)
-        with evaluating(model), torch.enable_grad():
+        with kernels_with_gradients(model), evaluating(model), torch.enable_grad():
             logits = model(plain_tokens(model), use_cache=False)[0]
             logits.float().square().mean().backward()
     except (RuntimeError, NotImplementedError) as error:
@@ -80,6 +118,10 @@ def _holds_weights(module: nn.Module) -> bool:
     """Return whether a module has weights of its own, packed or not."""
     packed = any(not item.is_floating_point() for item in module.buffers(recurse=False))
     return packed or next(module.parameters(recurse=False), None) is not None
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    return tensor.requires_grad and type(tensor.grad_fn).__name__ != _NO_GRADIENT
 
 
 def _tensors(value: Any) -> list[Tensor]:

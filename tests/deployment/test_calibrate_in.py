@@ -106,6 +106,7 @@ def test_the_model_is_cut_as_its_quantized_copy_says(
     result = fit(source, texts, output, "--remove", "2", "--corrections", "1",
                  "--calibrate-in", kind, "--report", str(page))  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert f"calibrated in weights quantized by bitsandbytes {kind}" in result.output
 
     teacher, tokenizer = load_quantized(source, kind)
     batches = token_batches(tokenizer, load_texts(str(texts), None, None), 1024, 32, 8)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.quantized_models import QUANTIZED, fp8_folder, in_a_list, settings_of
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from support.quantized_models import QUANTIZED, fp8_folder, in_a_list, settings_of, wide_llama
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.errors import UnsupportedModelError
+from ghosted_fast.improve.gradients import check_gradients, kernels_with_gradients
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.options import RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import prune_model, remove_layers
-from ghosted_fast.testing import random_tokens
+from ghosted_fast.testing import random_tokens, relative_rms
 
 pytest.importorskip("torchao")
 pytest.importorskip("compressed_tensors")
@@ -27,6 +30,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quantized_bases")]
 TOKENS = random_tokens(2, 12)
 TEXTS = [random_tokens(4, 32, seed) for seed in range(16)]
 REMOVED = [1, 2]
+CORRECTED = RunOptions(corrections=1, progress=False)
+# What rounds activations too, in kernels that know no gradient.
+WITHOUT_GRADIENT = {
+    "torchao-dynamic-int8",
+    "float-quantized",
+    "int-quantized",
+    "int-quantized-bf16",
+}
 UP, DOWN = "model.layers.3.mlp.up_proj", r"re:model\.layers\.(0|2)\.mlp\.down_proj$"
 # Where the names are that follow the layers, and which follow.
 NAMES = {
@@ -44,7 +55,7 @@ import sys
 import torch, ghosted_fast
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-from ghosted_fast.testing import random_tokens
+from ghosted_fast.testing import random_tokens, relative_rms
 for folder in map(Path, sys.argv[1:]):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -66,7 +77,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     for name, make in QUANTIZED.items():
         dense = make(root / f"{name}-dense")
         before = logits(dense)
-        run = RunOptions(corrections=1, progress=False)
+        if name in WITHOUT_GRADIENT:
+            with pytest.raises(UnsupportedModelError, match="passes none back"):
+                ghost_model(dense, TEXTS, removed=REMOVED, run=CORRECTED)
+        run = replace(CORRECTED, corrections=int(name not in WITHOUT_GRADIENT))
         smaller, report = ghost_model(dense, TEXTS, removed=REMOVED, run=run)
         assert torch.equal(logits(dense), before)
         folder = save_model(smaller, root / name)
@@ -80,8 +94,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 def test_it_is_ghosted_and_another_process_loads_it_equal(name: str, saved: Any) -> None:
     entry = saved[name]
     assert torch.equal(torch.load(entry["folder"] / "logits.pt"), entry["here"])
-    (ghost,), (correction,) = entry["report"].ghosts, entry["report"].corrections
-    assert ghost.fit_error < 1 and correction.after <= correction.before
+    (ghost,), corrections = entry["report"].ghosts, entry["report"].corrections
+    assert ghost.fit_error < 1 and len(corrections) == (name not in WITHOUT_GRADIENT)
+    assert all(correction.after <= correction.before for correction in corrections)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -136,3 +151,22 @@ def test_weights_that_would_be_others_once_packed_are_saved_unpacked(
     assert "model.layers.1.mlp.up_proj, are others once they are packed" in caplog.text
     again = type(smaller).from_pretrained(folder).eval()
     assert torch.equal(logits(again), expected)
+
+
+def test_gradients_of_nf4_are_those_of_its_weights(tmp_path: Path) -> None:
+    """A processor's kernel for 4 bits knows no gradient, and is not used where one is wanted."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    wide_llama().save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings).eval()
+    logits(model)  # repacks the weights, where the processor has the kernel
+    check_gradients(model)
+    module = model.model.layers[1].mlp.up_proj
+    x = torch.randn(3, 64)
+    module(x)
+    with kernels_with_gradients(model):
+        module(x)
+        x.requires_grad_()
+        module(x).sum().backward()
+    weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    assert relative_rms(x.grad, weight.sum(0).expand(3, -1)) < 1e-5
