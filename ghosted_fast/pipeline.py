@@ -12,8 +12,11 @@ from ghosted_fast import distributed
 from ghosted_fast.checkpoint.model_card import attach_report
 from ghosted_fast.errors import ArgumentError, renamed
 from ghosted_fast.improve.correction import correct_ghosts
+from ghosted_fast.improve.gradients import check_gradients
 from ghosted_fast.improve.refinement import refine_ghosts
 from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.quantized.loading import quantization_of
+from ghosted_fast.models.structure import share_copy
 from ghosted_fast.options import (
     Bound,
     Count,
@@ -32,7 +35,7 @@ from ghosted_fast.selection.how_many import choose_layers, remeasured
 from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.statistics.sample import Interval
-from ghosted_fast.surgery.cut import remove_layers, removed_intervals, share_copy
+from ghosted_fast.surgery.cut import remove_layers, removed_intervals
 from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.text.calibration_text import CalibrationText
 
@@ -112,6 +115,8 @@ def ghost_model(
     distributed.check_same({**asked, "options": options, "run": here}, model)
     text = distributed.same_text_everywhere(batches)
     improved = method.improvable and bool(run.corrections or run.refine)
+    if improved:
+        check_gradients(decoder.model)
     if improved or not method.improvable or not isinstance(wanted, Layers):
         text.hold()
     dense = share_copy(model) if run.inplace and isinstance(wanted, SpeedBound) else model
@@ -130,6 +135,7 @@ def ghost_model(
         recovery=recovery,
         scores=selection.scores,
         seconds=seconds,
+        calibrated_in=quantization_of(model.config),
     )
     with _timed(seconds, "calibrate"):
         patches = fit_gaps(

@@ -27,7 +27,8 @@ _MARK = "<!-- Written by ghosted_fast. Remove this line to keep the card as it i
 # What transformers writes into the card of a repository that has none.
 _PLACEHOLDER = "This model card has been automatically generated."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_REPORTED = ("model", "criterion", "recovery", "calibration", "ghosts", "num_tokens")
+_REPORTED = ("model", "criterion", "recovery", "calibration", "ghosts", "num_tokens",
+             "calibrated_in")  # fmt: skip
 
 
 def attach_report(config: Any, report: Mapping[str, Any]) -> bool:
@@ -238,6 +239,11 @@ def _calibration(report: Mapping[str, Any]) -> str:
         f"The layers were {by}. The operators are a closed-form fit (recovery "
         f"`{report.get('recovery', 'ghost')}`) over {report.get('num_tokens', 0):,} tokens{text}."
     )
+    if report.get("calibrated_in"):
+        said += (
+            " All of this was computed in the model with weights quantized by "
+            f"{report['calibrated_in']}."
+        )
     if report.get("corrections"):
         said += f" {report['corrections']} closed-form corrections moved them afterwards."
     if report.get("refined"):
