@@ -1,7 +1,7 @@
 """What else the machine did during a measurement, where the system tells (Linux).
 
 Source: proc(5) for /proc/stat; the kernel's documentation of cgroup v2 for `cpu.stat` and of
-`thermal_throttle`; of RAPL's counters in /sys/class/powercap.
+`thermal_throttle`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from ghosted_fast.timing.energy import joules
 
 # From which share on other work is said to matter.
 _MATTERS = 0.02
@@ -104,9 +108,9 @@ def _counters() -> Mapping[str, float]:
     counts = _numbers("/sys/devices/system/cpu", "cpu*/thermal_throttle/package_throttle_count")
     if counts:
         found["throttled"] = sum(counts)
-    joules = _numbers("/sys/class/powercap", "intel-rapl:[0-9]/energy_uj")
-    if joules:
-        found["joules"] = sum(joules) / 1e6
+    energy = joules(torch.device("cpu"))
+    if energy is not None:
+        found["joules"] = energy
     return found
 
 

@@ -98,10 +98,12 @@ class Estimate:
 def ratio_text(ratio: Estimate | None) -> str:
     """Return a ratio for people: "1.25x ± 0.01", or that two things are not told apart.
 
-    No digit is shown that is not known.
+    No digit is shown that is not known; where not even the first is, both ends of the interval.
     """
     if ratio is None:
         return "-"
+    if ratio.high > 2.0 * ratio.low:
+        return f"{ratio.low:.1g}x to {ratio.high:.1g}x"
     if ratio.holds_one:
         spread = max(ratio.high - 1.0, 1.0 - ratio.low)
         return f"not told apart (± {spread:.{max(_digits(spread), 0)}f})"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ghosted_fast.timing import conditions
+from ghosted_fast.timing import conditions, energy
 from ghosted_fast.timing.conditions import Watch
 
 
@@ -70,11 +70,9 @@ def test_the_files_of_linux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         "/proc/stat": "cpu  10 20 30 400 5 6 7 8 9 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n",
         "/sys/fs/cgroup/cpu.stat": "usage_usec 12\nthrottled_usec 1500000\n",
     }
-    read, numbers = conditions._text, conditions._numbers
+    read = conditions._text
     monkeypatch.setattr(conditions, "_text", lambda path: texts.get(path) or read(path))
-    monkeypatch.setattr(
-        conditions, "_numbers", lambda _, pattern: numbers(str(tmp_path), Path(pattern).as_posix())
-    )
+    monkeypatch.setattr(energy, "_ZONES", tmp_path)
     found = conditions._counters()
     assert (found["ticks"], found["steal"], found["busy"]) == (486, 8, 73)
     assert found["limited"] == pytest.approx(1.5)
