@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from docs.generate.markdown import measured_ratio, measured_speed, ratio, table
+from docs.generate.markdown import measured_ratio, measured_speed, table
 from docs.generate.results import engine_rows, newest_rows
 
 _PAGES = {
@@ -123,5 +123,7 @@ def calibration() -> str:
             rows.append([what, row["dtype"], f"{row['ratio']:.2f} of evaluating as many models"])
         else:
             what = f"statistics of {row['what']} ({row['intervals']}), whole pass"
-            rows.append([what, row["dtype"], f"{ratio(row['ratio'])} the bare forward pass"])
+            rows.append(
+                [what, row["dtype"], f"{measured_ratio(row['ratio'])} the bare forward pass"]
+            )
     return table(["what", "dtype", "cost"], rows, 3)
