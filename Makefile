@@ -96,7 +96,7 @@ bench: setup
 	for bench in gram_update ghost_apply ghost_solve; do \
 	  $(BIN)/python benchmarks/bench_$$bench.py --threads 1 2 || exit 1; done
 	$(BIN)/python benchmarks/bench_calibration.py
-	$(BIN)/python benchmarks/bench_generate.py --repeats 20 --new-tokens 16 --prompt-length 256
+	$(BIN)/python benchmarks/bench_generate.py --prompt-length 256
 	$(BIN)/python -m docs.generate
 
 cuda: .venv/.installed .venv/.nvcc

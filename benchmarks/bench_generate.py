@@ -3,7 +3,7 @@
 Gate first: the ghosted model's logits are compared with the dense model's, composed anew by hooks
 (the hidden state before the gap goes through the ghost in fp64 and in at the end of the gap), and
 a decoding step with its cache is compared with the whole sequence at once. No number is printed on
-a wrong result. The models are measured in turn in one process; see `compare_throughput`.
+a wrong result. The models are measured in rounds in one process; see `compare_throughput`.
 
 Bytes of a decoding step: every parameter once, but of the input embedding one row per prompt (where
 it is tied, the head reads all of it). Flops of a step: 2 per parameter of a linear layer and token.
@@ -25,6 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ghosted_fast.assets.downloads import fetch_demo_assets
+from ghosted_fast.cli._shared.tables import model_table, speed_lines
 from ghosted_fast.measure.models_table import ModelRow, compare_models, ratio
 from ghosted_fast.measure.system import machine_facts
 from ghosted_fast.models.families import decoder_layers, final_norm
@@ -35,6 +36,7 @@ from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import relative_rms
 from ghosted_fast.text.loading import load_texts, token_batches
+from ghosted_fast.timing.estimates import Estimate
 
 RESULTS = Path(__file__).parent / "results" / "bench_generate.jsonl"
 # The criterion "ghost" chooses these of SmolLM2's 30 layers; the speed depends on their number.
@@ -135,9 +137,10 @@ def record(
     """Return a line of the results file."""
     speed = row.throughput
     assert speed is not None
-    step_s = speed.batch_size / speed.decode_tokens_per_s
-    size = decode_bytes(model, speed.batch_size)
-    flops = 2 * linear_parameters(model) * speed.batch_size
+    batch_size = speed.settings.batch_size
+    step_s = batch_size / speed.decode_tokens_per_s.value
+    size = decode_bytes(model, batch_size)
+    flops = 2 * linear_parameters(model) * batch_size
     kind = "bf16" if row.dtype == "bfloat16" else "fp32"
     facts = row.to_dict()
     return {
@@ -147,8 +150,8 @@ def record(
         "layers": row.layers,
         "parameters": row.parameters,
         **speed.to_dict(),
-        "prefill_ratio": ratio(facts, rows, "prefill_tokens_per_s"),
-        "decode_ratio": ratio(facts, rows, "decode_tokens_per_s"),
+        "prefill_ratio": _json(ratio(facts, rows, "prefill")),
+        "decode_ratio": _json(ratio(facts, rows, "decode")),
         "decode_ms": 1e3 * step_s,
         "decode_bytes": size,
         "decode_flops": flops,
@@ -162,6 +165,10 @@ def record(
     }
 
 
+def _json(found: Estimate | None) -> dict[str, Any] | None:
+    return None if found is None else found.to_dict()
+
+
 def main() -> None:
     """Run the gate and the measurement for each dtype; append the rows to the results."""
     parser = argparse.ArgumentParser(description="Prefill and decoding: dense, pruned, ghosted")
@@ -169,7 +176,8 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--precision", type=float, default=0.005)
+    parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -182,7 +190,8 @@ def main() -> None:
         "prompt_length": options.prompt_length,
         "new_tokens": options.new_tokens,
         "batch_size": options.batch_size,
-        "repeats": options.repeats,
+        "precision": options.precision,
+        "seconds": options.seconds,
     }
     console = Console(highlight=False, soft_wrap=True)
     roof = measure_roof()
@@ -191,7 +200,7 @@ def main() -> None:
         ghosted, _ = ghost_model(dense, batches, removed=REMOVED, run=RunOptions(corrections=0))
         errors = gate(dense, ghosted, batches[0][:2, :GATE_TOKENS], dtype)
         models = {"dense": dense, "pruned": prune_model(dense, REMOVED), "ghosted": ghosted}
-        rows = compare_models(models, speed=speed)
+        rows = compare_models(models, speed=speed, progress=True)
         facts = [row.to_dict() for row in rows]
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("a", encoding="utf-8") as file:
@@ -199,11 +208,15 @@ def main() -> None:
                 line = record(row, facts, models[row.name], errors, roof)
                 file.write(json.dumps(line) + "\n")
                 console.print(
-                    f"{row.name:8} {dtype:9} prefill {line['prefill_tokens_per_s']:8.1f} tok/s "
-                    f"({line['prefill_ratio']:.2f}x)  decode {line['decode_tokens_per_s']:6.1f} "
-                    f"tok/s ({line['decode_ratio']:.2f}x, {line['decode_gbps']:.1f} GB/s, "
-                    f"{line['decode_roof_share']:.0%} of the roof)"
+                    f"{row.name:8} {dtype:9} decoding {line['decode_gbps']:.1f} GB/s, "
+                    f"{line['decode_roof_share']:.0%} of the roof"
                 )
+        table = model_table(rows)
+        console.print("  ".join(table.columns))
+        for cells in table.rows:
+            console.print("  ".join(cells))
+        for text in speed_lines(rows):
+            console.print(text)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from ghosted_fast.improve.refinement import refine_ghosts as refine_ghosts
     from ghosted_fast.measure.perplexity import Perplexity as Perplexity
     from ghosted_fast.measure.perplexity import perplexity as perplexity
-    from ghosted_fast.measure.speed import Throughput as Throughput
     from ghosted_fast.measure.speed import throughput as throughput
     from ghosted_fast.measure.tasks import TaskScore as TaskScore
     from ghosted_fast.measure.tasks import accuracy as accuracy
     from ghosted_fast.measure.tasks import evaluate_tasks as evaluate_tasks
+    from ghosted_fast.measure.throughput import Throughput as Throughput
     from ghosted_fast.models.ghost_linear import GhostLinear as GhostLinear
     from ghosted_fast.models.loading import load_model as load_model
     from ghosted_fast.models.loading import load_processor as load_processor
@@ -80,7 +80,7 @@ _HOMES = {
     "SpeedBound": "options",
     "TakenGhosts": "surgery.transfer",
     "TaskScore": "measure.tasks",
-    "Throughput": "measure.speed",
+    "Throughput": "measure.throughput",
     "Variant": "grid",
     "accuracy": "measure.tasks",
     "check_removable": "surgery.removable",

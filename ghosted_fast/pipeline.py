@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.model_card import attach_report
-from ghosted_fast.errors import ArgumentError, renamed
+from ghosted_fast.errors import ArgumentError, UnsupportedModelError, renamed
 from ghosted_fast.improve.correction import correct_ghosts
 from ghosted_fast.improve.gradients import check_gradients
 from ghosted_fast.improve.refinement import refine_ghosts
@@ -39,6 +40,7 @@ from ghosted_fast.surgery.cut import remove_layers, removed_intervals
 from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.text.calibration_text import CalibrationText
 
+_LOGGER = logging.getLogger(__name__)
 _OPTIONS, _RUN = "a field of options=GhostOptions(...)", "a field of run=RunOptions(...)"
 
 
@@ -115,8 +117,8 @@ def ghost_model(
     distributed.check_same({**asked, "options": options, "run": here}, model)
     text = distributed.same_text_everywhere(batches)
     improved = method.improvable and bool(run.corrections or run.refine)
-    if improved:
-        check_gradients(decoder.model)
+    if improved and not _passes_gradients(decoder.model, run):
+        run, improved = replace(run, corrections=0), False
     if improved or not method.improvable or not isinstance(wanted, Layers):
         text.hold()
     dense = share_copy(model) if run.inplace and isinstance(wanted, SpeedBound) else model
@@ -170,6 +172,22 @@ def _check(wanted: HowMany, criterion: str, recovery: str, run: RunOptions) -> N
             f"expected a number of layers or removed with recovery {recovery!r}, got {wanted}: "
             "its number is found with ghosts in place"
         )
+
+
+def _passes_gradients(model: Any, run: RunOptions) -> bool:
+    """Return whether ghosts of a model can be corrected; warn if not and nobody asked for it.
+
+    Raises:
+        UnsupportedModelError: They cannot, and corrections or a refinement were asked for.
+    """
+    try:
+        check_gradients(model)
+    except UnsupportedModelError as error:
+        if run.corrections != "auto" or run.refine:
+            raise
+        _LOGGER.warning("ghosts are not corrected: %s", error)
+        return False
+    return True
 
 
 @contextmanager

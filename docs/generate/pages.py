@@ -32,6 +32,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/performance.md": {
         "models": speed.models,
+        "deployment": speed.deployment,
         "engines": speed.engines,
         "calibration": speed.calibration,
         "machine": operators.machine_line,

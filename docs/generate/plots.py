@@ -17,6 +17,7 @@ from docs.generate.results import (
     newest_rows,
     studies,
 )
+from ghosted_fast.timing.estimates import Estimate
 
 _OPERATORS = ("gram_update", "ghost_apply", "ghost_solve")
 
@@ -149,12 +150,13 @@ def engines(theme: Theme) -> Any:
     rows = engine_rows()[::-1]
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.34 * len(rows)), layout="constrained")
     for name, colour, marker in (("pruned", theme.nothing, "o"), ("ghosted", theme.ours, "D")):
-        values = [
-            row[name]["decode_tokens_per_s"] / row["dense"]["decode_tokens_per_s"] for row in rows
-        ]
-        axes.plot(
-            values, range(len(rows)), marker, color=colour, label=name, markersize=8, alpha=0.9
-        )
+        found = [Estimate(**row[name]["relative"]["dense"]["decode"]) for row in rows]
+        values = [ratio.value for ratio in found]
+        ends = [[r.value - r.low for r in found], [r.high - r.value for r in found]]
+        axes.errorbar(
+            values, range(len(rows)), xerr=ends, fmt=marker, color=colour, label=name,
+            markersize=8, alpha=0.9,
+        )  # fmt: skip
     axes.set_yticks(range(len(rows)), [f"{row['engine']} {row['precision']}" for row in rows])
     axes.axvline(1.0, color=theme.ink, linewidth=1)
     axes.set_xlim(left=0.98)

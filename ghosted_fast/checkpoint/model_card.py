@@ -18,6 +18,7 @@ from typing import Any
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.facts import layers_as_text
 from ghosted_fast.models.runtime_classes import named_base_of
+from ghosted_fast.timing.estimates import Estimate, speed_text
 
 CARD = "README.md"
 IMPORTED = "imported"
@@ -262,8 +263,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             str(row["layers"]),
             f"{row['parameters'] / 1e6:,.1f} M",
             _figure(row.get("perplexity"), ".2f"),
-            _figure(row.get("prefill_tokens_per_s"), ",.1f"),
-            _figure(row.get("decode_tokens_per_s"), ",.1f"),
+            _speed(row.get("prefill_tokens_per_s")),
+            _speed(row.get("decode_tokens_per_s")),
         ]
         for row in rows
     ]
@@ -277,6 +278,13 @@ def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _speed(found: Mapping[str, Any] | float | None) -> str:
+    """Return a speed for people; older folders have it without an interval."""
+    if isinstance(found, Mapping):
+        return speed_text(Estimate(**found))
+    return _figure(found, ",.1f")
 
 
 def _is_hub_id(name: str) -> bool:
