@@ -92,6 +92,22 @@ def parse_increase(text: str) -> float:
     return share / 100.0 if text.strip().endswith("%") else share
 
 
+def parse_precision(text: str | float) -> float:
+    """Return the share that a text such as '2%' or '0.02' names; typer has defaults read too.
+
+    Raises:
+        typer.BadParameter: It names none between 0 and 1.
+    """
+    text = str(text)
+    number = text.strip().removesuffix("%")
+    expected = "a share between 0 and 1 such as '2%'"
+    share = _number_above(0.0, number, text, expected)
+    share = share / 100.0 if text.strip().endswith("%") else share
+    if share >= 1.0:
+        raise typer.BadParameter(f"expected {expected}, got {text!r}")
+    return share
+
+
 def parse_speedup(text: str) -> float:
     """Return the factor that a text such as '1.3' or '1.3x' names.
 
