@@ -23,6 +23,7 @@ from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant, flo
 from ghosted_fast.bench_ops.rotation import InTurn
 from ghosted_fast.ops import ghost_apply, pack_weight
 from ghosted_fast.ops.backends import BACKENDS
+from ghosted_fast.ops.compiled import extension
 from ghosted_fast.ops.operands import GhostOperands
 from ghosted_fast.ops.packing import PACKED_DTYPES
 from ghosted_fast.testing import relative_rms
@@ -58,8 +59,14 @@ def _from_memory(rows: int, cached: bool) -> bool:
     return rows <= DECODE_ROWS and not cached
 
 
-def _is_packed(dtype: torch.dtype, device: torch.device) -> bool:
-    return device.type == "cpu" and dtype in PACKED_DTYPES
+def _is_packed(dtype: torch.dtype, setting: Setting) -> bool:
+    """Return whether `GhostLinear` would pack a weight for what runs here."""
+    return (
+        setting.device.type == "cpu"
+        and dtype in PACKED_DTYPES
+        and setting.backend in ("auto", "native")
+        and extension() is not None
+    )
 
 
 def _refusal(width: int, dtype: torch.dtype, setting: Setting) -> str:
@@ -91,7 +98,7 @@ class _Inputs:
         self.plain = InTurn(self.weight, rotated)
         self.wide = InTurn(self.weight.float(), rotated)
         self.small = InTurn(self.integer, rotated)
-        if _is_packed(dtype, place.device):
+        if _is_packed(dtype, place):
             self.packed = InTurn(self.weight, rotated, pack_weight)
 
     def exact(self, weight: Tensor, norm_eps: float | None = None) -> Tensor:
@@ -143,7 +150,7 @@ def _ours(given: _Inputs, traffic: float, setting: Setting) -> Iterator[Variant]
         )
 
     exact, best, plain = given.exact(weight), given.plain, f"{OURS} not packed"
-    if _is_packed(x.dtype, setting.device):
+    if _is_packed(x.dtype, setting):
         best = given.packed
         yield variant(OURS, lambda: apply(x, best()), exact, best)
     else:

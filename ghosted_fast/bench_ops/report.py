@@ -73,7 +73,7 @@ def _ratio(ratio: Estimate | None) -> str:
 
 def notes(run: Run) -> list[str]:
     """Return what is to be known beside the tables, a line each."""
-    lines = [f"{_roof_line(run)}; ± half of the 95 % interval"]
+    lines = [f"{_roof_line(run)}; ± half of the 95 % interval"] if run.cases else []
     if open_cases := sum(not case.settled for case in run.cases):
         lines.append(
             f"{open_cases} of {len(run.cases)} cases ended by the time before each ratio was known "

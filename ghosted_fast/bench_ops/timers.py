@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,9 +70,9 @@ class CudaTimer:
     """Times replays of a CUDA graph between events, or calls where no graph can be captured.
 
     A graph holds as many calls as there are weights in turn, and so many that its launch does not
-    count. What waits for the device, as torch's solvers do, cannot be captured. A capture that
-    breaks off leaves torch's allocator waiting for its end, so such waits are looked for before,
-    in a mode of torch in which they raise.
+    count. What waits for the device, as torch's solvers do, cannot be captured. The wait itself
+    would break the capture off and leave torch's allocator waiting for its end; so while calls are
+    captured torch is in the mode in which a wait raises before it begins.
 
     Args:
         device: A CUDA device.
@@ -107,33 +108,31 @@ class CudaTimer:
 
     def _captured(self, run: Callable[[], object], calls: int) -> tuple[Any, str]:
         """Return a graph of so many calls, or None and why there is none."""
-        if refusal := self._wait_in(run):
-            return None, refusal
         cuda = self._cuda
         graph = cuda.CUDAGraph()
         try:
-            # A capture that fails stays on its own stream: this block leads back.
-            with cuda.stream(cuda.current_stream(self._device)), cuda.graph(graph):
+            # A capture that breaks off stays on its own stream: the first block leads back.
+            with (
+                cuda.stream(cuda.current_stream(self._device)),
+                cuda.graph(graph),
+                self._no_waits(),
+            ):
                 for _ in range(calls):
                     run()
         except RuntimeError as error:
             cuda.synchronize(self._device)
-            return None, _first_line(error)
+            return None, (str(error).splitlines() or [type(error).__name__])[0]
         return graph, ""
 
-    def _wait_in(self, run: Callable[[], object]) -> str:
-        """Return what waits for the device in a call, as far as torch sees it."""
-        cuda = self._cuda
-        before = cuda.get_sync_debug_mode()
-        cuda.set_sync_debug_mode("error")
+    @contextmanager
+    def _no_waits(self) -> Iterator[None]:
+        """Have torch raise in place of waiting for the device."""
+        before = self._cuda.get_sync_debug_mode()
+        self._cuda.set_sync_debug_mode("error")
         try:
-            run()
-        except RuntimeError as error:
-            return _first_line(error)
+            yield
         finally:
-            cuda.set_sync_debug_mode(before)
-            cuda.synchronize(self._device)
-        return ""
+            self._cuda.set_sync_debug_mode(before)
 
     def _sample(self, run: Callable[[], object], count: int) -> float:
         """Return the seconds of a call between events, after an untimed one."""
@@ -144,7 +143,3 @@ class CudaTimer:
             run()
         stopwatch.mark()
         return stopwatch.seconds()[0] / count
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
