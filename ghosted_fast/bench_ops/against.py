@@ -3,8 +3,9 @@
 Times are compared as shares of the roof, which was timed in the same rounds: where the machine as a
 whole is slower, so is its roof. Where the roofs were measured in other ways, times are compared as
 they are. Two rows differ where their intervals do not overlap and the change is more than the
-precision that either run was asked for: what lies below it, such as where a page of memory happens
-to be, is not told from noise.
+precision that either run was asked for: what lies below it is not told from noise. Of many rows
+one or the other still does so by chance, or by where its memory happens to lie; so a case with a
+loss is to be made and measured once more, and what both times show is a loss.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Earlier:
                 "the earlier build here too"
             )
         known = {key[:3] for key in self.rows}
-        asked = {(plan.operator, plan.shape, plan.dtype_name) for plan in plans}
+        asked = {plan.key for plan in plans}
         if not known & asked:
             raise ArgumentError(
                 f"{self.path}: expected one of its cases among those asked for, got none: it has "
@@ -91,6 +92,11 @@ class Change:
     before: Estimate
     now: Estimate
     verdict: Verdict
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells it from the others."""
+        return self.operator, self.shape, self.dtype, self.variant
 
     @property
     def is_loss(self) -> bool:
@@ -159,6 +165,27 @@ def changes(earlier: Earlier, run: Run) -> list[Change]:
     return found
 
 
+def suspects(found: Iterable[Change]) -> set[tuple[str, str, str]]:
+    """Return the cases that hold a loss of ours: operator, shape and dtype."""
+    return {(item.operator, item.shape, item.dtype) for item in found if item.is_loss}
+
+
+def confirmed(found: Iterable[Change], again: Iterable[Change]) -> list[Change]:
+    """Return the changes, with the second measurement of a loss in its place if that has none.
+
+    Args:
+        found: The changes.
+        again: Those of the cases that were measured once more.
+    """
+    second = {item.key: item for item in again}
+    return [
+        second[item.key]
+        if item.verdict == "loss" and item.key in second and second[item.key].verdict != "loss"
+        else item
+        for item in found
+    ]
+
+
 def _verdict(before: Estimate, now: Estimate, precision: float) -> Verdict:
     if now.high < before.low and now.value < before.value * (1.0 - precision):
         return "loss"
@@ -167,8 +194,8 @@ def _verdict(before: Estimate, now: Estimate, precision: float) -> Verdict:
     return "no change seen"
 
 
-def change_table(found: Sequence[Change], path: Path) -> tuple[str, list[str], list[list[str]]]:
-    """Return the table of changes: its title, its headings, and its cells as text."""
+def change_table(found: Sequence[Change]) -> tuple[list[str], list[list[str]]]:
+    """Return the table of changes: its headings, and its cells as text."""
     columns = ["operator", "shape", "dtype", "variant", "of", "before", "now", "change", ""]
     lines = []
     for item in found:
@@ -186,4 +213,4 @@ def change_table(found: Sequence[Change], path: Path) -> tuple[str, list[str], l
                 item.verdict if item.is_ours else f"{item.verdict} (rival)",
             ]
         )
-    return f"against {path}", columns, lines
+    return columns, lines

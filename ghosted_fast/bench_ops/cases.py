@@ -93,8 +93,13 @@ class Plan:
         """The dtype as tables have it."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from the other cases."""
+        return self.operator, self.shape, self.dtype_name
+
     def __str__(self) -> str:
-        return f"{self.operator} {self.shape} {self.dtype_name}"
+        return " ".join(self.key)
 
 
 def flops_kind(dtype: torch.dtype) -> str:

@@ -68,7 +68,9 @@ def _known(speed: Estimate) -> str:
 def _ratio(ratio: Estimate | None) -> str:
     if ratio is None or ratio.half_width <= _WIDE:
         return ratio_text(ratio)
-    return "not told apart" if ratio.holds_one else f"{_figure(ratio)} x"
+    if ratio.holds_one:
+        return "not told apart"
+    return _figure(ratio) + " x" * (ratio.half_width <= _UNKNOWN)
 
 
 def notes(run: Run) -> list[str]:

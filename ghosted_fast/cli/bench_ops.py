@@ -17,7 +17,7 @@ from ghosted_fast.cli._shared.verb import usage_error
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ghosted_fast.bench_ops.against import Earlier
+    from ghosted_fast.bench_ops.against import Change
     from ghosted_fast.bench_ops.cases import Plan, Setting
     from ghosted_fast.bench_ops.rows import Run
     from ghosted_fast.bench_ops.runner import Effort
@@ -239,7 +239,7 @@ def bench_ops(cases: CaseArgs, effort: EffortArgs, files: FilesArgs) -> Result:
     rounds; each ratio has an interval. Ctrl-C shows the cases that are known.
     """
     from ghosted_fast.bench_ops import runner
-    from ghosted_fast.bench_ops.against import read_earlier
+    from ghosted_fast.bench_ops.against import changes, confirmed, read_earlier, suspects
 
     plans, setting = cases.plans(), cases.setting()
     files.check()
@@ -248,27 +248,36 @@ def bench_ops(cases: CaseArgs, effort: EffortArgs, files: FilesArgs) -> Result:
     if files.against is not None:
         earlier = read_earlier(files.against)
         earlier.check(runner.machine_of(setting), plans)
-    run = runner.run_plans(plans, setting, effort.effort(), progress=not effort.quiet)
-    return _result(run, files, earlier)
+
+    def measured(chosen: list[Plan]) -> Run:
+        return runner.run_plans(chosen, setting, effort.effort(), progress=not effort.quiet)
+
+    run = measured(plans)
+    found, complete = None, run.complete
+    if earlier is not None:
+        found = changes(earlier, run)
+        suspected = [plan for plan in plans if plan.key in suspects(found)]
+        if complete and suspected:
+            again = measured(suspected)
+            found, complete = confirmed(found, changes(earlier, again)), again.complete
+    return _result(run, files, found, complete)
 
 
-def _result(run: Run, files: FilesArgs, earlier: Earlier | None) -> Result:
+def _result(run: Run, files: FilesArgs, found: list[Change] | None, complete: bool) -> Result:
     from ghosted_fast.bench_ops import report
-    from ghosted_fast.bench_ops.against import change_table, changes
+    from ghosted_fast.bench_ops.against import change_table
 
     data, shown = run.to_dict(), list[TextTable | str]()
     for title, columns, lines in report.tables(run):
         shown += [TextTable(columns, lines, title, words=report.WORDS), ""]
     shown += report.notes(run)
-    lost = []
-    if earlier is not None:
-        found = changes(earlier, run)
-        lost = [item for item in found if item.is_loss]
-        title, columns, lines = change_table(found, earlier.path)
-        shown += ["", TextTable(columns, lines, title, words=5), ""]
-        ours = sum(item.is_ours for item in found)
-        shown.append(f"{len(lost)} of {ours} rows of ours lost speed beyond noise")
+    lost = 0
+    if found is not None:
+        lost, ours = sum(item.is_loss for item in found), sum(item.is_ours for item in found)
+        columns, lines = change_table(found)
+        shown += ["", TextTable(columns, lines, f"against {files.against}", words=5), ""]
+        shown.append(f"{lost} of {ours} rows of ours lost speed beyond noise")
         data["changes"] = [item.to_dict() for item in found]
     if run.cases:
         shown += files.write(run, data)
-    return Result(data, shown, passed=not lost, interrupted=not run.complete)
+    return Result(data, shown, passed=not lost, interrupted=not complete)
