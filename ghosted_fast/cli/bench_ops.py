@@ -54,14 +54,15 @@ class CaseArgs:
         ),
     ] = None
     dtype: Annotated[
-        list[OperandDtype],
+        list[OperandDtype] | None,
         typer.Option(
             "--dtype",
             parser=values.one_of(OperandDtype),
             metavar="DTYPE",
-            help="Dtype of the activations; repeat it. ghost_solve is fp64 always.",
+            help="Dtype of the activations; repeat it. bfloat16 if not given. ghost_solve is fp64 "
+            "always.",
         ),
-    ] = field(default_factory=lambda: ["bfloat16"])
+    ] = None
     backend: Annotated[
         str,
         typer.Option(
@@ -73,12 +74,19 @@ class CaseArgs:
     ] = "cpu"
 
     def __post_init__(self) -> None:
-        only = self.operator is not None and set(self.operator) == {"ghost_solve"}
-        if only and self.rows is not None:
+        if self.operator is None or set(self.operator) != {"ghost_solve"}:
+            return
+        if self.rows is not None:
             raise usage_error(
                 "expected none with ghost_solve alone, which has as many rows as its width; got "
                 f"{', '.join(map(str, self.rows))}",
                 "--rows",
+            )
+        if self.dtype is not None:
+            raise usage_error(
+                "expected none with ghost_solve alone, which is fp64 always; got "
+                f"{', '.join(self.dtype)}",
+                "--dtype",
             )
 
     def plans(self) -> list[Plan]:
@@ -87,7 +95,7 @@ class CaseArgs:
         from ghosted_fast.models.loading import resolve_dtype
 
         wanted = dict.fromkeys(self.operator or get_args(Operator))
-        dtypes = list(dict.fromkeys(resolve_dtype(name) for name in self.dtype))
+        dtypes = list(dict.fromkeys(resolve_dtype(name) for name in self.dtype or ["bf16"]))
         found: list[Plan] = []
         for width in dict.fromkeys(self.width):
             for dtype in dtypes:
