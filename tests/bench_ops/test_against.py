@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from ghosted_fast.bench_ops.against import (
 from ghosted_fast.bench_ops.cases import OURS
 from ghosted_fast.bench_ops.rows import Row, Run
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.timing.estimates import Estimate
 
 NOISE = 0.04
 INT8 = f"{OURS} int8"
@@ -122,6 +124,24 @@ def test_less_than_the_precision_is_no_loss(
     assert found[0].now.high < found[0].before.low and found[0].verdict == "no change seen"
     after = Machine(machine(ghosted_fast=1.012)).full_run(monkeypatch)
     assert changes(read_earlier(saved(before, tmp_path)), after)[0].verdict == "loss"
+
+
+def test_intervals_that_overlap_are_no_loss(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The medians are a tenth apart, and each is known to a third."""
+    run = Machine(machine()).full_run(monkeypatch)
+
+    def known_to_a_third(share: float) -> Run:
+        wide = Estimate(share, share / 1.3, share * 1.3, 9)
+        rows = [dataclasses.replace(row, roof_share=wide) for row in run.rows]
+        return dataclasses.replace(run, cases=[dataclasses.replace(run.cases[0], rows=rows)])
+
+    earlier = read_earlier(saved(known_to_a_third(0.5), tmp_path))
+    for share in (0.45, 0.55):
+        found = changes(earlier, known_to_a_third(share))
+        assert {item.verdict for item in found} == {"no change seen"}
+    assert changes(earlier, known_to_a_third(0.25))[0].verdict == "loss"
 
 
 def test_rows_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
