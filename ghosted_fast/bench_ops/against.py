@@ -11,16 +11,21 @@ loss is to be made and measured once more, and what both times show is a loss.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from ghosted_fast.bench_ops.cases import Plan
+from ghosted_fast.bench_ops.report import figure_text
 from ghosted_fast.bench_ops.rows import FORMAT, Row, Run
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.timing.estimates import Estimate
 
+# From which loss on, as a logarithm, it is said that smaller ones are not seen.
+_BLIND = 0.1
 _SAME = ("processor", "accelerator", "device", "threads", "torch")
 Verdict = Literal["loss", "gain", "no change seen"]
 
@@ -207,10 +212,26 @@ def change_table(found: Sequence[Change]) -> tuple[list[str], list[list[str]]]:
                 item.dtype,
                 item.variant,
                 "% of roof" if scale > 1 else "calls/s",
-                str(item.before.times(scale)),
-                str(item.now.times(scale)),
+                figure_text(item.before.times(scale)),
+                figure_text(item.now.times(scale)),
                 f"{item.now.value / item.before.value - 1.0:+.1%}",
                 item.verdict if item.is_ours else f"{item.verdict} (rival)",
             ]
         )
     return columns, lines
+
+
+def change_lines(found: Sequence[Change]) -> list[str]:
+    """Return what the changes come to: how many losses there are, and which would not be seen."""
+    ours = [item for item in found if item.is_ours]
+    lost = sum(item.is_loss for item in ours)
+    lines = [f"{lost} of {len(ours)} rows of ours lost speed beyond noise"]
+    if ours:
+        # Two intervals just do not overlap at a distance of half of each.
+        blind = median(item.before.half_width + item.now.half_width for item in ours)
+        if blind > _BLIND:
+            lines.append(
+                f"in half of the rows a loss below {1.0 - math.exp(-blind):.0%} could not be seen: "
+                "measure both builds on a quieter machine, or with more --seconds"
+            )
+    return lines

@@ -43,22 +43,24 @@ def _cells(row: Row) -> list[str]:
         row.shape,
         row.dtype,
         row.variant + (" *" if row.note else ""),
-        _figure(row.ms),
+        figure_text(row.ms),
         _known(row.gbps),
         _known(row.gflops),
-        _figure(row.roof_share.times(100.0)),
+        figure_text(row.roof_share.times(100.0)),
         _ratio(row.to_best_rival),
         _ratio(row.one_thread) if row.one_thread else "",
     ]
 
 
-def _figure(estimate: Estimate) -> str:
+def figure_text(estimate: Estimate) -> str:
     """Return a figure with its interval; a wide one by its ends."""
     if estimate.half_width <= _WIDE:
         return str(estimate)
     if estimate.half_width > _UNKNOWN:
         return "not known"
-    return f"{estimate.low:,.2g} to {estimate.high:,.2g}"
+    return " to ".join(
+        f"{end:,.0f}" if end >= 100 else f"{end:.2g}" for end in (estimate.low, estimate.high)
+    )
 
 
 def _known(speed: Estimate) -> str:
@@ -70,7 +72,7 @@ def _ratio(ratio: Estimate | None) -> str:
         return ratio_text(ratio)
     if ratio.holds_one:
         return "not told apart"
-    return _figure(ratio) + " x" * (ratio.half_width <= _UNKNOWN)
+    return figure_text(ratio) + " x" * (ratio.half_width <= _UNKNOWN)
 
 
 def notes(run: Run) -> list[str]:
@@ -81,8 +83,9 @@ def notes(run: Run) -> list[str]:
             f"{open_cases} of {len(run.cases)} cases ended by the time before each ratio was known "
             f"to ± {run.settings['precision']:.2g}"
         )
-    said = {row.note: row.variant for row in run.rows if row.note}
-    lines += [f"* {variant}: {note}" for note, variant in said.items()]
+    for note in dict.fromkeys(row.note for row in run.rows if row.note):
+        named = dict.fromkeys(row.variant for row in run.rows if row.note == note)
+        lines.append(f"* {', '.join(named)}: {note}")
     left_out = {name: reason for case in run.cases for name, reason in case.left_out.items()}
     lines += [f"left out: {name}, {reason}" for name, reason in left_out.items()]
     if not run.complete:

@@ -272,19 +272,17 @@ def bench_ops(cases: CaseArgs, effort: EffortArgs, files: FilesArgs) -> Result:
 
 def _result(run: Run, files: FilesArgs, found: list[Change] | None, complete: bool) -> Result:
     from ghosted_fast.bench_ops import report
-    from ghosted_fast.bench_ops.against import change_table
+    from ghosted_fast.bench_ops.against import change_lines, change_table, suspects
 
     data, shown = run.to_dict(), list[TextTable | str]()
     for title, columns, lines in report.tables(run):
         shown += [TextTable(columns, lines, title, words=report.WORDS), ""]
     shown += report.notes(run)
-    lost = 0
     if found is not None:
-        lost, ours = sum(item.is_loss for item in found), sum(item.is_ours for item in found)
         columns, lines = change_table(found)
         shown += ["", TextTable(columns, lines, f"against {files.against}", words=5), ""]
-        shown.append(f"{lost} of {ours} rows of ours lost speed beyond noise")
+        shown += change_lines(found)
         data["changes"] = [item.to_dict() for item in found]
     if run.cases:
         shown += files.write(run, data)
-    return Result(data, shown, passed=not lost, interrupted=not complete)
+    return Result(data, shown, passed=not suspects(found or []), interrupted=not complete)

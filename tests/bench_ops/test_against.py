@@ -15,6 +15,7 @@ from bench_ops.simulated import Machine, machine
 from ghosted_fast.bench_ops.against import (
     Change,
     Earlier,
+    change_lines,
     change_table,
     changes,
     confirmed,
@@ -141,7 +142,12 @@ def test_intervals_that_overlap_are_no_loss(
     for share in (0.45, 0.55):
         found = changes(earlier, known_to_a_third(share))
         assert {item.verdict for item in found} == {"no change seen"}
-    assert changes(earlier, known_to_a_third(0.25))[0].verdict == "loss"
+    assert change_lines(found)[1].startswith("in half of the rows a loss below 41% could not be")
+    found = changes(earlier, known_to_a_third(0.25))
+    assert found[0].verdict == "loss"
+    assert change_lines(found)[0] == "2 of 2 rows of ours lost speed beyond noise"
+    exact = changes(read_earlier(saved(run, tmp_path)), run)
+    assert change_lines(exact) == ["0 of 2 rows of ours lost speed beyond noise"]
 
 
 def test_rows_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_lines_below(run: Run) -> None:
     run.cases[0] = dataclasses.replace(run.cases[0], left_out={"rival": "absent"}, settled=False)
     lines = report.notes(with_rows(run, note="no CUDA graph: it waits"))
     assert "1 of 1 cases ended by the time before each ratio was known to ± 0.01" in lines
-    assert "* other: no CUDA graph: it waits" in lines
+    assert f"* {OURS}, {OURS} int8, torch, other: no CUDA graph: it waits" in lines
     assert "left out: rival, absent" in lines
     assert "interrupted: 1 cases were measured by then" in lines
     assert "warning: other processes took 30% of the processors" in lines
