@@ -92,13 +92,13 @@ def parse_increase(text: str) -> float:
     return share / 100.0 if text.strip().endswith("%") else share
 
 
-def parse_precision(text: str | float) -> float:
-    """Return the share that a text such as '2%' or '0.02' names; typer has defaults read too.
+def parse_precision(text: str) -> float:
+    """Return the share that a text such as '2%' or '0.02' names.
 
     Raises:
         typer.BadParameter: It names none between 0 and 1.
     """
-    text = str(text)
+    text = str(text)  # typer hands the default over as it is
     number = text.strip().removesuffix("%")
     expected = "a share between 0 and 1 such as '2%'"
     share = _number_above(0.0, number, text, expected)
