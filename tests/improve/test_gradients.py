@@ -68,3 +68,14 @@ def test_a_model_that_is_not_quantized_is_not_looked_at() -> None:
     model = quantized(Kernel)
     del model.config.quantization_config
     check_gradients(model)
+
+
+def test_where_nobody_asked_for_corrections_there_is_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = quantized(Kernel)
+    smaller, report = ghost_model(model, TEXTS, removed=[2])
+    assert smaller.config.num_hidden_layers == 5 and report.corrections == []
+    assert "ghosts are not corrected: expected a model that passes gradients back" in caplog.text
+    with pytest.raises(UnsupportedModelError):
+        ghost_model(model, TEXTS, removed=[2], run=RunOptions(refine=1))
