@@ -32,25 +32,33 @@ def byte_tokenizer() -> Any:
 
 
 def engine_model(family: str = "llama", num_layers: int = 6, seed: int = 0, **sizes: Any) -> Any:
-    """Return a random fp32 model, wide enough for the blocks of every engine."""
+    """Return a random fp32 model, wide enough for the blocks of every engine.
+
+    Args:
+        family: Its `model_type`.
+        num_layers: How many layers it has.
+        seed: Of its weights.
+        sizes: Fields of its configuration, in place of the usual ones; `...` leaves one out.
+    """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    fields = {
+        "num_hidden_layers": num_layers,
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        **sizes,
+    }
     config = CONFIG_MAPPING[family](
-        **{
-            "num_hidden_layers": num_layers,
-            "vocab_size": VOCABULARY_SIZE,
-            "hidden_size": HIDDEN_SIZE,
-            "intermediate_size": 128,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "max_position_embeddings": 256,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "tie_word_embeddings": False,
-            **sizes,
-        }
+        **{name: value for name, value in fields.items() if value is not ...}
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
