@@ -1,8 +1,8 @@
-"""Which families vLLM and llama.cpp serve, read out of the lists that refuse and are tested."""
+"""Which families vLLM, llama.cpp and ONNX Runtime GenAI serve, read out of the lists that refuse and are tested."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from docs.generate.markdown import table
 
@@ -61,6 +61,13 @@ def served_by_llamacpp() -> str:
     return _families(lambda kind: "yes" if kind in FAMILIES else f"no: {reason_against(kind)}")
 
 
+def served_by_ort_genai() -> str:
+    """Return the families whose graphs ONNX Runtime GenAI builds with ghosts, in a sentence."""
+    from ghosted_fast.export.ort_genai import FAMILIES
+
+    return f"Families: {', '.join(f'`{name}`' for name in FAMILIES)}."
+
+
 def architecture(kind: str) -> str:
     """Return the class of a model type's models: of those with pictures too, where it has both."""
     from transformers.models.auto import modeling_auto as auto
@@ -75,9 +82,8 @@ def architecture(kind: str) -> str:
     raise KeyError(f"transformers has no language model of the type {kind!r}")
 
 
-def _families(how: object) -> str:
+def _families(how: Callable[[str], str]) -> str:
     """Return the table of families, one row for those that are served alike."""
-    assert callable(how)
     rows = []
     for name, kinds in COUNTED.items():
         alike: dict[str, list[str]] = {}

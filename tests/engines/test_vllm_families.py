@@ -34,4 +34,6 @@ def test_families(serve: Callable[..., Any], architecture: str, case: Case) -> N
     text = PROMPT + random_text(24)
     found = torch.tensor(serve(model, dtype="bfloat16", **case.engine).losses(text))
     exact, dense = losses(model, text), losses(case.model(), text)
-    assert (found - exact).norm() < 0.2 * (exact - dense).norm()  # what the cut and ghosts change
+    # The median: rounding may choose another expert for a token.
+    apart = (found - exact).abs().median()
+    assert apart < 0.1 * (exact - dense).abs().median()  # what the cut and its ghosts change

@@ -55,6 +55,29 @@ NATIVE = (
 )
 # Of these, those whose layers hand on the hidden state itself, and a residual that nothing reads.
 WHOLE = ("Exaone4ForCausalLM", "GraniteMoeHybridForCausalLM")
+# What holds for some of them alone.
+_BF16 = "tested in bf16, which vLLM's linear attention on a processor asks for"
+_OWN_ROTATION = (
+    "vLLM 0.32 on a processor rotates wrongly in fp32, dense models too, without "
+    '`--compilation-config \'{"custom_ops": ["none"]}\'`'
+)
+NOTES = {
+    "GptOssForCausalLM": "gaps of an even length: each second layer has a window",
+    "Llama4ForCausalLM": "where each second layer has experts, gaps of an even length",
+    "NemotronHForCausalLM": "tested without experts, which vLLM runs on a GPU alone",
+    "GPT2LMHeadModel": "without a state for first tokens",
+    "OPTForCausalLM": "without a state for first tokens",
+    "BloomForCausalLM": "with tied embeddings",
+    "DeepseekV3ForCausalLM": _OWN_ROTATION,
+    "Lfm2ForCausalLM": _OWN_ROTATION,
+    **dict.fromkeys(
+        (
+            *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
+            *("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+        ),
+        _BF16,
+    ),
+}
 # Those that vLLM runs through transformers' own modules.
 THROUGH_TRANSFORMERS = (
     "Olmo2ForCausalLM",
@@ -83,3 +106,8 @@ def register() -> None:
         if f"Ghosted{name}" not in known:
             ModelRegistry.register_model(f"Ghosted{name}", f"{_HERE}:Ghosted{name}")
     register_parser()
+
+
+def reason_against(architecture: str) -> str:
+    """Return why vLLM does not serve an architecture with ghosts, as the end of a sentence."""
+    return REFUSED.get(architecture, "this family was not tried")

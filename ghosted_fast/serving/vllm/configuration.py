@@ -16,7 +16,7 @@ from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import dense_model_type
 from ghosted_fast.models.structure import counts_of
-from ghosted_fast.serving.vllm import NATIVE, REFUSED, THROUGH_TRANSFORMERS
+from ghosted_fast.serving.vllm import NATIVE, THROUGH_TRANSFORMERS, reason_against
 
 # vLLM's layers changed what they are handed before; later versions are tried and not refused.
 OLDEST = (0, 32)
@@ -82,9 +82,8 @@ def check_servable(config: Any) -> None:
     if name in NATIVE:
         check_native(name, config)
     elif name not in THROUGH_TRANSFORMERS:
-        reason = REFUSED.get(name, "this family was not tried")
         raise UnsupportedModelError(
-            f"Ghosted{name} cannot be served by vLLM: {reason}. {_WITH_TRANSFORMERS}, or ghost a "
+            f"Ghosted{name} cannot be served by vLLM: {reason_against(name)}. {_WITH_TRANSFORMERS}, or ghost a "
             f"model among {', '.join((*NATIVE, *THROUGH_TRANSFORMERS))}"
         )
 
