@@ -95,11 +95,15 @@ CASES: tuple[tuple[str, Case], ...] = (
     ("Phi3ForCausalLM", Case("phi3", sizes=HEADS, ghosts={})),
     ("MixtralForCausalLM", Case("mixtral", sizes={"num_local_experts": 4})),
     ("Qwen3MoeForCausalLM", Case("qwen3_moe", sizes={**EXPERTS, "mlp_only_layers": [1]})),
-    ("Qwen3NextForCausalLM", Case("qwen3_next", sizes={**EXPERTS, **SHARED, **LINEAR},
-                                  only_bf16=True)),  # fmt: skip
+    (
+        "Qwen3NextForCausalLM",
+        Case("qwen3_next", sizes={**EXPERTS, **SHARED, **LINEAR}, only_bf16=True),
+    ),  # fmt: skip
     ("Qwen3_5ForCausalLM", Case("qwen3_5_text", sizes=LINEAR, only_bf16=True)),
-    ("Qwen3_5MoeForCausalLM", Case("qwen3_5_moe_text", sizes={**EXPERTS, **SHARED, **LINEAR},
-                                   only_bf16=True)),  # fmt: skip
+    (
+        "Qwen3_5MoeForCausalLM",
+        Case("qwen3_5_moe_text", sizes={**EXPERTS, **SHARED, **LINEAR}, only_bf16=True),
+    ),  # fmt: skip
     (
         "GptOssForCausalLM",
         Case(
