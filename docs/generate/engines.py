@@ -1,4 +1,4 @@
-"""Which families vLLM, llama.cpp and ONNX Runtime GenAI serve, read out of the lists that refuse and are tested."""
+"""Which families other engines serve, read out of the lists that refuse and are tested."""
 
 from __future__ import annotations
 

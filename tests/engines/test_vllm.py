@@ -61,7 +61,7 @@ def test_families_without_a_place_are_refused(serve: Callable[..., Vllm]) -> Non
 
 def test_a_state_for_first_tokens_needs_positions(serve: Callable[..., Vllm]) -> None:
     model = ghosted(engine_model("gpt2", **GPT), (3,), first_state=True)
-    with pytest.raises(Exception, match="not told the positions.*--first-state off"):
+    with pytest.raises(Exception, match=r"not told the positions.*--first-state off"):
         serve(model)
 
 

@@ -78,7 +78,6 @@ def engine_wrapper(family: str, seed: int = 0, **sizes: Any) -> Any:
         sizes: Fields of the configuration of its text part.
     """
     import transformers
-
     from families.tiny_wrappers import tiny_config
     from families.wrapper_tables import CLASSES
 

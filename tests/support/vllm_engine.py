@@ -13,9 +13,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # more than one ra
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import pytest
-from support.tiny_engines import greedy_tokens, mean_loss, random_text
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+
+from support.tiny_engines import greedy_tokens, mean_loss, random_text
 
 PROMPT = [1, 50, 90, 177, 30, 44]
 
@@ -29,18 +30,22 @@ class Vllm:
     """
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        self.llm = LLM(
-            str(folder),
-            **{
-                "dtype": "float32",
-                "kv_cache_memory_bytes": 1 << 28,
-                "max_model_len": 256,
-                "max_num_seqs": 4,
-                "enforce_eager": True,
-                "seed": 0,
-                **options,
-            },
-        )
+        try:
+            self.llm = LLM(
+                str(folder),
+                **{
+                    "dtype": "float32",
+                    "kv_cache_memory_bytes": 1 << 28,
+                    "max_model_len": 256,
+                    "max_num_seqs": 4,
+                    "enforce_eager": True,
+                    "seed": 0,
+                    **options,
+                },
+            )
+        except BaseException:
+            cleanup_dist_env_and_memory()  # else the next engine finds half of this one
+            raise
 
     def close(self) -> None:
         """End the engine's processes, and leave nothing in this one."""

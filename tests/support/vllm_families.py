@@ -14,7 +14,7 @@ SLIDING = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 WINDOWS = {"sliding_window": 16, "layer_types": SLIDING}
 TIED = {"tie_word_embeddings": True}
 # What configurations of an older form call otherwise.
-_OLD = {name: ... for name in ("num_attention_heads", "num_hidden_layers", "head_dim")}
+_OLD = dict.fromkeys(("num_attention_heads", "num_hidden_layers", "head_dim"), ...)
 _OLDER = {**_OLD, "hidden_size": ..., "max_position_embeddings": ...}
 GPT = {"n_embd": 64, "n_head": 2, "n_layer": 6, "n_positions": 256, **_OLDER}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -98,12 +98,12 @@ CASES: tuple[tuple[str, Case], ...] = (
     (
         "Qwen3NextForCausalLM",
         Case("qwen3_next", sizes={**EXPERTS, **SHARED, **LINEAR}, only_bf16=True),
-    ),  # fmt: skip
+    ),
     ("Qwen3_5ForCausalLM", Case("qwen3_5_text", sizes=LINEAR, only_bf16=True)),
     (
         "Qwen3_5MoeForCausalLM",
         Case("qwen3_5_moe_text", sizes={**EXPERTS, **SHARED, **LINEAR}, only_bf16=True),
-    ),  # fmt: skip
+    ),
     (
         "GptOssForCausalLM",
         Case(

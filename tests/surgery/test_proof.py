@@ -298,7 +298,7 @@ def test_the_decoder_is_found_beside_other_lists_of_its_length(name: str) -> Non
 def test_vllm_is_given_only_what_its_classes_can_build() -> None:
     check_native("GhostedQwen3MoeForCausalLM", _ghosted_config(tiny_model("qwen3_moe"), [2]))
     with pytest.raises(
-        UnsupportedModelError, match="GhostedDeepseekV3.*Serve it with transformers"
+        UnsupportedModelError, match=r"GhostedDeepseekV3.*Serve it with transformers"
     ):
         check_native("GhostedDeepseekV3ForCausalLM", _ghosted_config(tiny("deepseek_v3"), [0]))
 

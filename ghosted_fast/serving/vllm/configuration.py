@@ -83,8 +83,8 @@ def check_servable(config: Any) -> None:
         check_native(name, config)
     elif name not in THROUGH_TRANSFORMERS:
         raise UnsupportedModelError(
-            f"Ghosted{name} cannot be served by vLLM: {reason_against(name)}. {_WITH_TRANSFORMERS}, or ghost a "
-            f"model among {', '.join((*NATIVE, *THROUGH_TRANSFORMERS))}"
+            f"Ghosted{name} cannot be served by vLLM: {reason_against(name)}. "
+            f"{_WITH_TRANSFORMERS}, or ghost a model among {', '.join((*NATIVE, *THROUGH_TRANSFORMERS))}"
         )
 
 
