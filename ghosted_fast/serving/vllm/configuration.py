@@ -84,7 +84,8 @@ def check_servable(config: Any) -> None:
     elif name not in THROUGH_TRANSFORMERS:
         raise UnsupportedModelError(
             f"Ghosted{name} cannot be served by vLLM: {reason_against(name)}. "
-            f"{_WITH_TRANSFORMERS}, or ghost a model among {', '.join((*NATIVE, *THROUGH_TRANSFORMERS))}"
+            f"{_WITH_TRANSFORMERS}, or ghost a model among "
+            f"{', '.join((*NATIVE, *THROUGH_TRANSFORMERS))}"
         )
 
 
