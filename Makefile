@@ -121,7 +121,7 @@ test-engines: wheel .venv-engines/.installed assets
 
 # vLLM for the processor. Its requirement of torch's CPU build is met beforehand, so that pip does
 # not choose another, and those of sound and pictures are left out.
-.venv-vllm/.installed: constraints.txt tests/engines/vllm_requirements.py
+.venv-vllm/.installed: constraints.txt $(wildcard tests/engines/vllm_*.py)
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	.venv-vllm/bin/python -c "import torch; assert torch.version.cuda is None, \
@@ -133,6 +133,9 @@ test-engines: wheel .venv-engines/.installed assets
 	  constraints.txt > .venv-vllm/constraints.txt
 	.venv-vllm/bin/python -m pip install --quiet -c .venv-vllm/constraints.txt \
 	  -r .venv-vllm/requirements.txt accelerate gguf pytest
+	.venv-vllm/bin/python -m pip install --quiet --no-deps \
+	  "$$(grep '^torchvision==' constraints.txt)"
+	.venv-vllm/bin/python tests/engines/vllm_torchvision.py
 	touch $@
 
 test-vllm: wheel .venv-vllm/.installed assets
