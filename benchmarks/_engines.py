@@ -1,8 +1,8 @@
 """Times of saved models in one engine, run by that engine's own environment.
 
-    python benchmarks/_engines.py ENGINE --paths A B C --repeats N ...   prints one JSON line
+    python benchmarks/_engines.py ENGINE --paths A B C --precision P ...   prints one JSON line
 
-The models are loaded side by side and measured in turn. `bench_engines.py` starts this program.
+The models are loaded side by side and measured in rounds. `bench_engines.py` starts this program.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from ghosted_fast.measure.throughput import SpeedSettings, run_both_phases, throughputs_of
+from ghosted_fast.timing.conditions import Watch
+
 
 class Engine(Protocol):
     """One model, loaded."""
 
     def measure(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        """Return the seconds of a prefill and of decoding `new_tokens` after it."""
+        """Return the seconds of a prefill and of each of `new_tokens` decoding steps after it."""
 
 
 class LlamaCpp:
@@ -41,8 +44,7 @@ class LlamaCpp:
         timings = (answer if isinstance(answer, dict) else json.loads(answer))["timings"]
         if (timings["prompt_n"], timings["predicted_n"]) != (len(prompt), 1 + new_tokens):
             raise RuntimeError(f"llama.cpp read or wrote another number of tokens: {timings}")
-        each = timings["predicted_ms"] / timings["predicted_n"]
-        return timings["prompt_ms"] / 1e3, each * new_tokens / 1e3
+        return timings["prompt_ms"] / 1e3, timings["predicted_ms"] / timings["predicted_n"] / 1e3
 
 
 class OrtGenAI:
@@ -69,7 +71,7 @@ class OrtGenAI:
         after_prefill = time.perf_counter()
         for _ in range(new_tokens):
             generator.generate_next_token()
-        return after_prefill - start, time.perf_counter() - after_prefill
+        return after_prefill - start, (time.perf_counter() - after_prefill) / new_tokens
 
 
 ENGINES: dict[str, Any] = {"llama.cpp": LlamaCpp, "ort-genai": OrtGenAI}
@@ -81,7 +83,8 @@ def main() -> None:
     parser.add_argument("--paths", type=Path, nargs="+", required=True)
     parser.add_argument("--prompt-length", type=int, required=True)
     parser.add_argument("--new-tokens", type=int, required=True)
-    parser.add_argument("--repeats", type=int, required=True)
+    parser.add_argument("--precision", type=float, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--vocabulary", type=int, required=True)
     given = parser.parse_args()
@@ -90,17 +93,23 @@ def main() -> None:
     draw = random.Random(0)
     prompt = [draw.randrange(given.vocabulary) for _ in range(given.prompt_length)]
     length = given.prompt_length + 1 + given.new_tokens
-    engines: list[Engine] = [
-        ENGINES[given.engine](path, length, given.threads) for path in given.paths
-    ]
-    seconds: list[list[tuple[float, float]]] = [[] for _ in engines]
-    for repeat in range(given.repeats + 1):
-        for step in range(len(engines)):
-            index = (step + repeat) % len(engines)
-            timing = engines[index].measure(prompt, given.new_tokens)
-            if repeat > 0:
-                seconds[index].append(timing)
-    sys.stdout.write("\n" + json.dumps(seconds) + "\n")
+    engines: dict[str, Engine] = {
+        path.name: ENGINES[given.engine](path, length, given.threads) for path in given.paths
+    }
+    settings = SpeedSettings(
+        given.prompt_length, given.new_tokens, 1, given.precision, given.seconds
+    )
+    for engine in engines.values():
+        engine.measure(prompt, given.new_tokens)
+    watch = Watch()
+    prefill, decode, ended = run_both_phases(
+        list(engines),
+        lambda name: engines[name].measure(prompt, given.new_tokens),
+        settings,
+        time.perf_counter,
+    )
+    found = throughputs_of(prefill, decode, settings, ended, watch.conditions())
+    sys.stdout.write("\n" + json.dumps({k: v.to_dict() for k, v in found.items()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Calibration: its time over the bare forward passes, and its memory over the statistics.
 
 Gate first: the statistics are compared with those of hidden states that transformers itself
-recorded. Then, interleaved batch by batch in one process: the bare layers up to the last boundary,
-and the same with statistics. Memory is measured in new processes, one per number of tokens, as the
-peak of the resident set above the model, beside that of one bare forward pass (Linux).
+recorded. Then, in rounds: the bare layers up to the last boundary, and the same with statistics.
+Memory is measured in new processes, one per number of tokens, as the peak of the resident set above
+the model, beside that of one bare forward pass (Linux).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import datetime
 import gc
 import json
 import math
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ from ghosted_fast.testing import relative_rms
 from ghosted_fast.text.batches import iterate_batches
 from ghosted_fast.text.folds import held_out_batches
 from ghosted_fast.text.loading import load_texts, token_batches
+from ghosted_fast.timing.estimates import Estimate, ratio_text
+from ghosted_fast.timing.rounds import time_variants
+from ghosted_fast.timing.stopwatch import warm_sample
 
 RESULTS = Path(__file__).parent / "results" / "bench_calibration.jsonl"
 INTERVAL = (14, 19)
@@ -87,30 +90,30 @@ def gate(model: Any, batch: torch.Tensor) -> float:
     return error
 
 
-def overheads(model: Any, batches: list[torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Return the time of calibration over that of the bare layers, median over the batches."""
+def overheads(model: Any, batch: torch.Tensor, seconds: float) -> dict[str, dict[str, Any]]:
+    """Return the time of calibration over that of the bare layers, as an `Estimate`."""
     count = num_layers(model)
     every = candidate_intervals(INTERVAL[1] - INTERVAL[0], count)
     result = {}
     for name, intervals in (("one interval", [INTERVAL]), ("all intervals", every)):
         last = max(stop for _, stop in intervals)
-        ratios, bare_ms = [], []
-        for batch in batches:
-            began = time.perf_counter()
+
+        def bare(last: int = last) -> None:
             for item in iterate_batches([batch]):
                 visit_boundaries(model, item, [last], lambda *_: None)
-            bare = time.perf_counter() - began
-            began = time.perf_counter()
+
+        def collected(intervals: list[tuple[int, int]] = intervals) -> None:
             collect_statistics(model, [batch], intervals, OPTIONS)
-            ratios.append((time.perf_counter() - began) / bare)
-            bare_ms.append(1e3 * bare)
-        low, middle, high = statistics.quantiles(ratios, n=5)[0], statistics.median(ratios), 0.0
-        high = statistics.quantiles(ratios, n=5)[-1]
+
+        works: dict[str, Callable[[], None]] = {"collected": collected, "bare": bare}
+        variants = {
+            label: partial(warm_sample, work, model.device, 1, warm_up=False)
+            for label, work in works.items()
+        }
+        rounds = time_variants(variants, 0.01, seconds)
         result[name] = {
-            "ratio": middle,
-            "ratio_p20": low,
-            "ratio_p80": high,
-            "bare_ms": statistics.median(bare_ms),
+            "ratio": rounds.speedup("bare").to_dict(),
+            "bare_ms": 1e3 * rounds.seconds("bare").value,
             "intervals": len(intervals),
         }
     return result
@@ -186,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of calibration in time and memory")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--batches", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--memory-tokens", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)
@@ -199,12 +203,12 @@ def main() -> None:
         model, tokenizer = dense_model(dtype)
         batches = calibration_tokens(tokenizer, options.batches * 4096)
         error = gate(model, batches[0])
-        for name, found in overheads(model, batches).items():
+        for name, found in overheads(model, batches[0], options.seconds).items():
             rows.append({"what": name, "dtype": dtype, "error": error, **found})
             console.print(
-                f"{dtype:9} {name:13} ({found['intervals']:2.0f}): {found['ratio']:.3f} x the bare "
-                f"layers ({found['ratio_p20']:.3f} to {found['ratio_p80']:.3f}; "
-                f"goal: {GOALS[name]:.2f})"
+                f"{dtype:9} {name:13} ({found['intervals']:2.0f}): "
+                f"{ratio_text(Estimate(**found['ratio']))} the bare layers "
+                f"(goal: {GOALS[name]:.2f})"
             )
         found = scoring(model, batches)
         rows.append({"what": "scoring", "dtype": dtype, **found})

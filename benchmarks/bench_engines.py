@@ -28,13 +28,14 @@ from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.assets.downloads import fetch_demo_assets
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.export.gguf import export_gguf
-from ghosted_fast.measure.speed import Throughput, throughput_of
 from ghosted_fast.measure.system import machine_facts
+from ghosted_fast.measure.throughput import Throughput
 from ghosted_fast.models.loading import cast_parameters, load_model
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.text.loading import load_texts, token_batches
+from ghosted_fast.timing.estimates import Estimate, ratio_text, speed_text
 
 ROOT = Path(__file__).parent.parent
 MODEL = "SmolLM2-135M-Instruct"
@@ -81,8 +82,10 @@ def make_models(folder: Path) -> None:
             save_model(cast_parameters(model, dtype), folder / f"{name}-{kind}", tokenizer, True)
 
 
-def measure(engine: str, kind: str, folder: Path, given: argparse.Namespace) -> list[Throughput]:
-    """Return the speed of the three models in an engine's own process.
+def measure(
+    engine: str, kind: str, folder: Path, given: argparse.Namespace
+) -> dict[str, Throughput]:
+    """Return the speed of the three models, by name, in an engine's own process.
 
     Raises:
         CalledProcessError: The engine failed; what it said has been shown.
@@ -95,11 +98,12 @@ def measure(engine: str, kind: str, folder: Path, given: argparse.Namespace) -> 
             command += ["--model", folder / f"{name}-{kind}"]
         command += ["--prompt-length", given.prompt_length, "--new-tokens", given.new_tokens]
         dtype = str(DTYPES[kind]).removeprefix("torch.")
-        command += ["--repeats", given.repeats, "--threads", given.threads, "--dtype", dtype]
+        command += ["--precision", given.precision, "--seconds", given.seconds]
+        command += ["--threads", given.threads, "--dtype", dtype]
         rows = json.loads(_run(command, folder, given.threads))["models"]
         if any(row["dtype"] != dtype for row in rows):
             raise RuntimeError(f"expected {dtype} in {engine}, got {[r['dtype'] for r in rows]}")
-        return [Throughput(**row["throughput"]) for row in rows]
+        return _by_kind({row["name"]: row["throughput"] for row in rows})
     if engine == "llama.cpp":
         paths = [folder / f"{name}-{kind}.gguf" for name in NAMES]
     else:
@@ -112,12 +116,24 @@ def measure(engine: str, kind: str, folder: Path, given: argparse.Namespace) -> 
     vocabulary = json.loads((folder / "dense-fp32" / "config.json").read_text())["vocab_size"]
     command = [python, Path(__file__).parent / "_engines.py", engine, "--paths", *paths]
     command += ["--prompt-length", given.prompt_length, "--new-tokens", given.new_tokens]
-    command += ["--repeats", given.repeats, "--threads", given.threads, "--vocabulary", vocabulary]
+    command += ["--precision", given.precision, "--seconds", given.seconds]
+    command += ["--threads", given.threads, "--vocabulary", vocabulary]
     lines = _run(command, folder, given.threads).splitlines()
-    return [
-        throughput_of(seconds, given.prompt_length, given.new_tokens, 1)
-        for seconds in json.loads(lines[-1])
-    ]
+    return _by_kind(json.loads(lines[-1]))
+
+
+def _by_kind(records: dict[str, dict[str, Any]]) -> dict[str, Throughput]:
+    """Return speeds by "dense", "pruned" and "ghosted", which the files' names begin with."""
+
+    def short(name: str) -> str:
+        return Path(name).name.partition("-")[0]
+
+    return {
+        short(name): Throughput.from_dict(
+            {**record, "relative": {short(key): item for key, item in record["relative"].items()}}
+        )
+        for name, record in records.items()
+    }
 
 
 def version_of(engine: str, folder: Path) -> str:
@@ -156,15 +172,15 @@ def rows_of(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         version = version_of(engine, folder)
         for kind in ENGINES[engine]:
             began = time.perf_counter()
-            speeds = dict(zip(NAMES, measure(engine, kind, folder, given), strict=True))
-            decode = {name: speed.decode_tokens_per_s for name, speed in speeds.items()}
+            speeds = measure(engine, kind, folder, given)
+            decode = {name: ratios["decode"] for name, ratios in speeds["ghosted"].relative.items()}
             yield {
                 "engine": engine,
                 "version": version,
                 "precision": kind,
                 **{name: speed.to_dict() for name, speed in speeds.items()},
-                "ghosted_to_pruned": decode["ghosted"] / decode["pruned"],
-                "ghosted_to_dense": decode["ghosted"] / decode["dense"],
+                "ghosted_to_pruned": decode["pruned"].to_dict(),
+                "ghosted_to_dense": decode["dense"].to_dict(),
                 "threads": given.threads,
                 "seconds": time.perf_counter() - began,
                 "machine": facts,
@@ -180,6 +196,14 @@ def write(output: Path, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     write_atomically(output / "engines.md", markdown(kept))
 
 
+def _speed(record: dict[str, Any]) -> str:
+    return speed_text(Estimate(**record))
+
+
+def _ratio(record: dict[str, Any]) -> str:
+    return ratio_text(Estimate(**record))
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the table of engines."""
     columns = ["engine", "precision", *NAMES, "ghosted / pruned", "ghosted / dense"]
@@ -187,9 +211,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [" | ".join(columns), "--- | --- |" + " ---: |" * (len(columns) - 2)]
     for row in rows:
         cells = [f"{row['engine']} {row['version']}", row["precision"]]
-        cells += [f"{row[name]['decode_tokens_per_s']:.1f}" for name in NAMES]
-        cells += [f"{row['ghosted_to_pruned']:.3f}", f"{row['ghosted_to_dense']:.2f}"]
-        cells += [f"{row[name]['prefill_tokens_per_s']:.0f}" for name in NAMES]
+        cells += [_speed(row[name]["decode_tokens_per_s"]) for name in NAMES]
+        cells += [_ratio(row["ghosted_to_pruned"]), _ratio(row["ghosted_to_dense"])]
+        cells += [_speed(row[name]["prefill_tokens_per_s"]) for name in NAMES]
         lines.append(" | ".join(cells))
     settings = sorted({_settings(row) for row in rows})
     return (
@@ -200,10 +224,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _settings(row: dict[str, Any]) -> str:
-    speed = row["ghosted"]
+    settings = row["ghosted"]["settings"]
     return (
-        f"Medians of {speed['repeats']}, {speed['new_tokens']} tokens after "
-        f"{speed['prompt_length']}, {row['threads']} thread{'s' * (row['threads'] > 1)}, "
+        f"± half of the 95 % interval, {settings['new_tokens']} tokens after "
+        f"{settings['prompt_length']}, {row['threads']} thread{'s' * (row['threads'] > 1)}, "
         f"{row['machine']['processor']}"
     )
 
@@ -214,7 +238,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench_engines")
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--precision", type=float, default=0.005)
+    parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     given.output = given.output.absolute()

@@ -3,7 +3,7 @@
 Gate first: the ghosted model's logits are compared with the dense model's, composed anew by hooks
 (the hidden state before the gap goes through the ghost in fp64 and in at the end of the gap), and
 a decoding step with its cache is compared with the whole sequence at once. No number is printed on
-a wrong result. The models are measured in turn in one process; see `compare_throughput`.
+a wrong result. The models are measured in rounds in one process; see `compare_throughput`.
 
 Bytes of a decoding step: every parameter once, but of the input embedding one row per prompt (where
 it is tied, the head reads all of it). Flops of a step: 2 per parameter of a linear layer and token.
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cases import GateError
-from _roofline import Roof, measure_roof
 from rich.console import Console
 from torch import Tensor, nn
 
 from ghosted_fast.assets.downloads import fetch_demo_assets
+from ghosted_fast.bench_ops.roofs import MEMORY, measure_roofs
+from ghosted_fast.cli._shared.tables import model_table, speed_lines
+from ghosted_fast.errors import GateError
 from ghosted_fast.measure.models_table import ModelRow, compare_models, ratio
 from ghosted_fast.measure.system import machine_facts
 from ghosted_fast.models.families import decoder_layers, final_norm
@@ -35,6 +36,7 @@ from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import relative_rms
 from ghosted_fast.text.loading import load_texts, token_batches
+from ghosted_fast.timing.estimates import Estimate
 
 RESULTS = Path(__file__).parent / "results" / "bench_generate.jsonl"
 # The criterion "ghost" chooses these of SmolLM2's 30 layers; the speed depends on their number.
@@ -130,14 +132,19 @@ def linear_parameters(model: Any) -> int:
 
 
 def record(
-    row: ModelRow, rows: list[dict[str, Any]], model: Any, errors: dict[str, float], roof: Roof
+    row: ModelRow,
+    rows: list[dict[str, Any]],
+    model: Any,
+    errors: dict[str, float],
+    roofs: dict[str, float],
 ) -> dict[str, Any]:
     """Return a line of the results file."""
     speed = row.throughput
     assert speed is not None
-    step_s = speed.batch_size / speed.decode_tokens_per_s
-    size = decode_bytes(model, speed.batch_size)
-    flops = 2 * linear_parameters(model) * speed.batch_size
+    batch_size = speed.settings.batch_size
+    step_s = batch_size / speed.decode_tokens_per_s.value
+    size = decode_bytes(model, batch_size)
+    flops = 2 * linear_parameters(model) * batch_size
     kind = "bf16" if row.dtype == "bfloat16" else "fp32"
     facts = row.to_dict()
     return {
@@ -147,19 +154,23 @@ def record(
         "layers": row.layers,
         "parameters": row.parameters,
         **speed.to_dict(),
-        "prefill_ratio": ratio(facts, rows, "prefill_tokens_per_s"),
-        "decode_ratio": ratio(facts, rows, "decode_tokens_per_s"),
+        "prefill_ratio": _json(ratio(facts, rows, "prefill")),
+        "decode_ratio": _json(ratio(facts, rows, "decode")),
         "decode_ms": 1e3 * step_s,
         "decode_bytes": size,
         "decode_flops": flops,
         "decode_gbps": size / step_s / 1e9,
-        "decode_roof_share": roof.ms(size, {kind: flops}) / (1e3 * step_s),
-        "roof_gbps": roof.gbps,
-        "roof_gflops": roof.gflops[kind],
+        "decode_roof_share": max(size / roofs[MEMORY], flops / roofs[kind]) / step_s,
+        "roof_gbps": roofs[MEMORY] / 1e9,
+        "roof_gflops": roofs[kind] / 1e9,
         **errors,
         "machine": machine_facts(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _json(found: Estimate | None) -> dict[str, Any] | None:
+    return None if found is None else found.to_dict()
 
 
 def main() -> None:
@@ -169,7 +180,8 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--precision", type=float, default=0.005)
+    parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -182,28 +194,33 @@ def main() -> None:
         "prompt_length": options.prompt_length,
         "new_tokens": options.new_tokens,
         "batch_size": options.batch_size,
-        "repeats": options.repeats,
+        "precision": options.precision,
+        "seconds": options.seconds,
     }
     console = Console(highlight=False, soft_wrap=True)
-    roof = measure_roof()
+    roofs = measure_roofs()
     for dtype in options.dtype:
         dense = cast_parameters(copy.deepcopy(source), resolve_dtype(dtype) or torch.float32)
         ghosted, _ = ghost_model(dense, batches, removed=REMOVED, run=RunOptions(corrections=0))
         errors = gate(dense, ghosted, batches[0][:2, :GATE_TOKENS], dtype)
         models = {"dense": dense, "pruned": prune_model(dense, REMOVED), "ghosted": ghosted}
-        rows = compare_models(models, speed=speed)
+        rows = compare_models(models, speed=speed, progress=True)
         facts = [row.to_dict() for row in rows]
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("a", encoding="utf-8") as file:
             for row in rows:
-                line = record(row, facts, models[row.name], errors, roof)
+                line = record(row, facts, models[row.name], errors, roofs)
                 file.write(json.dumps(line) + "\n")
                 console.print(
-                    f"{row.name:8} {dtype:9} prefill {line['prefill_tokens_per_s']:8.1f} tok/s "
-                    f"({line['prefill_ratio']:.2f}x)  decode {line['decode_tokens_per_s']:6.1f} "
-                    f"tok/s ({line['decode_ratio']:.2f}x, {line['decode_gbps']:.1f} GB/s, "
-                    f"{line['decode_roof_share']:.0%} of the roof)"
+                    f"{row.name:8} {dtype:9} decoding {line['decode_gbps']:.1f} GB/s, "
+                    f"{line['decode_roof_share']:.0%} of the roof"
                 )
+        table = model_table(rows)
+        console.print("  ".join(table.columns))
+        for cells in table.rows:
+            console.print("  ".join(cells))
+        for text in speed_lines(rows):
+            console.print(text)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ghosted_fast.timing.estimates import estimate_from, ratio_text, speed_text
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
@@ -31,6 +34,16 @@ def layers_as_text(layers: Sequence[int]) -> str:
         else:
             runs.append([layer])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def measured_ratio(record: Mapping[str, Any] | None) -> str:
+    """Return a ratio of speeds as `1.22x ± 0.01`, from an `Estimate` as JSON has it."""
+    return ratio_text(estimate_from(record))
+
+
+def measured_speed(record: Mapping[str, Any]) -> str:
+    """Return a speed with the digits that are known of it, from an `Estimate` as JSON has it."""
+    return speed_text(estimate_from(record))
 
 
 def ratio(value: float, digits: int = 2) -> str:

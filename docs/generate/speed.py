@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from docs.generate.markdown import ratio, table
+from docs.generate.markdown import measured_ratio, measured_speed, table
 from docs.generate.results import engine_rows, newest_rows
 
 _PAGES = {
@@ -18,23 +18,21 @@ _GIVEN = "SmolLM2-135M-Instruct without layers 14-18"
 
 
 def _engine_cells(row: dict[str, Any]) -> list[str]:
-    speeds = [f"{row[name]['decode_tokens_per_s']:.1f}" for name in _MODELS]
-    return [*speeds, f"{row['ghosted_to_pruned']:.3f}", f"{row['ghosted_to_dense']:.2f}"]
+    speeds = [measured_speed(row[name]["decode_tokens_per_s"]) for name in _MODELS]
+    ratios = [measured_ratio(row[f"ghosted_to_{name}"]) for name in ("pruned", "dense")]
+    return [*speeds, *ratios]
 
 
 def _heading(rows: list[dict[str, Any]]) -> str:
-    (setting,) = {
-        (row["ghosted"]["new_tokens"], row["ghosted"]["prompt_length"], row["threads"])
-        for row in rows
-    }
-    new_tokens, prompt_length, threads = setting
-    runs = " or ".join(map(str, sorted({row["ghosted"]["repeats"] for row in rows})))
+    settings = [row["ghosted"]["settings"] for row in rows]
+    ((new_tokens, prompt_length),) = {(s["new_tokens"], s["prompt_length"]) for s in settings}
+    (threads,) = {row["threads"] for row in rows}
     (processor,) = {row["machine"]["processor"] for row in rows}
     days = " and ".join(sorted({row["date"][:10] for row in rows}))
     return (
         f"Tokens per second of decoding, {_GIVEN} (25 of 30 layers are left): {new_tokens} tokens "
-        f"after {prompt_length}, {threads} thread{'s' * (threads > 1)} of an {processor}, medians "
-        f"of {runs} runs, {days} (`make bench-engines`).\n\n"
+        f"after {prompt_length}, {threads} thread{'s' * (threads > 1)} of an {processor}, {days} "
+        "(`make bench-engines`). ± is half of the 95 % interval.\n\n"
     )
 
 
@@ -62,7 +60,9 @@ def where_it_runs() -> str:
     rows = []
     for engine, (name, page) in _PAGES.items():
         found = [row for row in engine_rows() if row["engine"] == engine]
-        precisions = [f"{row['precision']} {ratio(row['ghosted_to_dense'])}" for row in found]
+        precisions = [
+            f"{row['precision']} {measured_ratio(row['ghosted_to_dense'])}" for row in found
+        ]
         rows.append([f"[{name}]({page})", found[0]["version"], ", ".join(precisions)])
     (threads,) = {row["threads"] for row in engine_rows()}
     where = f"5 of 30 layers gone, {threads} thread{'s' * (threads > 1)}"
@@ -79,19 +79,34 @@ def models() -> str:
             row = by_model[name]
             cells = [dtype, name, str(row["layers"])]
             for kind in ("prefill", "decode"):
-                speed = row[f"{kind}_tokens_per_s"]
-                low, high = row[f"{kind}_p20"], row[f"{kind}_p80"]
-                cells += [f"{speed:.1f} ({low:.1f} - {high:.1f})", ratio(row[f"{kind}_ratio"])]
+                cells.append(measured_speed(row[f"{kind}_tokens_per_s"]))
+                for other in ("dense", "pruned"):
+                    ratios = row["relative"].get(other)
+                    cells.append(measured_ratio(ratios and ratios[kind]))
             rows.append(cells)
-    columns = ["dtype", "model", "layers", "prefill", "/ dense", "decoding", "/ dense"]
+    columns = ["dtype", "model", "layers"]
+    columns += ["prefill", "/ dense", "/ pruned", "decoding", "/ dense", "/ pruned"]
     row = found[0]
+    settings = row["settings"]
     heading = (
-        f"Tokens per second, {_GIVEN}: batch {row['batch_size']}, prompts of "
-        f"{row['prompt_length']} tokens, {row['new_tokens']} new ones, "
-        f"{row['machine']['threads']} threads, median (20th - 80th percentile) of {row['repeats']} "
-        f"interleaved runs, {row['machine']['processor']}, {row['date'][:10]}.\n\n"
+        f"Tokens per second, {_GIVEN}: batch {settings['batch_size']}, prompts of "
+        f"{settings['prompt_length']} tokens, {settings['new_tokens']} new ones, "
+        f"{row['machine']['threads']} threads of an {row['machine']['processor']}, "
+        f"{row['date'][:10]}. ± is half of the 95 % interval.\n\n"
     )
     return heading + table(columns, rows, 2)
+
+
+def deployment() -> str:
+    """Return the table of latencies and memory of dense, pruned and ghosted model."""
+    rows = []
+    for row in sorted(newest_rows("generate"), key=lambda row: str(row["dtype"])):
+        steps = row["token_ms"]
+        rows.append([row["dtype"], row["model"], measured_speed(row["first_token_ms"])])
+        rows[-1] += [f"{steps[name]:.1f}" for name in ("p50", "p95", "p99")]
+        rows[-1] += [f"{row[name] / 2**20:.1f}" for name in ("weight_bytes", "cache_bytes")]
+    columns = ["dtype", "model", "first token, ms", "token, ms", "95th of 100", "99th of 100"]
+    return table([*columns, "weights, MiB", "cache, MiB"], rows, 2)
 
 
 def calibration() -> str:
@@ -108,5 +123,7 @@ def calibration() -> str:
             rows.append([what, row["dtype"], f"{row['ratio']:.2f} of evaluating as many models"])
         else:
             what = f"statistics of {row['what']} ({row['intervals']}), whole pass"
-            rows.append([what, row["dtype"], f"{ratio(row['ratio'])} the bare forward pass"])
+            rows.append(
+                [what, row["dtype"], f"{measured_ratio(row['ratio'])} the bare forward pass"]
+            )
     return table(["what", "dtype", "cost"], rows, 3)

@@ -18,6 +18,7 @@ from typing import Any
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.facts import layers_as_text
 from ghosted_fast.models.runtime_classes import named_base_of
+from ghosted_fast.timing.estimates import Estimate, speed_text
 
 CARD = "README.md"
 IMPORTED = "imported"
@@ -27,7 +28,8 @@ _MARK = "<!-- Written by ghosted_fast. Remove this line to keep the card as it i
 # What transformers writes into the card of a repository that has none.
 _PLACEHOLDER = "This model card has been automatically generated."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_REPORTED = ("model", "criterion", "recovery", "calibration", "ghosts", "num_tokens")
+_REPORTED = ("model", "criterion", "recovery", "calibration", "ghosts", "num_tokens",
+             "calibrated_in")  # fmt: skip
 
 
 def attach_report(config: Any, report: Mapping[str, Any]) -> bool:
@@ -238,6 +240,11 @@ def _calibration(report: Mapping[str, Any]) -> str:
         f"The layers were {by}. The operators are a closed-form fit (recovery "
         f"`{report.get('recovery', 'ghost')}`) over {report.get('num_tokens', 0):,} tokens{text}."
     )
+    if report.get("calibrated_in"):
+        said += (
+            " All of this was computed in the model with weights quantized by "
+            f"{report['calibrated_in']}."
+        )
     if report.get("corrections"):
         said += f" {report['corrections']} closed-form corrections moved them afterwards."
     if report.get("refined"):
@@ -256,8 +263,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             str(row["layers"]),
             f"{row['parameters'] / 1e6:,.1f} M",
             _figure(row.get("perplexity"), ".2f"),
-            _figure(row.get("prefill_tokens_per_s"), ",.1f"),
-            _figure(row.get("decode_tokens_per_s"), ",.1f"),
+            _speed(row.get("prefill_tokens_per_s")),
+            _speed(row.get("decode_tokens_per_s")),
         ]
         for row in rows
     ]
@@ -271,6 +278,13 @@ def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _speed(found: Mapping[str, Any] | float | None) -> str:
+    """Return a speed for people; older folders have it without an interval."""
+    if isinstance(found, Mapping):
+        return speed_text(Estimate(**found))
+    return _figure(found, ",.1f")
 
 
 def _is_hub_id(name: str) -> bool:

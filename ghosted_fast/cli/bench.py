@@ -1,31 +1,63 @@
-"""`ghosted-fast bench`: prefill and decoding speed of several models, interleaved."""
+"""`ghosted-fast bench`: prefill and decoding speed of several models, in rounds."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
+from ghosted_fast.cli._shared import values
 from ghosted_fast.cli._shared.input_args import ModelsArgs
-from ghosted_fast.cli._shared.results import Result
+from ghosted_fast.cli._shared.results import Result, TextTable
+from ghosted_fast.cli._shared.verb import usage_error
+
+if TYPE_CHECKING:
+    from ghosted_fast.measure.throughput import SpeedSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedArgs:
-    """What is measured: the arguments of `compare_throughput`."""
+    """What is measured, and how precisely."""
 
     title: ClassVar = "What is measured"
     prompt_length: Annotated[
-        int, typer.Option("--prompt-length", min=1, help="Tokens of each prompt.")
-    ] = 512
+        list[int],
+        typer.Option("--prompt-length", min=1, help="Tokens of each prompt; repeat it."),
+    ] = field(default_factory=lambda: [512])
     new_tokens: Annotated[
-        int, typer.Option("--new-tokens", min=1, help="Tokens to decode after it.")
+        int, typer.Option("--new-tokens", min=2, help="Tokens to decode after it.")
     ] = 64
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts at a time.")] = 1
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Measurements of each model.")
-    ] = 5
+    batch_size: Annotated[
+        list[int], typer.Option("--batch-size", min=1, help="Prompts at a time; repeat it.")
+    ] = field(default_factory=lambda: [1])
+    precision: Annotated[
+        float,
+        typer.Option(
+            "--precision",
+            parser=values.parse_precision,
+            metavar="SHARE",
+            help="Half of the interval of a ratio to the first model at which it is known, "
+            "such as 0.5%.",
+        ),
+    ] = 0.02
+    seconds: Annotated[
+        float,
+        typer.Option("--seconds", help="When to stop at the latest, of each length and size."),
+    ] = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise usage_error(f"expected seconds above 0, got {self.seconds:g}", "--seconds")
+
+    def settings(self) -> Iterator[SpeedSettings]:
+        """Yield the settings of every length and size."""
+        from ghosted_fast.measure.throughput import SpeedSettings
+
+        for length in dict.fromkeys(self.prompt_length):
+            for size in dict.fromkeys(self.batch_size):
+                yield SpeedSettings(length, self.new_tokens, size, self.precision, self.seconds)
 
 
 def bench(
@@ -36,17 +68,30 @@ def bench(
         typer.Option("--engine", help="What runs the models; vllm takes saved folders."),
     ] = "transformers",
 ) -> Result:
-    """Measure tokens per second of prefill and of decoding, one model after the other in turn."""
-    from ghosted_fast.cli._shared.tables import model_table
+    """Measure tokens per second of prefill and of decoding, in rounds that all models take part in.
+
+    Ratios are to the first model. Ctrl-C shows what is known so far.
+    """
+    from dataclasses import asdict
+
+    from ghosted_fast.cli._shared.tables import deployment_table, model_table, speed_lines
     from ghosted_fast.measure.models_table import compare_models
     from ghosted_fast.measure.system import machine_facts
 
-    if engine == "vllm":
-        from ghosted_fast.serving.vllm.speed import compare_in_vllm
-
-        rows = compare_in_vllm(models.model, models.dtype, **asdict(speed))
-    else:
+    shown: list[TextTable | str] = []
+    records: list[dict[str, Any]] = []
+    if engine == "transformers":
         opened, _ = models.open()
-        rows = compare_models(opened, speed=asdict(speed))
-    data = {"models": [row.to_dict() for row in rows], "machine": machine_facts(), "engine": engine}
-    return Result(data, [model_table(rows)])
+    for settings in speed.settings():
+        if engine == "vllm":
+            from ghosted_fast.serving.vllm.speed import compare_in_vllm
+
+            rows = compare_in_vllm(models.model, models.dtype, settings)
+        else:
+            rows = compare_models(opened, speed=asdict(settings), progress=True)
+        records += [row.to_dict() for row in rows]
+        shown += ["", model_table(rows), "", deployment_table(rows), *speed_lines(rows)]
+        if any(row.throughput and row.throughput.ended == "interrupted" for row in rows):
+            break
+    data = {"models": records, "machine": machine_facts(), "engine": engine}
+    return Result(data, shown[1:])

@@ -38,7 +38,7 @@ class DemoArgs:
     ] = field(default_factory=lambda: ["bfloat16"])
     tokens: TokensOption = 49152
     quick: Annotated[
-        bool, typer.Option("--quick", help="An eighth of the text, speed measured once.")
+        bool, typer.Option("--quick", help="An eighth of the text, speed hardly measured.")
     ] = False
     overwrite: OverwriteOption = False
 

@@ -12,6 +12,7 @@ from ghosted_fast.facts import layers_as_text
 from ghosted_fast.grid.summary import Summary, summaries
 from ghosted_fast.grid.table import BEST_PUBLISHED, DEFAULT, Grid
 from ghosted_fast.reports.page import page_template
+from ghosted_fast.timing.estimates import estimate_from, ratio_text, speed_text
 
 
 def check_outputs() -> None:
@@ -82,7 +83,8 @@ def full_table(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str]
         line += [f"{accuracy[task]:.1%}" if task in accuracy else "-" for task in tasks]
         line.append(f"{row['parameters'] / 1e6:,.1f} M")
         if with_speed:
-            line += [f"{row['decode_tokens_per_s']:,.1f}", f"{row['decode_ratio']:.2f}x"]
+            line.append(speed_text(estimate_from(row["decode_tokens_per_s"])))
+            line.append(ratio_text(estimate_from(row["decode_ratio"])))
         seconds = sum(row["seconds"][part] for part in ("select", "recover"))
         line.append(f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}")
         peak = row["peak_memory"]

@@ -82,7 +82,7 @@ class GridPlan:
         recoveries: Names out of `RECOVERIES`, or variants of them (`corrected`, `refined`). None
             for all, and the ghost with corrections, which is the library's default.
         name: What the model is called; by default what its configuration says.
-        speed: Arguments of `compare_throughput`, for example `{"repeats": 3}`, to measure speed,
+        speed: Arguments of `compare_throughput`, for example `{"seconds": 60}`, to measure speed,
             once for each shape of model; None leaves it out.
         accuracy: A function of a model that returns its accuracy by task, in 0..1; None leaves
             the columns out.
@@ -94,7 +94,7 @@ class GridPlan:
     criteria: Sequence[str] = tuple(CRITERIA)
     recoveries: Sequence[str | Variant] | None = None
     name: str | None = None
-    speed: Mapping[str, int] | None = None
+    speed: Mapping[str, Any] | None = None
     accuracy: Callable[[Any], dict[str, float]] | None = None
     accuracy_name: str = ""
     seed: int = 0

@@ -126,7 +126,9 @@ def quality_figure(grid: Grid) -> str | None:
 
     def place(row: Row) -> tuple[float, float]:
         saved = 100 * (1 - row["parameters"] / grid.dense["parameters"])
-        return row["decode_ratio"] if with_speed else saved, row["perplexity"][text]["value"]
+        return row["decode_ratio"]["value"] if with_speed else saved, row["perplexity"][text][
+            "value"
+        ]
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.6), layout="constrained")

@@ -201,7 +201,7 @@ def _run(state: GridState, fitting: Fitting, judge: Judge, shape: Shape) -> None
         run_cells(fitting, cells, judge, done)
 
 
-def _measure(state: GridState, fitting: Fitting, shape: Shape, speed: Mapping[str, int]) -> None:
+def _measure(state: GridState, fitting: Fitting, shape: Shape, speed: Mapping[str, Any]) -> None:
     """Measure the speed of each shape of model that is not known yet, beside the dense one."""
     stand_ins: dict[str, tuple[tuple[Any, ...], Any]] = {}
     for cell in _cells(state, shape):
@@ -217,7 +217,6 @@ def _measure(state: GridState, fitting: Fitting, shape: Shape, speed: Mapping[st
         "dense": fitting.decoder.model,
         **{label: built for label, (_, built) in stand_ins.items()},
     }
-    found = compare_throughput(models, **speed)
-    dense = found["dense"].to_dict()
+    found = compare_throughput(models, **speed, progress=fitting.run.progress)
     for label, (key, _) in stand_ins.items():
-        state.put(*key, record={"model": found[label].to_dict(), "dense": dense})
+        state.put(*key, record={"model": found[label].to_dict()})

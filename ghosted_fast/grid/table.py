@@ -44,7 +44,7 @@ class Grid:
         return list(self.dense["perplexity"])
 
 
-def speed_key(record: Mapping[str, Any], speed: Mapping[str, int]) -> tuple[Any, ...]:
+def speed_key(record: Mapping[str, Any], speed: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what decides the speed of a cell's model, as a key of the state."""
     settings = sorted(speed.items())
     return "speed", settings, record["layers"], record["parameters"], record["operators"]
@@ -56,7 +56,7 @@ def grid_of(
     remove: Sequence[int],
     criteria: Sequence[str],
     variants: Sequence[Variant],
-    speed: Mapping[str, int] | None,
+    speed: Mapping[str, Any] | None,
 ) -> Grid:
     """Return the grid of what a state knows of all its cells."""
     dense = state.get("dense")
@@ -111,9 +111,12 @@ def _row(
     }
 
 
-def _speeds(record: Mapping[str, Any]) -> dict[str, float]:
-    decode, dense = (record[name]["decode_tokens_per_s"] for name in ("model", "dense"))
-    return {"decode_tokens_per_s": decode, "decode_ratio": decode / dense}
+def _speeds(record: Mapping[str, Any]) -> dict[str, Any]:
+    found = record["model"]
+    return {
+        "decode_tokens_per_s": found["decode_tokens_per_s"],
+        "decode_ratio": found["relative"]["dense"]["decode"],
+    }
 
 
 def _mark(rows: Sequence[dict[str, Any]], text: str, default: tuple[str, str] | None) -> None:

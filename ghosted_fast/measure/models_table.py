@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ghosted_fast.measure.perplexity import Perplexity, perplexity
-from ghosted_fast.measure.speed import Throughput, compare_throughput
+from ghosted_fast.measure.speed import compare_throughput
+from ghosted_fast.measure.throughput import Phase, Throughput
 from ghosted_fast.models.families import num_layers
+from ghosted_fast.timing.estimates import Estimate
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ModelRow:
 def compare_models(
     models: Mapping[str, Any],
     evaluation: Iterable[Any] | None = None,
-    speed: Mapping[str, int] | None = None,
+    speed: Mapping[str, Any] | None = None,
     progress: bool = False,
     seed: int = 0,
 ) -> list[ModelRow]:
@@ -48,7 +50,7 @@ def compare_models(
     Args:
         models: The models by name.
         evaluation: Batches for the perplexity, read once for each model; `None` leaves it out.
-        speed: Arguments of `compare_throughput`, for example `{"repeats": 3}`; `None` leaves the
+        speed: Arguments of `compare_throughput`, for example `{"seconds": 30}`; `None` leaves the
             speed out.
         progress: Show progress bars on stderr.
         seed: Of the perplexity's bootstrap.
@@ -63,7 +65,7 @@ def compare_models(
     }
     speeds: Mapping[str, Throughput] = {}
     if speed is not None:
-        speeds = compare_throughput(models, **speed)
+        speeds = compare_throughput(models, **{"progress": progress, **speed})
     return [
         ModelRow(
             name=name,
@@ -77,15 +79,21 @@ def compare_models(
     ]
 
 
-def ratio(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], speed: str) -> float | None:
-    """Return a row's speed divided by the dense model's of the same dtype.
+def ratio(
+    row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], phase: Phase
+) -> Estimate | None:
+    """Return how many times as fast as the dense model of the same dtype a row's model is.
 
     Args:
         row: A `ModelRow` as a dict.
         rows: All rows; the first of the row's dtype is the dense model.
-        speed: "prefill_tokens_per_s" or "decode_tokens_per_s".
+        phase: What is compared.
+
+    Returns:
+        The ratio as it was measured, within rounds; None of the dense model itself, and where the
+        two were not measured together.
     """
     dense = next(other for other in rows if other["dtype"] == row["dtype"])
-    if not (row.get("throughput") and dense.get("throughput")):
-        return None
-    return float(row["throughput"][speed]) / float(dense["throughput"][speed])
+    relative = (row.get("throughput") or {}).get("relative", {})
+    found = relative.get(dense["name"])
+    return None if found is None else Estimate(**found[phase])

@@ -1,53 +1,44 @@
-"""Tokens per second of prefill and of decoding, measured apart and interleaved between models."""
+"""Speed of transformers models: prefill and decoding, in rounds that models take part in by turns.
+
+Decoding is a plain greedy loop, one token at a time, so the figures hold the cost of the model and
+of its cache and nothing else. A round of decoding is a few steps of each model, so that all meet
+the same moment of the machine; the first step of a sample is not timed where there are several,
+since it fetches what the model before displaced.
+"""
 
 from __future__ import annotations
 
 import inspect
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.measure.throughput import (
+    SECONDS,
+    Ended,
+    ModelFacts,
+    SpeedSettings,
+    Throughput,
+    throughputs_of,
+)
 from ghosted_fast.models.decoder import evaluating
+from ghosted_fast.text.progress import progress_bar
+from ghosted_fast.timing.conditions import Watch
+from ghosted_fast.timing.energy import joules
+from ghosted_fast.timing.rounds import PRECISION, Rounds
+from ghosted_fast.timing.stopwatch import Stopwatch, calls_per_sample
 
-
-@dataclass(frozen=True)
-class Throughput:
-    """Speed of one model: medians over the repeats, with the 20th and 80th percentile.
-
-    Attributes:
-        prefill_tokens_per_s: Prompt tokens of the whole batch per second of the first call.
-        prefill_p20: 20th percentile of it.
-        prefill_p80: 80th percentile of it.
-        decode_tokens_per_s: New tokens of the whole batch per second, with a dynamic cache.
-        decode_p20: 20th percentile of it.
-        decode_p80: 80th percentile of it.
-        prompt_length: Tokens of each prompt.
-        new_tokens: Tokens decoded after each prompt.
-        batch_size: Prompts at a time.
-        repeats: Measurements.
-    """
-
-    prefill_tokens_per_s: float
-    prefill_p20: float
-    prefill_p80: float
-    decode_tokens_per_s: float
-    decode_p20: float
-    decode_p80: float
-    prompt_length: int
-    new_tokens: int
-    batch_size: int
-    repeats: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
-        return asdict(self)
+# A sample of decoding lasts about so long, in seconds, if there are tokens enough.
+_DECODE_SAMPLE = 0.1
+# From so many steps on the first of a sample is not timed.
+_STEPS_TO_WARM = 4
+_BAR_STEPS = 1000
 
 
 def throughput(
@@ -55,29 +46,25 @@ def throughput(
     prompt_length: int = 512,
     new_tokens: int = 64,
     batch_size: int = 1,
-    repeats: int = 5,
+    precision: float = PRECISION,
+    seconds: float = SECONDS,
 ) -> Throughput:
-    """Measure one model's prefill and decoding speed.
-
-    Decoding is a plain greedy loop, one token at a time, so the figures hold the cost of the model
-    and of its cache and nothing else. To compare models use `compare_throughput`.
+    """Measure one model's prefill and decoding speed. To compare models: `compare_throughput`.
 
     Args:
         model: A causal language model.
-        prompt_length: Tokens of the prompt.
-        new_tokens: Tokens to decode after it.
-        batch_size: Prompts at a time.
-        repeats: Measurements, after one that does not count.
-
-    Returns:
-        The medians, in tokens per second.
+        prompt_length: As in `compare_throughput`, as the others.
+        new_tokens: Likewise.
+        batch_size: Likewise.
+        precision: Likewise, of the model's own speed.
+        seconds: Likewise.
 
     Raises:
-        ArgumentError: A number is below 1, or the model's positions do not suffice.
+        ArgumentError: As there.
     """
-    return compare_throughput({"model": model}, prompt_length, new_tokens, batch_size, repeats)[
-        "model"
-    ]
+    return compare_throughput(
+        {"model": model}, prompt_length, new_tokens, batch_size, precision, seconds
+    )["model"]
 
 
 @torch.inference_mode()
@@ -86,114 +73,198 @@ def compare_throughput(
     prompt_length: int = 512,
     new_tokens: int = 64,
     batch_size: int = 1,
-    repeats: int = 5,
+    precision: float = PRECISION,
+    seconds: float = SECONDS,
+    *,
+    seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, Throughput]:
-    """Measure several models in turn, so that a slow moment of the machine meets all of them.
+    """Measure several models by turns, until it is known how fast they are relative to the first.
+
+    All models' caches are in memory at the same time. Ctrl-C ends the measurement, and what is
+    known by then is returned.
 
     Args:
-        models: The models by name. Each repeat measures every one, beginning with another.
-        prompt_length: Tokens of the prompt.
-        new_tokens: Tokens to decode after it.
+        models: The models by name; the others are compared with the first.
+        prompt_length: Tokens of each prompt.
+        new_tokens: Tokens to decode after it, 2 at least.
         batch_size: Prompts at a time.
-        repeats: Measurements of each model, after one that does not count.
+        precision: Half of the interval of a ratio, as a share, at which it is known.
+        seconds: When to stop at the latest, once every model has been measured twice.
+        seed: Of the order of models, and of the prompts.
+        progress: Show a progress bar on stderr.
 
     Returns:
         The speed of each model, by name.
 
     Raises:
-        ArgumentError: A number is below 1, or the positions of a model do not suffice.
+        ArgumentError: A number is too small, or the positions of a model do not suffice.
     """
-    _check(models, prompt_length, new_tokens, batch_size, repeats)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    names = list(models)
+    settings = SpeedSettings(prompt_length, new_tokens, batch_size, precision, seconds)
+    _check(models, settings)
     with ExitStack() as stack:
-        for model in models.values():
+        runs = {}
+        for name, model in models.items():
             stack.enter_context(evaluating(model))
-            _measure(model, prompt_length, min(new_tokens, 4), batch_size)
-        for repeat in range(repeats):
-            first = repeat % len(names)
-            for name in names[first:] + names[:first]:
-                timing = _measure(models[name], prompt_length, new_tokens, batch_size)
-                seconds[name].append(timing)
-    return {
-        name: throughput_of(timings, prompt_length, new_tokens, batch_size)
-        for name, timings in seconds.items()
-    }
+            runs[name] = Run(model, settings, seed)
+        bar = stack.enter_context(progress_bar("speed", progress, of=_BAR_STEPS, share=True))
+        watch, began = Watch(), time.perf_counter()
+        prefill, decode, ended = _rounds(runs, settings, seed, bar, began)
+        facts = {name: run.facts for name, run in runs.items()}
+        return throughputs_of(prefill, decode, settings, ended, watch.conditions(), facts)
 
 
-def _check(
-    models: Mapping[str, Any], prompt_length: int, new_tokens: int, batch_size: int, repeats: int
-) -> None:
+def _check(models: Mapping[str, Any], settings: SpeedSettings) -> None:
     if not models:
         raise ArgumentError("expected a model to measure, got none")
-    numbers = {
-        "prompt_length": prompt_length,
-        "new_tokens": new_tokens,
-        "batch_size": batch_size,
-        "repeats": repeats,
-    }
-    for name, number in numbers.items():
-        if number < 1:
-            raise ArgumentError(f"expected {name} >= 1, got {number}")
+    needed = f"{settings.prompt_length} + {settings.new_tokens}"
     for name, model in models.items():
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and prompt_length + new_tokens > limit:
+        if limit is not None and settings.prompt_length + settings.new_tokens > limit:
             raise ArgumentError(
                 f"expected prompt_length + new_tokens <= {limit}, the positions of {name}, "
-                f"got {prompt_length} + {new_tokens}"
+                f"got {needed}"
             )
 
 
-def _measure(
-    model: Any, prompt_length: int, new_tokens: int, batch_size: int
-) -> tuple[float, float]:
-    """Return the seconds of one prefill and of `new_tokens` decoding steps after it."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    prompt = torch.randint(vocabulary, (batch_size, prompt_length), generator=generator)
-    prompt = prompt.to(model.device)
-    # As `generate` does: the head is applied to the last position alone.
-    last = inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": 1} if "logits_to_keep" in last else {}
-    start = _now(prompt)
-    output = model(input_ids=prompt, use_cache=True, **options)
-    token = output.logits[:, -1:].argmax(-1)
-    after_prefill = _now(prompt)
-    for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        token = output.logits[:, -1:].argmax(-1)
-    return after_prefill - start, _now(prompt) - after_prefill
+def _rounds(
+    runs: Mapping[str, Run], settings: SpeedSettings, seed: int, bar: Any, began: float
+) -> tuple[Rounds, Rounds, Ended]:
+    """Run pairs of rounds of both phases until both are known, or the time is spent."""
+    prefill = Rounds(list(runs), settings.precision, seed)
+    decode = Rounds(list(runs), settings.precision, seed + 1)
+    step = max(min(run.warm_up() for run in runs.values()), 1e-9)
+    samples, steps = _samples_of_a_cache(step, settings.new_tokens)
+
+    def pairs() -> Iterator[None]:
+        while True:
+            if prefill.is_settled:
+                for run in runs.values():
+                    run.prefill()
+            else:
+                prefill.run_pair(lambda name: runs[name].prefill())
+                yield
+            for _ in range(samples // 2):
+                if not decode.is_settled:
+                    decode.run_pair(lambda name: runs[name].decode(steps))
+                    yield
+
+    try:
+        for _ in pairs():
+            spent = (time.perf_counter() - began) / settings.seconds
+            done = min(prefill.share_done, decode.share_done) if decode.pairs else 0.0
+            bar.update(int(_BAR_STEPS * min(max(spent, done), 1.0)) - bar.n)
+            if prefill.is_settled and decode.is_settled:
+                return prefill, decode, "precise"
+            if spent >= 1.0 and decode.pairs:
+                return prefill, decode, "time"
+    except KeyboardInterrupt:
+        if not decode.pairs:
+            raise
+        return prefill, decode, "interrupted"
+    raise AssertionError("pairs do not end")
 
 
-def _now(tensor: Tensor) -> float:
-    """Return the time once the tensor's device has finished what it was given."""
-    if tensor.device.type != "cpu":
-        torch.accelerator.synchronize(tensor.device)
-    return time.perf_counter()
+def _samples_of_a_cache(step: float, new_tokens: int) -> tuple[int, int]:
+    """Return how many samples share a cache, an even number, and the steps of each."""
+    wanted = 1 + math.ceil(_DECODE_SAMPLE / step)
+    samples = max(2, new_tokens // wanted // 2 * 2)
+    return samples, new_tokens // samples
 
 
-def throughput_of(
-    seconds: Sequence[tuple[float, float]], prompt_length: int, new_tokens: int, batch_size: int
-) -> Throughput:
-    """Return the speed that measurements mean.
+class Run:
+    """One model with its prompt and its cache.
 
     Args:
-        seconds: Of prefill and of decoding, for each measurement.
-        prompt_length: Tokens of each prompt.
-        new_tokens: Tokens decoded after it.
-        batch_size: Prompts at a time.
+        model: In eval mode.
+        settings: What is measured.
+        seed: Of the prompt.
     """
-    tokens = np.array([prompt_length, new_tokens]) * batch_size
-    low, middle, high = np.quantile(tokens / np.array(seconds), (0.2, 0.5, 0.8), axis=0)
-    return Throughput(
-        prefill_tokens_per_s=float(middle[0]),
-        prefill_p20=float(low[0]),
-        prefill_p80=float(high[0]),
-        decode_tokens_per_s=float(middle[1]),
-        decode_p20=float(low[1]),
-        decode_p80=float(high[1]),
-        prompt_length=prompt_length,
-        new_tokens=new_tokens,
-        batch_size=batch_size,
-        repeats=len(seconds),
-    )
+
+    def __init__(self, model: Any, settings: SpeedSettings, seed: int = 0) -> None:
+        vocabulary = model.config.get_text_config().vocab_size
+        shape = (settings.batch_size, settings.prompt_length)
+        generator = torch.Generator().manual_seed(seed)
+        self._model, self._settings = model, settings
+        self._prompt = torch.randint(vocabulary, shape, generator=generator).to(model.device)
+        # As `generate` does: the head is applied to the last position alone.
+        known = inspect.signature(model.forward).parameters
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._calls = 1
+        self._token: Tensor
+        self._cache: Any = None
+        self.facts = ModelFacts(weight_bytes=_bytes_in([*model.parameters(), *model.buffers()]))
+
+    def warm_up(self) -> float:
+        """Run both phases once untimed, then again; return the seconds of a decoding step."""
+        self.prefill()
+        self._calls = calls_per_sample(self.prefill())
+        step = min(self._steps(1)[0] for _ in range(2))
+        self.facts.step_seconds.clear()
+        return step
+
+    def prefill(self) -> float:
+        """Read the prompt into a new cache, and return the seconds it took."""
+        stopwatch = Stopwatch(self._prompt.device)
+        self._cache = None  # never two of them
+        stopwatch.mark()
+        for _ in range(self._calls):
+            output = self._model(input_ids=self._prompt, use_cache=True, **self._options)
+            self._token = output.logits[:, -1:].argmax(-1)
+        stopwatch.mark()
+        self._cache = output.past_key_values
+        return stopwatch.seconds()[0] / self._calls
+
+    def decode(self, steps: int) -> float:
+        """Write some tokens after what is in the cache; return the seconds of a step."""
+        before = joules(self._prompt.device)
+        seconds = self._steps(steps)
+        after = joules(self._prompt.device)
+        if before is not None and after is not None and after >= before:
+            self.facts.joules = (self.facts.joules or 0.0) + after - before
+            self.facts.joule_tokens += steps * self._settings.batch_size
+        timed = seconds[1:] if steps >= _STEPS_TO_WARM else seconds
+        self.facts.step_seconds += timed
+        size = _bytes_in(_tensors_of(self._cache))
+        self.facts.cache_bytes = max(self.facts.cache_bytes or 0, size)
+        return sum(timed) / len(timed)
+
+    def _steps(self, steps: int) -> list[float]:
+        stopwatch = Stopwatch(self._prompt.device)
+        stopwatch.mark()
+        for _ in range(steps):
+            output = self._model(input_ids=self._token, past_key_values=self._cache, use_cache=True)
+            self._cache = output.past_key_values
+            self._token = output.logits[:, -1:].argmax(-1)
+            stopwatch.mark()
+        return stopwatch.seconds()
+
+
+def _bytes_in(tensors: list[Tensor]) -> int:
+    """Return the bytes of tensors, those of a shared storage once."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr(), str(tensor.device)] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors_of(cache: Any) -> list[Tensor]:
+    """Return all tensors in a cache, whatever it is made of."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    open_: list[Any] = [cache]
+    while open_:
+        item = open_.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, dict):
+            open_ += item.values()
+        elif isinstance(item, list | tuple):
+            open_ += item
+        elif type(item).__module__.startswith("transformers") and hasattr(item, "__dict__"):
+            open_ += vars(item).values()
+    return found

@@ -11,6 +11,8 @@ from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.errors import ArgumentError, MissingExtraError
 from ghosted_fast.facts import layers_as_text
 from ghosted_fast.measure.models_table import ratio
+from ghosted_fast.timing.conditions import Conditions
+from ghosted_fast.timing.estimates import estimate_from, ratio_text, speed_text
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -64,6 +66,7 @@ def render_report(report: Mapping[str, Any], title: str | None = None) -> str:
             report.get("scores") or [], report.get("removed") or [], report.get("criterion")
         ),
         speed_svg=speed_figure(rows),
+        warnings=lambda record: Conditions(**record).warnings(),
     )
 
 
@@ -84,7 +87,7 @@ def page_template(name: str) -> Any:
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        number=_number, short=_short, scientific=_scientific, layers=layers_as_text
+        number=_number, speed=_speed, short=_short, scientific=_scientific, layers=layers_as_text
     )
     return environment.get_template(name)
 
@@ -92,8 +95,8 @@ def page_template(name: str) -> Any:
 def _with_ratios(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         **row,
-        "prefill_ratio": ratio(row, rows, "prefill_tokens_per_s"),
-        "decode_ratio": ratio(row, rows, "decode_tokens_per_s"),
+        "prefill_ratio": ratio_text(ratio(row, rows, "prefill")),
+        "decode_ratio": ratio_text(ratio(row, rows, "decode")),
     }
 
 
@@ -113,14 +116,18 @@ def _headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
                 f"perplexity, {dense['name']} → {last['name']}",
             )
         )
-    decode = ratio(last, rows, "decode_tokens_per_s")
+    decode = ratio(last, rows, "decode")
     if decode is not None:
-        figures.append((f"{decode:.2f} times", f"decode speed of {dense['name']}"))
+        figures.append((ratio_text(decode), f"decode speed, relative to {dense['name']}"))
     return figures
 
 
 def _number(value: Any, digits: int = 0) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _speed(record: Any) -> str:
+    return speed_text(estimate_from(record))
 
 
 def _scientific(value: Any) -> str:

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from ghosted_fast.timing.estimates import Estimate
+
 # Colours that stand for the page's CSS variables; no other colour may be drawn.
 INK, FAINT, ACCENT, SECOND = "#010101", "#020202", "#030303", "#040404"
 _VARIABLES = {INK: "--ink", FAINT: "--faint", ACCENT: "--accent", SECOND: "--second"}
@@ -101,7 +103,7 @@ def _log(values: Any) -> Any:
 
 
 def speed_figure(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Draw the tokens per second of prefill and of decoding, with their 20th to 80th percentile.
+    """Draw the tokens per second of prefill and of decoding, with their intervals.
 
     Args:
         rows: `ModelRow` dicts.
@@ -118,16 +120,11 @@ def speed_figure(rows: Sequence[Mapping[str, Any]]) -> str | None:
         for index, phase in enumerate(("prefill", "decode")):
             axes = figure.add_subplot(1, 2, index + 1)
             speeds = [row["throughput"] for row in rows]
-            middle = [speed[f"{phase}_tokens_per_s"] for speed in speeds]
+            found = [Estimate(**speed[f"{phase}_tokens_per_s"]) for speed in speeds]
+            middle = [speed.value for speed in found]
             ends = [
-                [
-                    value - speed[f"{phase}_p20"]
-                    for value, speed in zip(middle, speeds, strict=True)
-                ],
-                [
-                    speed[f"{phase}_p80"] - value
-                    for value, speed in zip(middle, speeds, strict=True)
-                ],
+                [speed.value - speed.low for speed in found],
+                [min(speed.high - speed.value, speed.value) for speed in found],
             ]
             axes.barh(
                 range(len(rows)),

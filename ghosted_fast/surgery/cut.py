@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
-from torch import nn
-
 from ghosted_fast.checkpoint.model_card import IMPORTED, attach_report
 from ghosted_fast.checkpoint.record import is_ghosted, refresh_record, removal_record
 from ghosted_fast.checkpoint.transformers_types import become_ghosted_class
@@ -39,7 +37,9 @@ from ghosted_fast.models.ghosted_layers import (
     check_swappable,
     ghost_of,
 )
-from ghosted_fast.models.structure import counts_of
+from ghosted_fast.models.quantized.names import Renumbering
+from ghosted_fast.models.quantized.unpacked import forget_packing
+from ghosted_fast.models.structure import counts_of, share_copy
 from ghosted_fast.surgery.proof import differences
 
 
@@ -189,7 +189,8 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
     dense_kept = [layer for layer in range(dense_count) if layer not in dense_removed]
     text, known = text_config_of(config), getattr(config, "ghost", None) or {}
     lists = computed_lists(text, count)
-    dense_values = cut_config(config, decoder.family, kept, count)
+    names = Renumbering.of(model, decoder.layers, kept, gone=False)
+    dense_values = cut_config(config, decoder.family, kept, count, names)
     keep_layers(decoder.owner, decoder.layers, kept)
     keep_ties(model, decoder.layers, kept)
     whole = whole or "dense_config" in known
@@ -218,7 +219,7 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
             ghost.to(device=weight.device, dtype=decoder.dtype)
         attach_ghosts(model.base_model, decoder.owner, decoder.layers, cut.placed)
         refresh_record(model)
-    _drop_gguf_marks(model)
+    forget_packing(model)
     return whole
 
 
@@ -263,33 +264,13 @@ def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int])
         check_swappable(module)
     config = _own_config(model)
     there = list(range(len(layers)))
-    cut_config(config, family, kept if described == count else there, described)
+    names = Renumbering.of(model, layers, kept, gone=True) if described == count else None
+    cut_config(config, family, kept if described == count else there, described, names)
     number_layers(dict(zip(kept, layers, strict=True)), kept)
     cut_owner(decoder, kept, count)
     become_ghosted_class(model, removed=sorted(dropped), num_hidden_layers=count)
     name = model_name(model)
     attach_report(config, {"model": name, "recovery": IMPORTED})
-
-
-def share_copy(model: Any) -> Any:
-    """Return a copy of a model's structure that shares the memory of its parameters and buffers.
-
-    Layers can be taken out of the copy, and it can be cast or moved, without touching the original.
-    A value written into a shared weight shows in both.
-
-    Args:
-        model: Any module.
-    """
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        shared = parameter
-        if type(parameter) is nn.Parameter:
-            # An object of its own: casting a module replaces the data of its parameter objects.
-            shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-            vars(shared).update(vars(parameter))
-        memo[id(parameter)] = shared
-    memo.update({id(buffer): buffer for buffer in model.buffers()})
-    return copy.deepcopy(model, memo)
 
 
 def _place_ghosts(
@@ -356,16 +337,7 @@ def _own_config(model: Any) -> Any:
         for name, value in vars(module).items():
             if hasattr(value, "get_text_config") and id(value) in memo:
                 vars(module)[name] = memo[id(value)]
+    settings = getattr(new, "quantization_config", None)
+    if getattr(model, "hf_quantizer", None) is not None and settings is not None:
+        model.hf_quantizer.quantization_config = settings
     return new
-
-
-def _drop_gguf_marks(model: Any) -> None:
-    """Remove the marks of a GGUF file whose weights are unpacked: they forbid saving."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or getattr(quantizer, "packed_modules", None):
-        return
-    method = getattr(quantizer.quantization_config, "quant_method", None)
-    if getattr(method, "value", method) != "gguf":
-        return
-    model.hf_quantizer = None
-    quantizer.remove_quantization_config(model)

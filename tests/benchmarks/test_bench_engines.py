@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from support.benchmark_module import load_benchmark
+from support.speeds import speed_of
 
-from ghosted_fast.measure.speed import Throughput
+from ghosted_fast.measure.throughput import Throughput
 
 
 @pytest.fixture
@@ -20,10 +21,6 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "make_models", lambda folder: folder.mkdir(parents=True))
     monkeypatch.setattr(module, "version_of", lambda engine, folder: "1.0")
     return module
-
-
-def speed(decode: float) -> Throughput:
-    return Throughput(decode * 10, 0, 0, decode, 0, 0, 64, 32, 1, 3)
 
 
 def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, output: Path, *engines: str) -> None:
@@ -35,10 +32,11 @@ def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, output: Path, *engin
 def test_table_and_what_stays(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def measure(engine: str, kind: str, *_: Any) -> list[Throughput]:
+    def measure(engine: str, kind: str, *_: Any) -> dict[str, Throughput]:
         if kind == "int4":
             raise RuntimeError("the engine failed")
-        return [speed(100.0), speed(120.0), speed(119.0)]
+        ghosted = speed_of(119.0, dense=100.0, pruned=120.0)
+        return {"dense": speed_of(100.0), "pruned": speed_of(120.0), "ghosted": ghosted}
 
     monkeypatch.setattr(bench, "measure", measure)
     with pytest.raises(RuntimeError, match="failed"):
@@ -51,10 +49,13 @@ def test_table_and_what_stays(
         ("ort-genai", "fp32"),
         ("ort-genai", "int8"),
     ]
-    assert rows[0]["ghosted"]["decode_tokens_per_s"] == 119.0
+    assert rows[0]["ghosted"]["decode_tokens_per_s"]["value"] == 119.0
     table = (tmp_path / "a" / "engines.md").read_text()
-    assert "Medians of 3, 32 tokens after 64, 1 thread," in table
-    line = "| llama.cpp 1.0 | f32 | 100.0 | 120.0 | 119.0 | 0.992 | 1.19 | 1000 | 1200 | 1190 |"
+    assert "± half of the 95 % interval, 32 tokens after 64, 1 thread," in table
+    line = (
+        "| llama.cpp 1.0 | f32 | 100 | 120 | 119 | not told apart (± 0.02) | 1.19x ± 0.01 "
+        "| 1,000 | 1,200 | 1,190 |"
+    )
     lines = table.splitlines()
     assert line in lines
     assert {row.count("|") for row in lines if row.startswith("|")} == {11}
@@ -63,7 +64,20 @@ def test_table_and_what_stays(
 def test_another_dtype_is_refused(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    rows = [{"dtype": "bfloat16", "throughput": speed(1.0).to_dict()}] * 3
+    rows = [{"dtype": "bfloat16", "throughput": speed_of(1.0).to_dict()}] * 3
     monkeypatch.setattr(bench, "_run", lambda *_: json.dumps({"models": rows}))
     with pytest.raises(RuntimeError, match="expected float32 in vllm"):
         run(bench, monkeypatch, tmp_path, "vllm")
+
+
+def test_speeds_go_by_what_the_files_are_called(bench: ModuleType) -> None:
+    records = {
+        "dense-fp32": speed_of(1.0).to_dict(),
+        "ghosted-f16.gguf": {
+            **speed_of(2.0).to_dict(),
+            "relative": {"dense-fp32": speed_of(2.0, dense=1.0).to_dict()["relative"]["dense"]},
+        },
+    }
+    found = bench._by_kind(records)
+    assert found["ghosted"] == speed_of(2.0, dense=1.0)
+    assert found["dense"] == speed_of(1.0)

@@ -71,8 +71,8 @@ def test_rows(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bench, "fetch_demo_assets", lambda: assets)
     monkeypatch.setattr(
         bench,
-        "measure_roof",
-        lambda: bench.Roof(10.0, {"bf16": 100.0, "fp32": 100.0, "fp64": 50.0}),
+        "measure_roofs",
+        lambda: {"memory": 1e10, "bf16": 1e11, "fp32": 1e11, "fp64": 5e10},
     )
     monkeypatch.setattr(bench, "CALIBRATION_TOKENS", 1024)
     monkeypatch.setattr(bench, "GATE_TOKENS", 24)
@@ -80,7 +80,7 @@ def test_rows(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         bench, "token_batches", lambda *args: loading.token_batches(*args, sequence_length=32)
     )
     command = ["bench_generate", "--dtype", "float32", "--prompt-length", "8", "--new-tokens", "2"]
-    monkeypatch.setattr("sys.argv", [*command, "--repeats", "1", "--output", str(output)])
+    monkeypatch.setattr("sys.argv", [*command, "--seconds", "0.2", "--output", str(output)])
     bench.main()
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["model"], row["layers"]) for row in rows] == [
@@ -88,7 +88,7 @@ def test_rows(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("pruned", 4),
         ("ghosted", 4),
     ]
-    assert rows[0]["decode_ratio"] == 1.0
+    assert rows[0]["decode_ratio"] is None and rows[2]["decode_ratio"]["low"] > 0
     for row in rows:
         assert row["error_to_composition"] <= 1e-4
         assert row["decode_roof_share"] > 0

@@ -56,12 +56,13 @@ def test_card_shows_the_measured_table() -> None:
     model, report = fitted()
     row = {"name": "dense", "dtype": "bfloat16", "layers": 30, "parameters": 134_500_000}
     measured = {"perplexity": {"value": 28.481, "low": 1}, "throughput": None}
-    speeds = {"prefill_tokens_per_s": 2125.1, "decode_tokens_per_s": 42.61}
+    speed = {"value": 2134.7, "low": 2101.0, "high": 2155.0, "samples": 20}
+    speeds = {"prefill_tokens_per_s": speed, "decode_tokens_per_s": 42.61}
     rows = [row | measured, row | {"name": "ghosted", "perplexity": None, "throughput": speeds}]
     attach_report(model.config, {**report.to_dict(), "models": rows, "calibration": "web.jsonl"})
     text = model_card(model.config)
     assert "| dense | bfloat16 | 30 | 134.5 M | 28.48 | - | - |" in text
-    assert "| ghosted | bfloat16 | 30 | 134.5 M | - | 2,125.1 | 42.6 |" in text
+    assert "| ghosted | bfloat16 | 30 | 134.5 M | - | 2,130 | 42.6 |" in text
     assert "tokens of web.jsonl" in text
 
 

@@ -14,7 +14,18 @@ from ghosted_fast import __version__
 from ghosted_fast.cli.app import app
 from ghosted_fast.text import generation
 
-VERBS = ("demo", "select", "fit", "import", "eval", "grid", "bench", "export", "doctor")
+VERBS = (
+    "demo",
+    "select",
+    "fit",
+    "import",
+    "eval",
+    "grid",
+    "bench",
+    "bench-ops",
+    "export",
+    "doctor",
+)
 
 FIT = ("fit", "--model=m", "--calibration=c")
 SELECT = ("select", "--model=m", "--calibration=c")
@@ -143,7 +154,7 @@ def test_entry_point_and_version() -> None:
         ),
         (("import", "w.pt", "--model=m", "--output=o"), "Missing option '--removed'"),
         (("import", "w.pt", "--model=m", "--output=o", "--removed=3", "--form=W"), "--form"),
-        (("bench", "--model", "m", "--repeats", "0"), "--repeats"),
+        (("bench", "--model", "m", "--seconds", "0"), "--seconds"),
         (("eval", "--model", "m", "--evaluation", "e", "--dtype", "int3"), "--dtype"),
         (("demo", "--dtype", "int3"), "got 'int3'"),
         (("demo", "--remove", "30"), "--remove"),
@@ -152,6 +163,13 @@ def test_entry_point_and_version() -> None:
 )
 def test_usage_errors(arguments: tuple[str, ...], message: str) -> None:
     assert message in fail(2, *arguments)
+
+
+def test_what_bench_refuses(model_folder: Path) -> None:
+    command = ["bench", "--model", model_folder]
+    assert "It is --precision now" in fail(2, *command, "--repeats", "3")
+    assert "a share between 0 and 1 such as '2%'" in fail(2, *command, "--precision", "200%")
+    assert "--new-tokens" in fail(2, *command, "--new-tokens", "1")
 
 
 def test_usage_errors_that_need_the_machine(model_folder: Path) -> None:

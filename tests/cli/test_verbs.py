@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,12 +187,27 @@ def test_grid_goes_on_where_it_was(model_folder: Path, texts: Path, tmp_path: Pa
 
 def test_bench(model_folder: Path) -> None:
     command = ["bench", "--model", model_folder, "--prompt-length", "8", "--new-tokens", "2"]
-    found = run_json(*command, "--repeats", "2", "--batch-size", "2")
+    command += ["--seconds", "0.2"]
+    found = run_json(*command, "--batch-size", "2", "--precision", "5%")
     speed = found["models"][0]["throughput"]
-    assert speed["prefill_tokens_per_s"] > 0
-    assert speed["repeats"] == 2
+    assert 0 < speed["prefill_tokens_per_s"]["low"] <= speed["prefill_tokens_per_s"]["value"]
+    assert speed["settings"]["precision"] == 0.05
     assert "processor" in found["machine"]
-    assert "1.00x" in run(*command, "--repeats", "1")
+    shown = run(*command, "--batch-size", "1", "--batch-size", "3", "--prompt-length", "6")
+    for length in (8, 6):
+        for size in (1, 3):
+            assert f"prompts of {length}, 2 new tokens, batch {size}" in shown
+    assert shown.count("first token ms") == 4
+
+
+def test_bench_of_two_names(model_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    command = ["bench", "--model", model_folder, "--model", other, "--prompt-length", "8"]
+    found = run_json(*command, "--new-tokens", "2", "--seconds", "0.2")["models"]
+    assert set(found[1]["throughput"]["relative"]) == {found[0]["name"]}
+    shown = run(*command, "--new-tokens", "2", "--seconds", "0.2")
+    assert re.search(r"not told apart|\dx", shown)
 
 
 def test_doctor() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.html_balance import Balance
+from support.speeds import around
 
 from ghosted_fast.errors import MissingExtraError
 from ghosted_fast.facts import layers_as_text
@@ -55,8 +56,10 @@ def made_up(with_speed: bool = True) -> Grid:
                         "excess": {"wiki|pedia": excess},
                         "accuracy": {"quiz": 0.5},
                         "parameters": 1000 - 10 * count,
-                        "decode_tokens_per_s": 30.0 + count if with_speed else None,
-                        "decode_ratio": 1 + count / 30 if with_speed else None,
+                        "decode_tokens_per_s": around(30.0 + count).to_dict()
+                        if with_speed
+                        else None,
+                        "decode_ratio": around(1 + count / 30).to_dict() if with_speed else None,
                         "seconds": {"select": 3.0, "recover": 2.0, "judge": 1.0},
                         "peak_memory": 3 * 2**30,
                         "refused": None,

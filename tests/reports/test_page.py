@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 from support.html_balance import Balance
+from support.speeds import speed_of
 
 from ghosted_fast.errors import ArgumentError, MissingExtraError
 from ghosted_fast.measure.models_table import ModelRow, compare_models, ratio
 from ghosted_fast.measure.perplexity import Perplexity
-from ghosted_fast.measure.speed import Throughput
 from ghosted_fast.reports import page as report_module
 from ghosted_fast.reports.page import render_report, write_report
 from ghosted_fast.testing import random_tokens, tiny_model
 
 
-def row(name: str, dtype: str, decode: float) -> dict[str, Any]:
-    speed = Throughput(900.0, 890.0, 910.0, decode, decode - 1, decode + 1, 512, 64, 1, 5)
+def row(name: str, dtype: str, decode: float, **others: float) -> dict[str, Any]:
+    speed = speed_of(decode, **others)
     quality = Perplexity(29.08, 23.8, 35.9, 5110, (3.3, 3.4), (511, 511), 0.95)
     return ModelRow(name, dtype, 30, 134_515_008, quality, speed).to_dict()
 
@@ -51,7 +51,7 @@ def full_report() -> dict[str, Any]:
         ],
         "num_tokens": 49152,
         "seconds": {"select": 60.0, "solve": 1.5},
-        "models": [row("dense", "bfloat16", 30.0), row("ghosted", "bfloat16", 36.0)],
+        "models": [row("dense", "bfloat16", 30.0), row("ghosted", "bfloat16", 36.0, dense=30.0)],
         "samples": [{"name": "ghosted", "prompt": "Why?", "text": "<b>Because</b>."}],
         "checks": [{"label": "reloaded", "passed": True, "detail": "same logits"}],
         "machine": {"processor": "a fast one"},
@@ -148,14 +148,16 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ratio_is_to_the_dense_model_of_the_same_dtype() -> None:
     rows = [row("dense", "bfloat16", 10.0), row("dense", "float32", 20.0)]
-    rows += [row("ghosted", "float32", 30.0), {**row("x", "float32", 1.0), "throughput": None}]
-    assert ratio(rows[2], rows, "decode_tokens_per_s") == pytest.approx(1.5)
-    assert ratio(rows[3], rows, "decode_tokens_per_s") is None
+    rows += [row("ghosted", "float32", 30.0, dense=20.0)]
+    rows += [{**row("x", "float32", 1.0), "throughput": None}, row("alone", "float32", 1.0)]
+    found = ratio(rows[2], rows, "decode")
+    assert found is not None and found.value == pytest.approx(1.5)
+    assert [ratio(rows[index], rows, "decode") for index in (0, 1, 3, 4)] == [None] * 4
 
 
 def test_compare_models() -> None:
     models = {"dense": tiny_model("llama", 3), "small": tiny_model("llama", 2)}
-    rows = compare_models(models, iter([random_tokens(2, 9)]), {"prompt_length": 8, "repeats": 1})
+    rows = compare_models(models, iter([random_tokens(2, 9)]), {"prompt_length": 8, "seconds": 0.1})
     assert [(item.name, item.dtype, item.layers) for item in rows] == [
         ("dense", "float32", 3),
         ("small", "float32", 2),

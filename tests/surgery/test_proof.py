@@ -16,7 +16,7 @@ from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models import built_whole
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.serving.vllm.models import check_native
+from ghosted_fast.serving.vllm.configuration import check_native
 from ghosted_fast.surgery import proof
 from ghosted_fast.surgery.cut import prune_model, remove_layers
 from ghosted_fast.surgery.removable import check_removable

@@ -14,6 +14,10 @@ _VERBS = {"compare": "grid"}
 # The new name of an option, and what the old one is told.
 _OPTIONS = {
     "--num-layers": ("--remove", "It is --remove now (how many layers to take out)"),
+    "--repeats": (
+        "--precision",
+        "It is --precision now (how narrow the intervals are to be), and --seconds (how long)",
+    ),
     "--input": ("--features", "It is --features now: normed, or raw for what was hidden"),
 }
 _VALUES = {("--features", "hidden"): "raw"}

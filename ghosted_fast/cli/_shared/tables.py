@@ -9,6 +9,8 @@ from ghosted_fast.cli._shared.results import TextTable
 from ghosted_fast.facts import layers_as_text
 from ghosted_fast.measure.models_table import ModelRow, ratio
 from ghosted_fast.measure.tasks import TaskScore
+from ghosted_fast.measure.throughput import Phase
+from ghosted_fast.timing.estimates import estimate_from, ratio_text, speed_text
 
 
 def model_table(rows: Sequence[ModelRow], title: str | None = None) -> TextTable:
@@ -44,13 +46,56 @@ def _perplexity_cells(perplexity: Mapping[str, Any] | None) -> list[str]:
 
 def _speed_cells(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = []
-    for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-        relative = ratio(record, records, key)
-        if relative is None:
-            cells += ["-", "-"]
-        else:
-            cells += [f"{record['throughput'][key]:,.1f}", f"{relative:.2f}x"]
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    for phase in phases:
+        speed = (record["throughput"] or {}).get(f"{phase}_tokens_per_s")
+        cells.append(speed_text(estimate_from(speed)))
+        cells.append(ratio_text(ratio(record, records, phase)))
     return cells
+
+
+def deployment_table(rows: Sequence[ModelRow]) -> TextTable:
+    """Return the table of what a deployment asks: latencies, memory and energy."""
+    columns = ["model", "first token ms", "token ms p50", "p95", "p99"]
+    columns += ["weights MiB", "cache MiB", "J/token"]
+    cells = []
+    for row in rows:
+        speed = row.throughput
+        if speed is None:
+            continue
+        steps = speed.token_ms or {}
+        line = [row.name, speed_text(speed.first_token_ms)]
+        line += [_or_dash(steps.get(name), ".1f") for name in ("p50", "p95", "p99")]
+        for size in (speed.weight_bytes, speed.cache_bytes):
+            line.append("-" if size is None else f"{size / 2**20:,.1f}")
+        cells.append([*line, _or_dash(speed.joules_per_token, ".3g")])
+    return TextTable(columns, cells)
+
+
+def speed_lines(rows: Sequence[ModelRow]) -> list[str]:
+    """Return what was measured, how precisely, and what else the machine did meanwhile."""
+    speeds = [row.throughput for row in rows if row.throughput]
+    if not speeds:
+        return []
+    settings, first = speeds[0].settings, speeds[0]
+    ended = {
+        "precise": "as precise as asked",
+        "time": "the time was spent before it was known as precisely as asked",
+        "interrupted": "interrupted: this is what was known by then",
+    }[first.ended]
+    measured = (
+        f"prompts of {settings.prompt_length}, {settings.new_tokens} new tokens, batch "
+        f"{settings.batch_size}; ± is half of the 95 % interval; {settings.precision:.2%} asked "
+        f"for: {ended}"
+    )
+    lines = [measured]
+    if first.conditions is not None:
+        lines += [f"warning: {text}" for text in first.conditions.warnings()]
+    return lines
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def accuracy_table(scores: Mapping[str, Sequence[TaskScore]]) -> TextTable:

@@ -15,6 +15,7 @@ Recovery = Literal["ghost", "none", "linearpatch-d", "linearpatch-r", "replaceme
 Features = Literal["normed", "raw"]
 FirstState = Literal["auto", "on", "off"]
 TokenWeight = Literal["inverse_energy", "capped", "uniform"]
+Quantized = Literal["int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 
 
@@ -90,6 +91,22 @@ def parse_increase(text: str) -> float:
     number = text.strip().removesuffix("%")
     share = _number_above(0.0, number, text, "a share above 0 such as '10%'")
     return share / 100.0 if text.strip().endswith("%") else share
+
+
+def parse_precision(text: str) -> float:
+    """Return the share that a text such as '2%' or '0.02' names.
+
+    Raises:
+        typer.BadParameter: It names none between 0 and 1.
+    """
+    text = str(text)  # typer hands the default over as it is
+    number = text.strip().removesuffix("%")
+    expected = "a share between 0 and 1 such as '2%'"
+    share = _number_above(0.0, number, text, expected)
+    share = share / 100.0 if text.strip().endswith("%") else share
+    if share >= 1.0:
+        raise typer.BadParameter(f"expected {expected}, got {text!r}")
+    return share
 
 
 def parse_speedup(text: str) -> float:

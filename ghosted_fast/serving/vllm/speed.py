@@ -13,8 +13,9 @@ import torch
 from ghosted_fast import _env
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
 from ghosted_fast.measure.models_table import ModelRow
-from ghosted_fast.measure.speed import throughput_of
+from ghosted_fast.measure.throughput import SpeedSettings, run_both_phases, throughputs_of
 from ghosted_fast.models.loading import resolve_dtype
+from ghosted_fast.timing.conditions import Watch
 
 _CACHE_BYTES = 1 << 28
 # An engine's worker spins for a second after its last step, on a core that the next one needs.
@@ -24,20 +25,14 @@ _QUIET_SECONDS = 1.5
 def compare_in_vllm(
     folders: Sequence[str],
     dtype: str = "auto",
-    prompt_length: int = 512,
-    new_tokens: int = 64,
-    batch_size: int = 1,
-    repeats: int = 5,
+    settings: SpeedSettings | None = None,
 ) -> list[ModelRow]:
     """Measure saved models in vLLM, each in a process of its own, all loaded at once.
 
     Args:
         folders: Saved models, ghosted or not, under different names.
         dtype: Dtype to serve in; "auto" is the checkpoint's own.
-        prompt_length: Tokens of each prompt.
-        new_tokens: Tokens decoded after the first one.
-        batch_size: Prompts at a time.
-        repeats: Measurements of each model, after one that does not count.
+        settings: What is measured, and how precisely.
 
     Returns:
         A row for each model, in the order given.
@@ -47,6 +42,7 @@ def compare_in_vllm(
         SourceError: A model is no saved folder.
         ArgumentError: Two folders have the same name.
     """
+    settings = settings or SpeedSettings()
     if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError(
             "--engine vllm needs vLLM, in an environment of its own: pip install vllm "
@@ -70,22 +66,25 @@ def compare_in_vllm(
             folder,
             dtype=str(wanted or _own_dtype(folder)).removeprefix("torch."),
             kv_cache_memory_bytes=_CACHE_BYTES,
-            max_model_len=prompt_length + new_tokens + 1,
-            max_num_seqs=batch_size,
-            max_num_batched_tokens=max(2048, batch_size * prompt_length),
+            max_model_len=settings.prompt_length + settings.new_tokens + 1,
+            max_num_seqs=settings.batch_size,
+            max_num_batched_tokens=max(2048, settings.batch_size * settings.prompt_length),
             enable_prefix_caching=False,
             seed=0,
         )
         for folder in folders
     ]
-    seconds: list[list[tuple[float, float]]] = [[] for _ in engines]
-    for repeat in range(repeats + 1):
-        for index in range(len(engines)):
-            index = (index + repeat) % len(engines)
-            time.sleep(_QUIET_SECONDS)
-            timing = _measure(engines[index], prompt_length, new_tokens, batch_size)
-            if repeat > 0:
-                seconds[index].append(timing)
+    by_name = dict(zip(names, engines, strict=True))
+
+    def sample(name: str) -> tuple[float, float]:
+        time.sleep(_QUIET_SECONDS)
+        return _measure(by_name[name], settings)
+
+    for name in names:
+        sample(name)  # compiles
+    watch = Watch()
+    prefill, decode, ended = run_both_phases(names, sample, settings, time.perf_counter)
+    speeds = throughputs_of(prefill, decode, settings, ended, watch.conditions())
     sizes = [_size_of(folder) for folder in folders]
     return [
         ModelRow(
@@ -93,23 +92,19 @@ def compare_in_vllm(
             dtype=str(engine.llm_engine.model_config.dtype).removeprefix("torch."),
             layers=layers,
             parameters=parameters,
-            throughput=throughput_of(timings, prompt_length, new_tokens, batch_size),
+            throughput=speeds[name],
         )
-        for name, engine, timings, (layers, parameters) in zip(
-            names, engines, seconds, sizes, strict=True
-        )
+        for name, engine, (layers, parameters) in zip(names, engines, sizes, strict=True)
     ]
 
 
-def _measure(
-    engine: Any, prompt_length: int, new_tokens: int, batch_size: int
-) -> tuple[float, float]:
-    """Return the seconds of a prefill, and of `new_tokens` decoding steps after it."""
+def _measure(engine: Any, settings: SpeedSettings) -> tuple[float, float]:
+    """Return the seconds of a prefill, and of a decoding step after it."""
     from vllm import SamplingParams
 
     generator = torch.Generator().manual_seed(0)
     vocabulary = engine.llm_engine.model_config.get_vocab_size()
-    shape = (batch_size, prompt_length)
+    shape = (settings.batch_size, settings.prompt_length)
     rows = torch.randint(vocabulary, shape, generator=generator).tolist()
     prompts = [{"prompt_token_ids": row} for row in rows]
 
@@ -120,7 +115,7 @@ def _measure(
         return time.perf_counter() - start
 
     prefill = run(1)
-    return prefill, run(1 + new_tokens) - prefill
+    return prefill, (run(1 + settings.new_tokens) - prefill) / settings.new_tokens
 
 
 def _own_dtype(folder: str) -> torch.dtype:

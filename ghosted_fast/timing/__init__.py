@@ -1,0 +1,1 @@
+"""Timing: rounds in a balanced order, ratios with intervals, and what else ran meanwhile."""
