@@ -37,7 +37,7 @@ from ghosted_fast.models.loading import cast_parameters, load_model
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.selection.criteria.request import candidate_intervals
 from ghosted_fast.statistics.interval import interval_bytes
-from ghosted_fast.statistics.token_weights import token_weights
+from ghosted_fast.statistics.token_weights import energy_floor, token_weights
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import relative_rms
 from ghosted_fast.text.batches import iterate_batches
@@ -80,7 +80,9 @@ def gate(model: Any, batch: torch.Tensor) -> float:
     states = model(batch, output_hidden_states=True).hidden_states
     x, y = states[start], states[stop]
     eps = Decoder.of(model).norm_eps
-    weight = token_weights(x, y, OPTIONS, eps).double()[..., None]
+    [tokens] = iterate_batches([batch])
+    floor = energy_floor(tokens, y)
+    weight = token_weights(x, y, OPTIONS, eps, floor).double()[..., None]
     x64 = x.double()
     features = x64 if eps is None else x64 / (x64.square().mean(-1, keepdim=True) + eps).sqrt()
     exact = (weight * features).flatten(0, 1).mT @ features.flatten(0, 1)

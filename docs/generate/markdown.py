@@ -36,13 +36,20 @@ def layers_as_text(layers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def measured_ratio(record: Mapping[str, Any] | None) -> str:
-    """Return a ratio of speeds as `1.22x ± 0.01`, from an `Estimate` as JSON has it."""
+def measured_ratio(record: Mapping[str, Any] | float | None) -> str:
+    """Return a ratio of speeds as `1.22x ± 0.01`, from an `Estimate` as JSON has it.
+
+    Rows of before rounds have a median alone, which is shown as it is.
+    """
+    if isinstance(record, float):
+        return f"{record:.2f}x"
     return ratio_text(estimate_from(record))
 
 
-def measured_speed(record: Mapping[str, Any]) -> str:
-    """Return a speed with the digits that are known of it, from an `Estimate` as JSON has it."""
+def measured_speed(record: Mapping[str, Any] | float) -> str:
+    """Return a speed with the digits that are known of it; see `measured_ratio`."""
+    if isinstance(record, float):
+        return f"{record:.1f}"
     return speed_text(estimate_from(record))
 
 

@@ -24,7 +24,9 @@ def _engine_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _heading(rows: list[dict[str, Any]]) -> str:
-    settings = [row["ghosted"]["settings"] for row in rows]
+    settings = [row["ghosted"].get("settings", row["ghosted"]) for row in rows]
+    in_rounds = all("settings" in row["ghosted"] for row in rows)
+    how = ". ± is half of the 95 % interval" if in_rounds else ", medians of runs by turns"
     ((new_tokens, prompt_length),) = {(s["new_tokens"], s["prompt_length"]) for s in settings}
     (threads,) = {row["threads"] for row in rows}
     (processor,) = {row["machine"]["processor"] for row in rows}
@@ -32,7 +34,7 @@ def _heading(rows: list[dict[str, Any]]) -> str:
     return (
         f"Tokens per second of decoding, {_GIVEN} (25 of 30 layers are left): {new_tokens} tokens "
         f"after {prompt_length}, {threads} thread{'s' * (threads > 1)} of an {processor}, {days} "
-        "(`make bench-engines`). ± is half of the 95 % interval.\n\n"
+        f"(`make bench-engines`){how}.\n\n"
     )
 
 
@@ -123,7 +125,6 @@ def calibration() -> str:
             rows.append([what, row["dtype"], f"{row['ratio']:.2f} of evaluating as many models"])
         else:
             what = f"statistics of {row['what']} ({row['intervals']}), whole pass"
-            rows.append(
-                [what, row["dtype"], f"{measured_ratio(row['ratio'])} the bare forward pass"]
-            )
+            cost = f"{measured_ratio(row['ratio'])} the bare forward pass"
+            rows.append([what, row["dtype"], cost])
     return table(["what", "dtype", "cost"], rows, 3)

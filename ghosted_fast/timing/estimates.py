@@ -102,6 +102,8 @@ def ratio_text(ratio: Estimate | None) -> str:
     """
     if ratio is None:
         return "-"
+    if ratio.high > 100.0 * ratio.low:
+        return "not known"
     if ratio.high > 2.0 * ratio.low:
         return f"{ratio.low:.1g}x to {ratio.high:.1g}x"
     if ratio.holds_one:

@@ -64,6 +64,7 @@ def test_units_and_inverses() -> None:
         (Estimate(0.987, 0.979, 0.993, 20), "0.987x ± 0.008"),
         (Estimate(0.995, 0.987, 1.004, 20), "not told apart (± 0.01)"),
         (Estimate(1.0, 1.0, 1.0, 20), "not told apart (± 0.0000)"),
+        (Estimate(1.84, 0.01, 7.2, 20), "not known"),
         (None, "-"),
     ],
 )
