@@ -46,6 +46,51 @@ class RefinementFacts:
 
 
 @dataclass(frozen=True)
+class HealingPoint:
+    """A judgement during a healing.
+
+    Attributes:
+        tokens: Tokens learned from by then.
+        divergence: Held-out divergence, nats per token.
+    """
+
+    tokens: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class HealingFacts:
+    """What a healing did.
+
+    Attributes:
+        before: Held-out divergence before it, nats per token.
+        after: The same of the state that is kept.
+        tokens: Tokens learned from.
+        best_tokens: Tokens by which the kept state was reached; 0 where no step was an improvement.
+        rank: Rank of the factors of each linear map; 0 where the ghosts alone were trained.
+        maps: Linear maps with factors.
+        ghosts: Ghosts that were trained.
+        trained_parameters: Numbers that were trained.
+        curve: All judgements, the one before the first step included.
+        ended: Why it ended: the "tokens" asked for, the "text", the "time", or a state so much
+            "worse" that the steps lead nowhere.
+        seconds: Wall-clock time of this process.
+    """
+
+    before: float
+    after: float
+    tokens: int
+    best_tokens: int
+    rank: int
+    maps: int
+    ghosts: int
+    trained_parameters: int
+    curve: list[HealingPoint]
+    ended: Literal["tokens", "text", "time", "worse"]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Trial:
     """One number of layers that was tried.
 

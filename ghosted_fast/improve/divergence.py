@@ -195,16 +195,9 @@ class Divergence:
             )
         self.device = self.ghosts[0].weight.device
         self._layers = num_layers(dense)
-        text, dense_text = text_config_of(ghosted.config), text_config_of(dense.config)
-        self._vocabulary = int(dense_text.vocab_size)
-        count, removed = removal_record(ghosted.config, num_layers(ghosted))
-        same_size = text.vocab_size == dense_text.vocab_size
-        same_size &= text.hidden_size == dense_text.hidden_size
-        if not same_size or (is_ghosted(ghosted.config) and count != self._layers):
-            raise ArgumentError(
-                f"expected the dense model that the ghosted one comes from ({count} layers), got "
-                f"another, of {self._layers} layers"
-            )
+        self._vocabulary = int(text_config_of(dense.config).vocab_size)
+        check_pair(ghosted, dense)
+        _, removed = removal_record(ghosted.config, num_layers(ghosted))
         # Below the first removed layer both models are the same, and so is what they compute.
         placed = [index for index, _, _ in ghosts_of(decoder_layers(ghosted))]
         self._entry = min([*placed[:1], *removed[:1]]) if placed and removed else 0
@@ -306,6 +299,24 @@ class Divergence:
         """Give all ranks the ghosts of rank 0, to the bit."""
         if distributed.count() > 1:
             self.set_parameters(distributed.from_first(self.parameters64(), self.device))
+
+
+def check_pair(smaller: Any, dense: Any) -> None:
+    """Raise unless a model could come from a dense one by the removal of layers.
+
+    Raises:
+        ArgumentError: It could not.
+    """
+    text, dense_text = text_config_of(smaller.config), text_config_of(dense.config)
+    count, _ = removal_record(smaller.config, num_layers(smaller))
+    layers = num_layers(dense)
+    same_size = text.vocab_size == dense_text.vocab_size
+    same_size &= text.hidden_size == dense_text.hidden_size
+    if not same_size or (is_ghosted(smaller.config) and count != layers):
+        raise ArgumentError(
+            f"expected the dense model that the ghosted one comes from ({count} layers), got "
+            f"another, of {layers} layers"
+        )
 
 
 def _run(model: Any, batch: Batch, boundary: int, hidden: Tensor | None) -> Tensor:
