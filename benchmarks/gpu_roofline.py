@@ -117,8 +117,8 @@ def main() -> None:
     out = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False).print
     out("# The GPU kernels on paper\n")
     out("**Computed, never measured**: no kernel of this library has run on a GPU yet. This page")
-    out("is the output of `python benchmarks/gpu_roofline.py`; `benchmarks/bench_gpu.py` is what")
-    out("measures, on a machine that has one.\n")
+    out("is the output of `python benchmarks/gpu_roofline.py`; on a machine that has one,")
+    out("`ghosted-fast bench-ops --device cuda` measures.\n")
     out("## Occupancy\n")
     out("Blocks per multiprocessor and what limits them, from the registers of the machine code")
     out("(the tests hold them to limits: nothing spills, no stack) and the shared memory of the")

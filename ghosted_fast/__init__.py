@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ghosted_fast.models.ghost_linear import GhostLinear as GhostLinear
     from ghosted_fast.models.loading import load_model as load_model
     from ghosted_fast.models.loading import load_processor as load_processor
+    from ghosted_fast.models.quantized.loading import load_quantized as load_quantized
     from ghosted_fast.ops import ghost_apply as ghost_apply
     from ghosted_fast.options import GhostOptions as GhostOptions
     from ghosted_fast.options import PerplexityBound as PerplexityBound
@@ -52,8 +53,11 @@ if TYPE_CHECKING:
     from ghosted_fast.surgery.adopt.from_operators import ImportReport as ImportReport
     from ghosted_fast.surgery.adopt.from_operators import import_ghosts as import_ghosts
     from ghosted_fast.surgery.adopt.swap import swap_ghosts as swap_ghosts
-    from ghosted_fast.surgery.cut import check_removable as check_removable
     from ghosted_fast.surgery.cut import prune_model as prune_model
+    from ghosted_fast.surgery.removable import check_removable as check_removable
+    from ghosted_fast.surgery.transfer import TakenGhosts as TakenGhosts
+    from ghosted_fast.surgery.transfer import put_ghosts as put_ghosts
+    from ghosted_fast.surgery.transfer import take_ghosts as take_ghosts
     from ghosted_fast.text.calibration_text import CalibrationText as CalibrationText
     from ghosted_fast.text.loading import load_texts as load_texts
     from ghosted_fast.text.loading import token_batches as token_batches
@@ -74,11 +78,12 @@ _HOMES = {
     "RunOptions": "options",
     "Selection": "selection.criteria.request",
     "SpeedBound": "options",
+    "TakenGhosts": "surgery.transfer",
     "TaskScore": "measure.tasks",
     "Throughput": "measure.throughput",
     "Variant": "grid",
     "accuracy": "measure.tasks",
-    "check_removable": "surgery.cut",
+    "check_removable": "surgery.removable",
     "correct_ghosts": "improve.correction",
     "evaluate_tasks": "measure.tasks",
     "fetch_demo_assets": "assets.downloads",
@@ -87,15 +92,18 @@ _HOMES = {
     "import_ghosts": "surgery.adopt.from_operators",
     "load_model": "models.loading",
     "load_processor": "models.loading",
+    "load_quantized": "models.quantized.loading",
     "load_texts": "text.loading",
     "perplexity": "measure.perplexity",
     "prune_model": "surgery.cut",
+    "put_ghosts": "surgery.transfer",
     "refine_ghosts": "improve.refinement",
     "run_grid": "grid",
     "save_model": "checkpoint.save",
     "select_layers": "selection.select",
     "solve_ghost": "statistics.solve",
     "swap_ghosts": "surgery.adopt.swap",
+    "take_ghosts": "surgery.transfer",
     "throughput": "measure.speed",
     "token_batches": "text.loading",
 }

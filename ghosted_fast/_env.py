@@ -48,6 +48,11 @@ def native_disabled() -> bool:
     return os.environ.get("GHOSTED_FAST_NATIVE", "1") == "0"
 
 
+def compiler() -> str | None:
+    """Return the C++ compiler that the user has named: `CXX`."""
+    return os.environ.get("CXX")
+
+
 def prepare_vllm() -> None:
     """Set what vLLM on the processor needs to be measured, where the user has set nothing.
 

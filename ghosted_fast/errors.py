@@ -63,6 +63,10 @@ class MissingExtraError(GhostedFastError, ImportError):
     """An optional package is needed; the message holds the command that installs it."""
 
 
+class GateError(GhostedFastError, RuntimeError):
+    """What was to be timed computes something wrong: nothing is reported."""
+
+
 class RankError(GhostedFastError, RuntimeError):
     """Another process of the group that shares the work has failed; the message says why."""
 

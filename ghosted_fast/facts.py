@@ -161,8 +161,15 @@ def named_layers(layers: Iterable[int]) -> str:
 
 def layers_as_text(layers: Iterable[int]) -> str:
     """Return layers as runs with both ends: 12-15, 17."""
+    return ", ".join(
+        str(start) if start == stop - 1 else f"{start}-{stop - 1}"
+        for start, stop in runs_of(layers)
+    )
+
+
+def runs_of(layers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the maximal runs [start, stop) of layers, sorted."""
     gone = set(layers)
     starts = [layer for layer in sorted(gone) if layer - 1 not in gone]
-    stops = [layer for layer in sorted(gone) if layer + 1 not in gone]
-    runs = zip(starts, stops, strict=True)
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    stops = [layer + 1 for layer in sorted(gone) if layer + 1 not in gone]
+    return list(zip(starts, stops, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +11,13 @@ from typing import Any
 
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.model_card import attach_report
-from ghosted_fast.errors import ArgumentError, renamed
+from ghosted_fast.errors import ArgumentError, UnsupportedModelError, renamed
 from ghosted_fast.improve.correction import correct_ghosts
+from ghosted_fast.improve.gradients import check_gradients
 from ghosted_fast.improve.refinement import refine_ghosts
 from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.quantized.loading import quantization_of
+from ghosted_fast.models.structure import share_copy
 from ghosted_fast.options import (
     Bound,
     Count,
@@ -32,9 +36,11 @@ from ghosted_fast.selection.how_many import choose_layers, remeasured
 from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.statistics.sample import Interval
-from ghosted_fast.surgery.cut import check_removable, remove_layers, removed_intervals, share_copy
+from ghosted_fast.surgery.cut import remove_layers, removed_intervals
+from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.text.calibration_text import CalibrationText
 
+_LOGGER = logging.getLogger(__name__)
 _OPTIONS, _RUN = "a field of options=GhostOptions(...)", "a field of run=RunOptions(...)"
 
 
@@ -111,6 +117,8 @@ def ghost_model(
     distributed.check_same({**asked, "options": options, "run": here}, model)
     text = distributed.same_text_everywhere(batches)
     improved = method.improvable and bool(run.corrections or run.refine)
+    if improved and not _passes_gradients(decoder.model, run):
+        run, improved = replace(run, corrections=0), False
     if improved or not method.improvable or not isinstance(wanted, Layers):
         text.hold()
     dense = share_copy(model) if run.inplace and isinstance(wanted, SpeedBound) else model
@@ -129,6 +137,7 @@ def ghost_model(
         recovery=recovery,
         scores=selection.scores,
         seconds=seconds,
+        calibrated_in=quantization_of(model.config),
     )
     with _timed(seconds, "calibrate"):
         patches = fit_gaps(
@@ -163,6 +172,22 @@ def _check(wanted: HowMany, criterion: str, recovery: str, run: RunOptions) -> N
             f"expected a number of layers or removed with recovery {recovery!r}, got {wanted}: "
             "its number is found with ghosts in place"
         )
+
+
+def _passes_gradients(model: Any, run: RunOptions) -> bool:
+    """Return whether ghosts of a model can be corrected; warn if not and nobody asked for it.
+
+    Raises:
+        UnsupportedModelError: They cannot, and corrections or a refinement were asked for.
+    """
+    try:
+        check_gradients(model)
+    except UnsupportedModelError as error:
+        if run.corrections != "auto" or run.refine:
+            raise
+        _LOGGER.warning("ghosts are not corrected: %s", error)
+        return False
+    return True
 
 
 @contextmanager

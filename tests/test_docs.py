@@ -69,3 +69,17 @@ def test_no_table_of_figures_is_written_by_hand_in_the_readme() -> None:
     text = BLOCK.sub("", (ROOT / "README.md").read_text(encoding="utf-8"))
     rows = [line for line in CODE.sub("", text).splitlines() if line.startswith("|")]
     assert not [row for row in rows if re.search(r"\d", row)]
+
+
+def test_families_that_count_are_served_or_refused_with_a_reason() -> None:
+    from docs.generate.engines import COUNTED, architecture
+    from ghosted_fast.export import gguf
+    from ghosted_fast.serving import vllm
+
+    kinds = {kind for group in COUNTED.values() for kind in group}
+    served = {*vllm.NATIVE, *vllm.THROUGH_TRANSFORMERS}
+    assert {architecture(kind) for kind in kinds} <= served | set(vllm.REFUSED)
+    assert not served & set(vllm.REFUSED)
+    assert set(vllm.NOTES) | set(vllm.WHOLE) <= set(vllm.NATIVE)
+    assert kinds <= set(gguf.FAMILIES) | set(gguf.REFUSED)
+    assert not set(gguf.FAMILIES) & set(gguf.REFUSED)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from docs.generate.markdown import table
-from docs.generate.results import newest_rows
+from docs.generate.results import operator_rows
+from ghosted_fast.timing.estimates import Estimate, estimate_from
 
 _SIZES = (576, 2048, 4096)
 _THREADS = (1, 2)
@@ -23,22 +24,27 @@ def _case(row: Row) -> tuple[int, str]:
     return int(size[1]), row["shape"].replace(size[0], "").replace(" T=2048", "").strip()
 
 
-def _reached(row: Row, against: str) -> float | None:
-    found = row["roof_share"] if against == "roof" else row["ratios"].get(against)
-    return None if found is None else float(found)
+def reached(row: Row, against: str) -> Estimate | None:
+    """Return what a row reached of a goal; None where it was not measured."""
+    if against in ("roof", "one thread"):
+        return estimate_from(row["roof_share" if against == "roof" else "one_thread"])
+    if against == "best rival":
+        against = row["best_rival"]
+    return estimate_from(row["ratios"].get(against))
 
 
 def operator_table(operator: str) -> str:
     """Return a row for each case and rival, the ratio by threads and size.
 
-    The rivals are those that have a floor, and a stronger one that has none. A ratio below the
-    floor is bold, whether the benchmark holds that size to the floor or not.
+    The rivals are those that have a floor, and a stronger one that has none. A ratio whose
+    interval's lower end is below the floor is bold, whether the benchmark holds that size to the
+    floor or not.
     """
-    rows = [row for row in newest_rows(operator) if row["is_ours"]]
+    rows = [row for row in operator_rows(operator) if row["is_ours"]]
     floors: dict[tuple[str, str, str, str], float | None] = {}
     for row in rows:
         for goal in row["goals"]:
-            case = (_case(row)[1], row["dtype"], row["backend"], goal["against"])
+            case = (_case(row)[1], row["dtype"], row["variant"], goal["against"])
             floors[case] = goal["floor"]
             if operator in _STRONGER:
                 floors.setdefault((*case[:3], _STRONGER[operator]), None)
@@ -55,8 +61,8 @@ def operator_table(operator: str) -> str:
 
 
 def _named(operator: str, case: tuple[str, str, str, str]) -> list[str]:
-    shape, dtype, backend, against = case
-    variant = backend.removeprefix("ghosted_fast").strip()
+    shape, dtype, variant, against = case
+    variant = variant.removeprefix("ghosted_fast").strip()
     parts = [shape.removesuffix(" plain"), variant, "" if operator == "ghost_solve" else dtype]
     return [
         ", ".join(part for part in parts if part) or "factor and solve",
@@ -69,28 +75,33 @@ def _named(operator: str, case: tuple[str, str, str, str]) -> list[str]:
 
 
 def _values(rows: list[Row], case: tuple[str, str, str, str], floor: float | None) -> list[str]:
-    shape, dtype, backend, against = case
+    shape, dtype, variant, against = case
     values = []
     for threads in _THREADS:
         for size in _SIZES:
             value = next(
                 (
-                    _reached(row, against)
+                    reached(row, against)
                     for row in rows
                     if _case(row) == (size, shape)
-                    and (row["dtype"], row["backend"], row["threads"]) == (dtype, backend, threads)
+                    and (row["dtype"], row["variant"], row["threads"]) == (dtype, variant, threads)
                 ),
                 None,
             )
-            text = "" if value is None else f"{value:.2f}"
-            below = value is not None and floor is not None and value < floor
+            text = "" if value is None else with_interval(value)
+            below = value is not None and floor is not None and value.low < floor
             values.append(f"**{text}**" if below else text)
     return values
 
 
+def with_interval(value: Estimate, digits: int = 2) -> str:
+    """Return a ratio with half of its interval, where it has one."""
+    return f"{value.value:.{digits}f}" if value.low == value.high else str(value)
+
+
 def machine_line() -> str:
     """Return on what, with what and when the operators were measured."""
-    found = [newest_rows(name)[0] for name in ("gram_update", "ghost_apply", "ghost_solve")]
+    found = [operator_rows(name)[0] for name in ("gram_update", "ghost_apply", "ghost_solve")]
     (processor,) = {row["processor"] for row in found}
     (version,) = {row["torch"] for row in found}
     days = sorted({row["date"][:10] for row in found})
@@ -101,7 +112,7 @@ def machine_line() -> str:
 
 def against_hooks() -> str:
     """Return how many times as fast a ghost is as a forward hook with an fp32 weight."""
-    rows = [row for row in newest_rows("ghost_apply") if row["backend"] == "ghosted_fast"]
+    rows = [row for row in operator_rows("ghost_apply") if row["variant"] == "ghosted_fast"]
     shown: list[tuple[str, Callable[[Row], bool]]] = [
         (f"{dtype}, {count} row{'s' * (count > 1)}", _is(dtype, f"rows={count}"))
         for dtype, count in (
@@ -118,11 +129,11 @@ def against_hooks() -> str:
         for threads in _THREADS:
             for size in _SIZES:
                 found = [
-                    row["ratios"]["hook, fp32 weight"]
+                    reached(row, "hook, fp32 weight")
                     for row in rows
                     if wanted(row) and row["threads"] == threads and _case(row)[0] == size
                 ]
-                cells.append(f"{found[0]:.1f}" if found else "")
+                cells.append(with_interval(found[0], 1) if found and found[0] else "")
         lines.append([name, *cells])
     heads = [f"{threads} thr., d={size}" for threads in _THREADS for size in _SIZES]
     return table(["", *heads], lines)

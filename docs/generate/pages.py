@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from docs.generate import operators, program, quick_start, recovery, speed, sweep
+from docs.generate import engines, operators, program, quick_start, recovery, speed, sweep
 from docs.generate.markers import block_names, replace_blocks
 from docs.generate.plots import pictures
 from docs.generate.results import ROOT
@@ -41,9 +41,18 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "ghost-solve": partial(operators.operator_table, "ghost_solve"),
     },
     "docs/transformers.md": {"engine": partial(speed.one_engine, "transformers")},
-    "docs/vllm.md": {"engine": partial(speed.one_engine, "vllm")},
-    "docs/gguf.md": {"engine": partial(speed.one_engine, "llama.cpp")},
-    "docs/ort-genai.md": {"engine": partial(speed.one_engine, "ort-genai")},
+    "docs/vllm.md": {
+        "families": engines.served_by_vllm,
+        "engine": partial(speed.one_engine, "vllm"),
+    },
+    "docs/gguf.md": {
+        "families": engines.served_by_llamacpp,
+        "engine": partial(speed.one_engine, "llama.cpp"),
+    },
+    "docs/ort-genai.md": {
+        "families": engines.served_by_ort_genai,
+        "engine": partial(speed.one_engine, "ort-genai"),
+    },
     "docs/import.md": {"against-hooks": operators.against_hooks},
     "docs/cli.md": {"verbs": program.verbs},
     "docs/families.md": {"families": program.families, "swept": sweep.swept},

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from docs.generate.operators import case_label
+from docs.generate.operators import case_label, reached
 from docs.generate.recovery import relative
 from docs.generate.results import (
     OUR_CRITERION,
     OUR_RECOVERY,
     Study,
     engine_rows,
-    newest_rows,
+    operator_rows,
     studies,
 )
 from ghosted_fast.timing.estimates import Estimate
@@ -174,8 +174,8 @@ def operators(theme: Theme) -> Any:
     rows = [
         row
         for name in _OPERATORS
-        for row in newest_rows(name)
-        if row["backend"] == "ghosted_fast" and row["threads"] == 1
+        for row in operator_rows(name)
+        if row["variant"] == "ghosted_fast" and row["threads"] == 1
     ][::-1]
     colours = [
         (theme.ours, theme.rival, theme.nothing)[_OPERATORS.index(row["operator"])] for row in rows
@@ -184,12 +184,13 @@ def operators(theme: Theme) -> Any:
         1, 2, sharey=True, figsize=(10, 1.0 + 0.24 * len(rows)), layout="constrained"
     )
     places = range(len(rows))
-    ratio.barh(places, [row["ratio_to_best_rival"] for row in rows], color=colours)
+    against_rivals = [reached(row, "best rival") for row in rows]
+    _bars(ratio, against_rivals, 1.0, colours, theme)
     ratio.set_yticks(places, [case_label(row) for row in rows], fontsize=8)
     ratio.set_xlabel("times as fast as the best rival, one thread")
     # What comes out of the cache is not held by the roof of memory.
-    shares = [0 if "cached" in row["shape"] else 100 * row["roof_share"] for row in rows]
-    roof.barh(places, shares, color=colours)
+    shares = [None if "cached" in row["shape"] else reached(row, "roof") for row in rows]
+    _bars(roof, shares, 100.0, colours, theme)
     roof.set_xlabel("% of the machine's roof, one thread")
     for axes, line in ((ratio, 1.0), (roof, 100.0)):
         axes.axvline(line, color=theme.ink, linewidth=1)
@@ -197,3 +198,16 @@ def operators(theme: Theme) -> Any:
         axes.set_axisbelow(True)
         axes.set_ylim(-1, len(rows))
     return figure
+
+
+def _bars(
+    axes: Any, values: Sequence[Estimate | None], scale: float, colours: list[str], theme: Theme
+) -> None:
+    """Draw a bar for each value, with its interval where it has one."""
+    lengths = [scale * float(value) if value else 0 for value in values]
+    ends = [
+        [scale * (value.value - value.low) if value else 0.0 for value in values],
+        [scale * (value.high - value.value) if value else 0.0 for value in values],
+    ]
+    intervals = ends if any(map(any, ends)) else None
+    axes.barh(range(len(values)), lengths, xerr=intervals, color=colours, ecolor=theme.ink)

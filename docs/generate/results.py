@@ -10,6 +10,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+# What rows from before intervals had among their ratios, which is no variant.
+_NAMED = ("best rival", "one thread")
 OUR_CRITERION, OUR_RECOVERY, OUR_CLOSED_FORM = "ghost", "ghost + corrections", "ghost"
 
 
@@ -126,3 +128,31 @@ def newest_rows(benchmark: str) -> list[dict[str, Any]]:
     apart = benchmark == "generate"
     newest = {row["dtype"] if apart else "": row["date"] for row in rows}
     return [row for row in rows if row["date"] == newest[row["dtype"] if apart else ""]]
+
+
+@cache
+def operator_rows(operator: str) -> list[dict[str, Any]]:
+    """Return the rows of the newest run of an operator's benchmark, as `bench_ops` writes them."""
+    return [_with_intervals(row) for row in newest_rows(operator)]
+
+
+def _with_intervals(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row in today's form: one from before intervals has medians, as both ends too."""
+    if "variant" in row:
+        return row
+
+    def exact(value: float | None) -> dict[str, Any] | None:
+        return (
+            None if value is None else {"value": value, "low": value, "high": value, "samples": 1}
+        )
+
+    ratios = {name: value for name, value in row["ratios"].items() if name not in _NAMED}
+    rivals = [name for name in ratios if not name.startswith("ghosted_fast")]
+    return {
+        **row,
+        "variant": row["backend"],
+        "roof_share": exact(row["roof_share"]),
+        "ratios": {name: exact(value) for name, value in ratios.items()},
+        "best_rival": min(rivals, key=lambda name: float(ratios[name])),
+        "one_thread": exact(row["ratios"].get("one thread")),
+    }

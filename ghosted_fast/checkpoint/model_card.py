@@ -28,7 +28,8 @@ _MARK = "<!-- Written by ghosted_fast. Remove this line to keep the card as it i
 # What transformers writes into the card of a repository that has none.
 _PLACEHOLDER = "This model card has been automatically generated."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_REPORTED = ("model", "criterion", "recovery", "calibration", "ghosts", "num_tokens")
+_REPORTED = ("model", "criterion", "recovery", "calibration", "ghosts", "num_tokens",
+             "calibrated_in")  # fmt: skip
 
 
 def attach_report(config: Any, report: Mapping[str, Any]) -> bool:
@@ -208,13 +209,14 @@ def _ghosts(record: Mapping[str, Any]) -> str:
     kept = [layer for layer in range(count) if layer not in removed]
     rows = []
     for ghost, fact in zip(record["ghosts"], facts, strict=True):
-        at_start = ghost["side"] == "input"
-        start = 0 if at_start else kept[ghost["layer"]] + 1
+        before = ghost["side"] == "input"
+        last = ghost["layer"] - before  # the kept layer before the gap
+        start = 0 if last < 0 else kept[last] + 1
         stop = next((layer for layer in kept if layer >= start), count)
         rows.append(
             [
                 layers_as_text(range(start, stop)),
-                f"{'before' if at_start else 'behind'} layer {ghost['layer']}",
+                f"{'before' if before else 'behind'} layer {ghost['layer']}",
                 "raw" if ghost["norm_eps"] is None else "normed",
                 "yes" if ghost["bias"] else "no",
                 "yes" if ghost["first_state"] else "no",
@@ -238,6 +240,11 @@ def _calibration(report: Mapping[str, Any]) -> str:
         f"The layers were {by}. The operators are a closed-form fit (recovery "
         f"`{report.get('recovery', 'ghost')}`) over {report.get('num_tokens', 0):,} tokens{text}."
     )
+    if report.get("calibrated_in"):
+        said += (
+            " All of this was computed in the model with weights quantized by "
+            f"{report['calibrated_in']}."
+        )
     if report.get("corrections"):
         said += f" {report['corrections']} closed-form corrections moved them afterwards."
     if report.get("refined"):

@@ -11,7 +11,9 @@ from typing import Any
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.alignment import align_weights
 from ghosted_fast.checkpoint.model_card import CARD, is_ours
+from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.models.quantized.packing import packed_again
 
 
 def save_model(
@@ -51,7 +53,8 @@ def save_model(
     workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         fresh = workspace / "new"
-        model.save_pretrained(fresh)
+        saved = model if is_ghosted(model.config) else packed_again(model)
+        saved.save_pretrained(fresh)
         align_weights(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)

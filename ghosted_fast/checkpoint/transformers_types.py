@@ -40,6 +40,7 @@ from ghosted_fast.models.families import (
     hidden_size,
     layers_path,
 )
+from ghosted_fast.models.quantized.packing import packed_again
 from ghosted_fast.models.runtime_classes import (
     Derived,
     bases_of,
@@ -74,6 +75,8 @@ def become_ghosted_class(
     config = model.config
     if not is_ghosted(config):
         config.__class__ = subclass_for("config", type(config))
+        # One that was read from a file holds the family's name itself, before that of its class.
+        vars(config).pop("model_type", None)
     config.ghost = {
         "format": FORMAT if whole is None else FORMAT_WHOLE,
         "removed": removed,
@@ -143,8 +146,13 @@ class GhostedModel(Derived):
 
         A model card is written beside it, unless there is one of somebody else's, and the file that
         loads the folder where this package is not installed. Weights are aligned in their files
-        (`align_weights`).
+        (`align_weights`). Weights of compressed-tensors that a forward pass unpacked are packed.
         """
+        return packed_again(self)._save_as_it_is(save_directory, is_main_process, *args, **kwargs)
+
+    def _save_as_it_is(
+        self, save_directory: Any, is_main_process: bool, *args: Any, **kwargs: Any
+    ) -> Any:
         refresh_record(self)
         save = functools.partial(super().save_pretrained, save_directory, is_main_process)  # type: ignore[misc]
         folder = Path(save_directory)

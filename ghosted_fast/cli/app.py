@@ -10,6 +10,7 @@ from ghosted_fast import __version__
 from ghosted_fast.cli._shared.old_names import Verb, Verbs
 from ghosted_fast.cli._shared.verb import verb
 from ghosted_fast.cli.bench import bench
+from ghosted_fast.cli.bench_ops import bench_ops
 from ghosted_fast.cli.demo import demo
 from ghosted_fast.cli.doctor import doctor
 from ghosted_fast.cli.eval import evaluate
@@ -34,6 +35,7 @@ app.command("import", cls=Verb)(verb(import_operators))
 app.command("eval", cls=Verb)(verb(evaluate))
 app.command("grid", cls=Verb)(verb(grid))
 app.command("bench", cls=Verb)(verb(bench))
+app.command("bench-ops", cls=Verb)(verb(bench_ops))
 app.command("export", cls=Verb)(verb(export))
 app.command("doctor", cls=Verb)(verb(doctor))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -57,6 +58,36 @@ class RecoveryArgs(ImproveArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FitCalibrationArgs(CalibrationArgs):
+    """The text to calibrate on, and the copy of the model to calibrate in."""
+
+    title: ClassVar = CalibrationArgs.title
+    calibrate_in: Annotated[
+        values.Quantized | None,
+        typer.Option(
+            "--calibrate-in",
+            help="Choose, fit and correct in a copy of the model that bitsandbytes quantizes; the "
+            "layers are cut from the model itself.",
+        ),
+    ] = None
+
+    def check_model(self, spec: str) -> None:
+        """Raise, before any work, unless the model can be quantized as it is asked for."""
+        from ghosted_fast.models.quantized.loading import check_quantizable
+
+        if self.calibrate_in is not None:
+            check_quantizable(spec, self.calibrate_in)
+
+    def open(self, model: ModelArgs) -> tuple[Any, Any]:
+        """Return the model to calibrate in, on its device, and its tokenizer."""
+        from ghosted_fast.cli._shared.loading import open_quantized
+
+        if self.calibrate_in is None:
+            return model.open()
+        return open_quantized(model.model, self.calibrate_in, model.dtype, model.device)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputArgs:
     """What is written."""
 
@@ -99,7 +130,7 @@ class OutputArgs:
 
 def fit(
     model: ModelArgs,
-    calibration: CalibrationArgs,
+    calibration: FitCalibrationArgs,
     how_many: HowManyArgs,
     ghosts: GhostArgs,
     recovery: RecoveryArgs,
@@ -109,11 +140,13 @@ def fit(
 ) -> Result | None:
     """Remove layers, fit a ghost for each removed run, and save the smaller model."""
     _check_together(how_many, recovery, output, launch)
+    _check_calibrated_in(calibration, how_many, recovery)
 
     from ghosted_fast.cli._shared.launch import process_group
     from ghosted_fast.cli._shared.loading import check_layers
     from ghosted_fast.models.loading import load_processor
     from ghosted_fast.pipeline import ghost_model
+    from ghosted_fast.surgery.transfer import put_ghosts, take_ghosts
 
     options = ghosts.options(recovery.sequential)
     with process_group(launch.rank_timeout, model.device) as first:
@@ -122,7 +155,8 @@ def fit(
                 output.check()
             calibration.check()
             evaluation.check(calibration)
-        dense, tokenizer = model.open()
+        calibration.check_model(model.model)
+        dense, tokenizer = calibration.open(model)
         beside = load_processor(model.model) or tokenizer
         check_layers(dense, how_many.how_many())
         if launch.dry_run:
@@ -139,6 +173,12 @@ def fit(
             run=_run_options(how_many, recovery, output, progress=first),
         )
         facts = found.to_dict() | {"calibration": Path(calibration.calibration).name}
+        if calibration.calibrate_in is not None and first:
+            taken = take_ghosts(smaller)
+            del dense, smaller
+            gc.collect()  # the quantized copy makes room for the model
+            dense, _ = model.open()
+            smaller = put_ghosts(dense, taken)
         if first:
             _save(smaller, facts, beside, output)
             if recovery.refine:
@@ -175,6 +215,30 @@ def _check_together(
         )
     if output.output is None and not launch.dry_run:
         raise usage_error("expected a folder for the checkpoint, or --dry-run", "--output")
+
+
+def _check_calibrated_in(
+    calibration: FitCalibrationArgs, how_many: HowManyArgs, recovery: RecoveryArgs
+) -> None:
+    """Raise unless a quantized copy can stand for the model in all that is asked for.
+
+    Raises:
+        typer.BadParameter: It cannot.
+    """
+    if calibration.calibrate_in is None:
+        return
+    if recovery.recovery != "ghost":
+        raise usage_error(
+            f"expected --recovery ghost with --calibrate-in, got {recovery.recovery!r}, which "
+            "changes weights of the model it is fitted in",
+            "--calibrate-in",
+        )
+    if how_many.bound_option == "--min-speedup":
+        raise usage_error(
+            "expected --remove, --removed or --max-perplexity-increase with --calibrate-in: the "
+            "speed of the quantized copy is not that of the model",
+            "--calibrate-in",
+        )
 
 
 def _run_options(
@@ -221,6 +285,8 @@ def _said(facts: dict[str, Any]) -> list[TextTable | str]:
     shown: list[TextTable | str] = [
         f"removed {layers_as_text(facts['removed'])}; saved {facts['output']}"
     ]
+    if facts.get("calibrated_in"):
+        shown.append(f"calibrated in weights quantized by {facts['calibrated_in']}")
     if facts.get("budget"):
         shown.append(budget_line(facts["budget"]))
     if facts.get("ghosts"):

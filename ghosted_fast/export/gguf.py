@@ -27,7 +27,43 @@ from ghosted_fast.models.ghosted_layers import INPUT, OUTPUT, ghost_of, ghosts_o
 
 Precision = Literal["f32", "f16", "q8_0"]
 
-FAMILIES = ("llama", "mistral", "qwen2")
+FAMILIES = ("llama", "mistral", "qwen2", "phi3", "granite", "seed_oss", "ernie4_5")
+# Those that rotate channels which stand side by side, as llama.cpp does.
+_ROTATES_PAIRS = ("ernie4_5",)
+# Why the blocks of other families are none of a llama.
+REFUSED = {
+    **dict.fromkeys(
+        ("qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "exaone4"),
+        "it norms queries and keys",
+    ),
+    **dict.fromkeys(("gemma2", "glm4"), "it norms what its parts add"),
+    **dict.fromkeys(("gemma4_text", "llama4_text"), "its layers are of several kinds"),
+    **dict.fromkeys(
+        ("mixtral", "gpt_oss", "glm4_moe", "granitemoe", "ernie4_5_moe"), "it has experts"
+    ),
+    "deepseek_v3": "it has experts and latent attention",
+    **dict.fromkeys(
+        (
+            *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid"),
+            *("nemotron_h", "falcon_h1", "lfm2"),
+        ),
+        "it has layers with a recurrent state or convolutions",
+    ),
+    "smollm3": "some of its layers rotate nothing",
+    "ministral3": "it scales queries by their position",
+    "phi4_multimodal": "it reads pictures and sound",
+    **dict.fromkeys(
+        ("bloom", "mpt", "falcon", "gptj", "gpt2", "opt", "gpt_neox"),
+        "it has layer norms with a bias and no gated feed-forward part",
+    ),
+    **dict.fromkeys(
+        (
+            *("gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_vl"),
+            *("qwen3_5", "qwen3_5_moe", "smolvlm"),
+        ),
+        "it reads pictures",
+    ),
+}
 _STATIC_ROPES = ("default", "linear", "llama3")
 # The least that a block of Q8_0 holds; the feed-forward part of a ghost's block does nothing.
 _IDLE_WIDTH = 32
@@ -114,6 +150,11 @@ def export_gguf(
     return target
 
 
+def reason_against(family: str) -> str:
+    """Return why stock llama.cpp does not run a family with ghosts, as the end of a sentence."""
+    return REFUSED.get(family, "this family was not tried")
+
+
 def check_exportable(model: Any) -> None:
     """Raise unless blocks of stock llama.cpp compute what a model does.
 
@@ -125,7 +166,8 @@ def check_exportable(model: Any) -> None:
     if family not in FAMILIES:
         raise UnsupportedModelError(
             f"stock llama.cpp has ghosts in llama's blocks alone: expected a model of the families "
-            f"{', '.join(FAMILIES)}, got {family!r}. Serve it with vLLM, or export --to ort-genai."
+            f"{', '.join(FAMILIES)}, got {family!r}: {reason_against(family)}. Serve it with vLLM, "
+            "or export --to ort-genai."
         )
     _check_ghosts(model)
     rope = config.rope_parameters
@@ -190,7 +232,7 @@ def _add_sizes(writer: Any, model: Any) -> None:
     is_ghost = [isinstance(block, GhostLinear) for block in _blocks(model)]
     context = config.max_position_embeddings
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
-        dense_model_type(config) == "mistral" and config.sliding_window
+        dense_model_type(config) in ("mistral", "phi3") and config.sliding_window
     ):
         context = min(context, config.sliding_window)  # within the window nothing slides
     writer.add_block_count(len(is_ghost))
@@ -214,10 +256,11 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield llama.cpp's names and the tensors [out, in] or [size] of a model."""
     config = model.config
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    yield "token_embd.weight", embedding
+    scales = _scales(config)
+    yield "token_embd.weight", _scaled(embedding, scales.get("token_embd"))
     yield "output_norm.weight", final_norm(model).weight  # type: ignore[misc]
-    if head is not embedding:
-        yield "output.weight", head
+    if head is not embedding or scales:
+        yield "output.weight", _scaled(head, scales.get("output"))
     if config.rope_parameters["rope_type"] != "default":
         frequencies = _frequencies(model)
         exponents = torch.arange(len(frequencies), dtype=torch.float64) * 2 / _head_size(config)
@@ -225,9 +268,29 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
         yield "rope_freqs.weight", (plain / frequencies).float()
     for index, block in enumerate(_blocks(model)):
         prefix = f"blk.{index}"
-        parts = _ghost_tensors(block) if isinstance(block, GhostLinear) else _layer_tensors(block)
+        if isinstance(block, GhostLinear):
+            parts = _ghost_tensors(block)
+        else:
+            parts = _layer_tensors(block, config, scales)
         for name, tensor in parts:
             yield f"{prefix}.{name}", tensor
+
+
+def _scales(config: Any) -> dict[str, float]:
+    """Return the factors of a Granite, which its matrices take in."""
+    if dense_model_type(config) != "granite":
+        return {}
+    return {
+        "token_embd": config.embedding_multiplier,
+        "output": 1.0 / config.logits_scaling,
+        "attn_q": config.attention_multiplier * _head_size(config) ** 0.5,
+        "attn_output": config.residual_multiplier,
+        "ffn_down": config.residual_multiplier,
+    }
+
+
+def _scaled(tensor: Tensor, factor: float | None) -> Tensor:
+    return tensor if factor is None else tensor.double() * factor
 
 
 def _frequencies(model: Any) -> Tensor:
@@ -237,12 +300,33 @@ def _frequencies(model: Any) -> Tensor:
     return frequencies.cpu().double()
 
 
-def _layer_tensors(layer: Any) -> Iterator[tuple[str, Tensor]]:
+def _layer_tensors(
+    layer: Any, config: Any, scales: dict[str, float]
+) -> Iterator[tuple[str, Tensor]]:
     head = int(layer.self_attn.head_dim)
+    halves = dense_model_type(config) not in _ROTATES_PAIRS
+    for name, kind, tensor in _projections(layer, config, head):
+        if halves and name in ("attn_q", "attn_k"):
+            tensor = _pairs_from_halves(tensor, head)
+        yield f"{name}.{kind}", _scaled(tensor, scales.get(name))
+
+
+def _projections(layer: Any, config: Any, head: int) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield llama.cpp's name, "weight" or "bias", and each tensor of a layer."""
+    modules = dict(layer.named_modules())
     for path, name in _PROJECTIONS.items():
-        for kind, tensor in layer.get_submodule(path).named_parameters():
-            rotated = name in ("attn_q", "attn_k")
-            yield f"{name}.{kind}", _pairs_from_halves(tensor, head) if rotated else tensor
+        if path in modules:
+            for kind, tensor in modules[path].named_parameters():
+                yield name, kind, tensor
+    if "self_attn.qkv_proj" in modules:  # Phi 3 keeps them in one
+        keys = config.num_key_value_heads * head
+        sizes = [config.num_attention_heads * head, keys, keys]
+        parts = layer.self_attn.qkv_proj.weight.split(sizes)
+        for name, tensor in zip(("attn_q", "attn_k", "attn_v"), parts, strict=True):
+            yield name, "weight", tensor
+        gate, up = layer.mlp.gate_up_proj.weight.chunk(2)
+        yield "ffn_gate", "weight", gate
+        yield "ffn_up", "weight", up
 
 
 def _pairs_from_halves(rows: Tensor, head_size: int) -> Tensor:

@@ -44,6 +44,7 @@ from ghosted_fast.improve.divergence import (
     row_slices,
     sum_of,
 )
+from ghosted_fast.improve.gradients import uses_gradients
 from ghosted_fast.ops.reference import mirror_lower
 from ghosted_fast.options import Corrections, check_corrections
 from ghosted_fast.statistics.solve import mean_diagonal, solve_equations
@@ -79,6 +80,7 @@ _SHARES = (1.0, 0.5, 0.25)
 
 
 @distributed.failing_together()
+@uses_gradients
 def correct_ghosts(
     ghosted: Any,
     dense: Any,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.record import is_ghosted, removal_record
 from ghosted_fast.errors import ArgumentError, NonFiniteError
+from ghosted_fast.improve.gradients import check_gradients
 from ghosted_fast.models.boundaries import starting_at, visit_boundaries
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import decoder_layers, num_layers
@@ -182,6 +183,7 @@ class Divergence:
     Raises:
         ArgumentError: The first model has no ghost, or an int8 one, or does not come from the
             second.
+        UnsupportedModelError: The first model passes no gradients back.
     """
 
     def __init__(self, ghosted: Any, dense: Any) -> None:
@@ -193,6 +195,7 @@ class Divergence:
             raise ArgumentError(
                 "expected floating-point ghosts, got int8: quantize them afterwards"
             )
+        check_gradients(ghosted)
         self.device = self.ghosts[0].weight.device
         self._layers = num_layers(dense)
         self._vocabulary = int(text_config_of(dense.config).vocab_size)

@@ -38,6 +38,7 @@ from ghosted_fast.errors import (
 )
 from ghosted_fast.facts import RefinementFacts
 from ghosted_fast.improve.divergence import Divergence, GhostSlope
+from ghosted_fast.improve.gradients import uses_gradients
 from ghosted_fast.ops.reference import mirror_lower
 from ghosted_fast.statistics.solve import mean_diagonal
 from ghosted_fast.text.batches import Batch
@@ -104,6 +105,7 @@ _OPTION = "a field of options=RefinementOptions(...)"
 
 @renamed(**dict.fromkeys(("tokens", "held_out_tokens", "step_size", "seed"), _OPTION))
 @distributed.failing_together()
+@uses_gradients
 def refine_ghosts(
     ghosted: Any,
     dense: Any,

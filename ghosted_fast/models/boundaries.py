@@ -49,12 +49,15 @@ def visit_boundaries(
     decoder = Decoder.of(model)
     layers = decoder.layers
     wanted, last = frozenset(boundaries), max(boundaries)
+    resting = decoder.contract.resting
 
     def reached(boundary: int, hidden: Tensor) -> None:
         if boundary in wanted:
             visit(boundary, hidden)
         if boundary == last:
             raise _LastBoundaryReached
+        if boundary in resting:  # what enters a layer that does not run enters the next one too
+            reached(boundary + 1, hidden)
 
     def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reached(0, hidden_state(args, kwargs))
@@ -120,7 +123,9 @@ def visit_intervals(
 class _PassThrough(nn.Module):
     """Stands in for a layer that is not computed; answers for its attributes."""
 
-    def __init__(self, layer: nn.Module, returns: Returned, operator: Operator | None) -> None:
+    def __init__(
+        self, layer: nn.Module, returns: Returned | None, operator: Operator | None
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
         self._returns, self._operator = returns, operator
@@ -132,7 +137,7 @@ class _PassThrough(nn.Module):
         hidden = hidden_state(args, kwargs)
         if self._operator is not None:
             hidden = self._operator(hidden)
-        return as_returned(hidden, self._returns)
+        return as_returned(hidden, self._returns, kwargs)
 
 
 def resume(
@@ -168,7 +173,8 @@ def resume(
 def starting_at(model: Any, boundary: int, hidden: Tensor) -> Iterator[None]:
     """Run the model with given hidden states at a boundary.
 
-    The layers below are not computed, unless those above use their keys and values too.
+    The layers below are not computed, unless those above use more of them: their keys and values,
+    or a second state.
 
     Args:
         model: A causal language model, its base model, or a view of it.
@@ -176,7 +182,7 @@ def starting_at(model: Any, boundary: int, hidden: Tensor) -> Iterator[None]:
         hidden: The states [batch, length, hidden_size].
     """
     decoder = Decoder.of(model)
-    if not decoder.shares_keys:
+    if not decoder.uses_layers_below:
         with leaving_out(decoder, [(0, boundary, lambda _: hidden)]):
             yield
         return
@@ -184,8 +190,8 @@ def starting_at(model: Any, boundary: int, hidden: Tensor) -> Iterator[None]:
     def give(_: nn.Module, __: Any, output: Any) -> Any:
         return with_state(output, hidden)
 
-    _ = decoder.returns  # looked at in a pass of its own, before another state is given
-    handle = decoder.layers[boundary - 1].register_forward_hook(give)
+    below = max(set(range(boundary)) - decoder.contract.resting)
+    handle = decoder.layers[below].register_forward_hook(give)
     try:
         yield
     finally:
@@ -201,14 +207,16 @@ def leaving_out(model: Any, gaps: Sequence[LeftOut]) -> Iterator[None]:
         gaps: The layers that are left out.
     """
     decoder = Decoder.of(model)
-    layers, returns = decoder.layers, decoder.returns
+    layers, contract = decoder.layers, decoder.contract
     originals = {index: layers[index] for start, stop, _ in gaps for index in range(start, stop)}
     try:
         for start, stop, operator in gaps:
-            for index in range(start, stop):
-                last = index == stop - 1
+            running = [index for index in range(start, stop) if index not in contract.resting]
+            for index in running:
                 layers[index] = _PassThrough(
-                    originals[index], returns[index], operator if last else None
+                    originals[index],
+                    contract.returns[index],
+                    operator if index == running[-1] else None,
                 )
         yield
     finally:

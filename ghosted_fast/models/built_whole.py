@@ -48,8 +48,9 @@ def take_layers_out(model: Any, config: Any, kept: list[int]) -> None:
     """Take the removed layers out of a model that was built whole."""
     owner, _, name = config.ghost["layers"].rpartition(".")
     owner = model.base_model.get_submodule(owner)
-    keep_layers(owner, getattr(owner, name), kept)
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    layers = getattr(owner, name)
+    keep_layers(owner, layers, kept)
+    keep_ties(model, layers, kept)
 
 
 def restore_values(config: Any) -> None:
@@ -145,6 +146,55 @@ def keep_layers(owner: nn.Module, layers: nn.ModuleList, kept: list[int]) -> Non
     cut_owner(owner, kept, len(every))
 
 
+def keep_ties(model: Any, layers: nn.ModuleList, kept: list[int]) -> None:
+    """Make what a model says of weights that are one weight fit the kept layers, in place.
+
+    Args:
+        model: A model out of which layers were taken.
+        layers: Those that are left.
+        kept: The indices that they had, sorted.
+    """
+    for module in model.modules():
+        ties: dict[str, str] = vars(module).get("all_tied_weights_keys") or {}
+        inside = module.named_modules() if ties else ()
+        path = next((name for name, item in inside if item is layers), None)
+        if path is None:
+            continue
+        left = _ties_left(ties, path, kept)
+        vars(module)["all_tied_weights_keys"] = left
+        if "." not in path:  # its own rules, of patterns, are about the layers that there were
+            vars(module)["_tied_weights_keys"] = dict(left)
+
+
+def _ties_left(ties: dict[str, str], path: str, kept: list[int]) -> dict[str, str]:
+    """Return which weights are one weight among the kept layers, by their new names.
+
+    Where the layer goes that a weight was named by, the next one that has it takes its place.
+
+    Args:
+        ties: For each weight that is another one, the name of that one.
+        path: The path of the layers, which the names begin with.
+        kept: Indices of the layers that stay, sorted.
+    """
+    held: dict[str, dict[str, None]] = {}
+    for name, source in ties.items():
+        places = held.setdefault(source, {})
+        places.update(dict.fromkeys(filter(None, (_moved(n, path, kept) for n in (source, name)))))
+    found = {}
+    for places in held.values():
+        first, *others = places or (None,)
+        found.update({name: first for name in others if first is not None})
+    return found
+
+
+def _moved(name: str, path: str, kept: list[int]) -> str | None:
+    """Return the name that a weight has among the kept layers, None if its layer is gone."""
+    number, _, rest = name.removeprefix(f"{path}.").partition(".")
+    if not name.startswith(f"{path}.") or not number.isdigit():
+        return name
+    return f"{path}.{kept.index(int(number))}.{rest}" if int(number) in kept else None
+
+
 def number_layers(layers: dict[int, nn.Module], kept: list[int]) -> None:
     """Number layers anew, in place.
 
@@ -153,17 +203,26 @@ def number_layers(layers: dict[int, nn.Module], kept: list[int]) -> None:
         kept: The indices of those that are kept; their places are the new indices.
     """
     held: dict[tuple[str, str], dict[int, int]] = {}
+    tables: dict[tuple[str, str], dict[int, dict[int, Any]]] = {}
     for index, layer in layers.items():
         for path, module in layer.named_modules():
             for name, value in vars(module).items():
                 if type(value) is int and any(word in name for word in _INDEX_WORDS):
                     held.setdefault((path, name), {})[index] = value
+                elif type(value) is dict and value and value.keys() <= layers.keys():
+                    tables.setdefault((path, name), {})[index] = value
     for (path, name), values in held.items():
         step = _step_of(values)
         for new, old in enumerate(kept):
             if step and old in values:
                 module = layers[old].get_submodule(path)
                 setattr(module, name, values[old] + step * (new - old))
+    places = {old: new for new, old in enumerate(kept)}
+    for (path, name), found in tables.items():
+        if all(index in table for index, table in found.items()):  # what each finds its own in
+            for old, table in found.items():
+                new_table = {places[key]: table[key] for key in table if key in places}
+                setattr(layers[old].get_submodule(path), name, new_table)
 
 
 def _step_of(values: dict[int, int]) -> int:
@@ -185,11 +244,14 @@ def _step_of(values: dict[int, int]) -> int:
 
 def cut_owner(owner: Any, kept: list[int], count: int) -> None:
     """Make what the owner of the layers took from the configuration fit the kept layers."""
+    described = getattr(owner, "config", None)  # cut by now
     for name, value in list(vars(owner).items()):
         if name.startswith("_") or name == _FIRST_SHARED:
             continue
         if type(value) is list and len(value) == count:
             vars(owner)[name] = [value[index] for index in kept]
+        elif type(value) is list and type(getattr(described, name, None)) is list:
+            vars(owner)[name] = list(getattr(described, name))  # indices of some layers
         elif type(value) is int and value == count and _COUNT.fullmatch(name):
             vars(owner)[name] = len(kept)
     if hasattr(owner, _FIRST_SHARED):

@@ -1,12 +1,15 @@
 """What decoder layers take from one another: looked at once, in a short forward pass.
 
 A ghost maps one hidden state [batch, length, hidden_size] to another. Where layers hand on more
-than that (a router's state, several streams), nothing that stands in for a layer can.
+than that (a router's state, several streams), nothing that stands in for a layer can: a layer whose
+second state others use must be kept with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,16 +17,88 @@ import torch
 from torch import Tensor, nn
 
 from ghosted_fast.errors import UnsupportedModelError
+from ghosted_fast.facts import layers_as_text, named_layers, runs_of
 from ghosted_fast.models.built_whole import text_config_of
 
 _LENGTH = 4
-# What a layer returns: a sequence of some length, or None for the hidden state alone.
-Returned = tuple[type, int] | None
-_KNOWN: WeakKeyDictionary[nn.Module, list[Returned]] = WeakKeyDictionary()
 
 
-def returns_of(model: Any, layers: nn.ModuleList, width: int) -> list[Returned]:
-    """Return what each layer returns: a sequence and its length, or None for the state alone.
+@dataclass(frozen=True)
+class Returned:
+    """What a layer returns, where that is a sequence with the hidden state at its start.
+
+    Attributes:
+        sequence: Its type.
+        length: How many entries it has.
+        handed: Which entries the next layer takes, with the names that it takes them by.
+    """
+
+    sequence: type
+    length: int
+    handed: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass
+class Contract:
+    """What the layers of a model take from one another.
+
+    Attributes:
+        returns: What each layer returns; None for the hidden state alone.
+        resting: Layers that do not run where there is only text.
+        makers: For each layer that uses a second state, the layer that made it.
+        second: What the layers call that state, "" if there is none.
+    """
+
+    returns: list[Returned | None]
+    resting: frozenset[int]
+    makers: dict[int, int]
+    second: str = ""
+
+    def why_needed(self, removed: Collection[int]) -> str | None:
+        """Return why some layers cannot be removed together, None if they can."""
+        users = [layer for layer in self.makers if layer not in removed]
+        needed = {self.makers[layer] for layer in users} & set(removed)
+        if needed:
+            using = [layer for layer in users if self.makers[layer] in needed]
+            return (
+                f"expected {named_layers(needed)} to be kept: {named_layers(using)} of this model "
+                f"would miss what is handed on there beside the hidden state ({self.second}), "
+                "unless removed too"
+            )
+        resting = self.resting & set(removed)
+        if resting:
+            return (
+                f"expected {named_layers(resting)} to be kept: on text alone, as it is calibrated, "
+                "the model does not run what reads pictures or sound"
+            )
+        for start, stop in runs_of(removed):
+            if self.beside(start, stop) is None:
+                gap = range(start, stop)
+                one = f"one of the layers {layers_as_text(gap)}" if gap[1:] else named_layers(gap)
+                return (
+                    f"expected {one} to be kept: no layer beside them, where a ghost would be, "
+                    "runs on text alone"
+                )
+        return None
+
+    def beside(self, start: int, stop: int) -> int | None:
+        """Return the layer that holds the ghost of a gap, None if there is none.
+
+        It is the one before the gap; the one behind it, if that one does not run on text alone.
+
+        Args:
+            start: The first layer that is removed.
+            stop: The first that is kept behind it.
+        """
+        near = (start - 1, stop)
+        return next((i for i in near if 0 <= i < len(self.returns) and i not in self.resting), None)
+
+
+_KNOWN: WeakKeyDictionary[nn.ModuleList, Contract] = WeakKeyDictionary()
+
+
+def contract_of(model: Any, layers: nn.ModuleList, width: int) -> Contract:
+    """Return what the layers of a model take from one another, looked at once.
 
     Args:
         model: The model that runs the layers, all of them.
@@ -31,19 +106,29 @@ def returns_of(model: Any, layers: nn.ModuleList, width: int) -> list[Returned]:
         width: Width of the hidden state.
 
     Raises:
-        UnsupportedModelError: The layers hand on a state of another shape, or a second one.
+        UnsupportedModelError: The layers hand on a state of another shape, or a second one that
+            each of them changes.
     """
-    if layers not in _KNOWN:
-        _KNOWN[layers] = _look(model, layers, width)
-    return _KNOWN[layers]
+    known = _KNOWN.get(layers)
+    if known is None or len(known.returns) != len(layers):
+        known = _KNOWN[layers] = _Look(model, layers, width).contract()
+    return known
 
 
-def as_returned(hidden: Tensor, returned: Returned) -> Any:
-    """Return a hidden state in the form in which a layer returns it."""
+def as_returned(hidden: Tensor, returned: Returned | None, given: dict[str, Any]) -> Any:
+    """Return a hidden state in the form in which a layer returns it.
+
+    Args:
+        hidden: The state.
+        returned: The form.
+        given: What the layer was given by name; a second state among it is handed on.
+    """
     if returned is None:
         return hidden
-    sequence, length = returned
-    return sequence((hidden, *[None] * (length - 1)))
+    entries: list[Any] = [hidden, *[None] * (returned.length - 1)]
+    for place, name in returned.handed:
+        entries[place] = given.get(name)
+    return returned.sequence(entries)
 
 
 def state_in(output: Any) -> Tensor:
@@ -77,61 +162,111 @@ def plain_tokens(model: Any, length: int = _LENGTH) -> Tensor:
     return torch.tensor([tokens], device=next(model.parameters()).device)
 
 
-def _look(model: Any, layers: nn.ModuleList, width: int) -> list[Returned]:
-    returned: list[Returned] = []
-    handed: dict[int, str] = {}
-    name = type(model).__name__
+class _Look:
+    """A short forward pass in which the layers are watched."""
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: Any, layers: nn.ModuleList, width: int) -> None:
+        self.model, self.layers, self.width = model, layers, width
+        self.name = type(model).__name__
+        self.returned: dict[int, Returned | None] = {}
+        self.makers: dict[int, int] = {}
+        self.second: set[str] = set()
+        # By the id of a second state: the layer that made it, the entry it was last returned in.
+        self.handed: dict[int, tuple[int, int]] = {}
+        self.alive: list[Any] = []  # so that no two tensors have one id
+        self.taken: set[tuple[int, str]] = set()  # entry, and the name that it is taken by
+
+    def contract(self) -> Contract:
+        """Run the pass and return what came of it."""
+        handles = []
+        for index, layer in enumerate(self.layers):
+            before, after = partial(self._before, index), partial(self._after, index)
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(after, with_kwargs=True))
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                self.model(plain_tokens(self.model), use_cache=False)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # whatever the family's own code asks for
+            raise UnsupportedModelError(
+                f"{self.name} does not run on text alone ({type(error).__name__}: {error}): "
+                "expected a model that gives logits for token ids"
+            ) from error
+        finally:
+            self.model.train(training)
+            for handle in handles:
+                handle.remove()
+        return self._found()
+
+    def _found(self) -> Contract:
+        count = len(self.layers)
+        handed = tuple(sorted(self.taken))
+        found = [self.returned.get(index) for index in range(count)]
+        returns = [item and replace(item, handed=handed) for item in found]
+        resting = frozenset(range(count)) - self.returned.keys()
+        if 0 in resting:
+            raise UnsupportedModelError(
+                f"{self.name} does not run its first layer on text alone: expected a model that "
+                "does"
+            )
+        return Contract(returns, resting, self.makers, ", ".join(sorted(self.second)))
+
+    def _before(
+        self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if index in self.returned:
+            raise UnsupportedModelError(
+                f"{self.name} runs its layer {index} more than once in one pass: expected each "
+                "layer once"
+            )
         hidden = hidden_state(args, kwargs)
         shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        if shape != (1, _LENGTH, width):
+        if shape != (1, _LENGTH, self.width):
             raise UnsupportedModelError(
-                f"the layers of {name} hand on a state of shape {shape} for {_LENGTH} tokens: "
-                f"expected (1, {_LENGTH}, {width}), a vector of hidden_size for each token, which "
-                "is what a ghost maps"
+                f"the layers of {self.name} hand on a state of shape {shape} for {_LENGTH} tokens: "
+                f"expected (1, {_LENGTH}, {self.width}), a vector of hidden_size for each token, "
+                "which is what a ghost maps"
             )
         for key, tensor in _tensors((*args[1:], *kwargs.items())):
-            if id(tensor) in handed:
-                raise UnsupportedModelError(
-                    f"each layer of {name} hands a second state to the next, beside the hidden "
-                    f"state ({key or handed[id(tensor)]}): nothing that stands in for a layer can "
-                    "give it"
-                )
+            named = isinstance(key, str) and isinstance(kwargs.get(key), Tensor)
+            if id(tensor) in self.handed and not named:
+                self._refuse(f"output {self.handed[id(tensor)][1]}")
 
-    def after(_: nn.Module, __: Any, output: Any) -> None:
+    def _after(
+        self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         several = isinstance(output, tuple | list)
-        returned.append((type(output), len(output)) if several else None)
-        handed.clear()
-        alive.append(output)
+        self.returned[index] = Returned(type(output), len(output)) if several else None
+        used = set()
+        for key, tensor in _tensors(tuple(kwargs.items())):
+            if id(tensor) not in self.handed:
+                continue
+            maker, place = self.handed[id(tensor)]
+            self.taken.add((place, key))
+            other = torch.zeros_like(tensor) if tensor.any() else torch.ones_like(tensor)
+            instead = layer.forward(*args, **{**kwargs, key: other})
+            if not torch.equal(state_in(instead), state_in(output)):
+                self.makers[index] = maker
+                self.second.add(key)
+                used.add(key)
+        before, self.handed = self.handed, {}
+        self.alive.append(output)
         if several:
-            handed.update({id(t): f"output {i}" for i, t in _tensors(enumerate(output)) if i})
+            for place, tensor in _tensors(enumerate(output)):
+                if place:
+                    maker = before[id(tensor)][0] if id(tensor) in before else index
+                    if maker == index and used:
+                        self._refuse(used.pop())
+                    self.handed[id(tensor)] = (maker, place)
 
-    alive: list[Any] = []  # so that no two tensors have one id
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
-    handles += [layer.register_forward_hook(after) for layer in layers]
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            model(plain_tokens(model), use_cache=False)
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # whatever the family's own code asks for
+    def _refuse(self, state: str) -> None:
         raise UnsupportedModelError(
-            f"{name} does not run on text alone ({type(error).__name__}: {error}): expected a "
-            "model that gives logits for token ids"
-        ) from error
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    if len(returned) != len(layers):
-        raise UnsupportedModelError(
-            f"{name} runs its {len(layers)} layers {len(returned)} times in one pass: expected "
-            "each of them once"
+            f"each layer of {self.name} hands a second state to the next, beside the hidden "
+            f"state ({state}): nothing that stands in for a layer can give it"
         )
-    return returned
 
 
 def _tensors(values: Any) -> Iterator[tuple[Any, Tensor]]:

@@ -9,7 +9,6 @@ built with all its layers from the dense configuration, and the removed ones are
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -22,15 +21,15 @@ from ghosted_fast.models.built_whole import (
     text_config_of,
 )
 from ghosted_fast.models.families import Family
+from ghosted_fast.models.quantized.names import Renumbering
 from ghosted_fast.models.structure import counts_of
 
-# Names of modules beside the text decoder, whose layers stay.
-_OF_OTHERS = re.compile(r"vision|visual|image|audio|tower")
 _SHARED = "num_kv_shared_layers"
-_NUMBERED = re.compile(r"(?<![^.])(layers|h|blocks|layer)\.(\d+)(?![^.])")
 
 
-def cut_config(config: Any, family: Family, kept: list[int], count: int) -> dict[str, Any]:
+def cut_config(
+    config: Any, family: Family, kept: list[int], count: int, names: Renumbering | None = None
+) -> dict[str, Any]:
     """Make a configuration describe the kept layers only, in place.
 
     Args:
@@ -38,6 +37,8 @@ def cut_config(config: Any, family: Family, kept: list[int], count: int) -> dict
         family: The record of the model's family.
         kept: Indices of the kept layers, sorted.
         count: Number of layers before the cut.
+        names: Those of the model's modules; without them, only names that are no expressions can be
+            renumbered.
 
     Returns:
         The values that were changed in the text configuration, as they were before.
@@ -58,9 +59,8 @@ def cut_config(config: Any, family: Family, kept: list[int], count: int) -> dict
     if shared:  # the last so many layers use keys and values of earlier ones
         new[_SHARED] = sum(layer >= count - shared for layer in kept)
     set_values(text, {name: new[name] for name in new if new[name] != dense.get(name)})
-    _renumber_names(config, kept)
-    if text is not config:
-        _renumber_names(text, kept)
+    for described in {id(part): part for part in (config, text)}.values():
+        _renumber_names(described, names or Renumbering(kept))
     return {name: dense[name] for name in dense if new[name] != dense[name]}
 
 
@@ -142,33 +142,11 @@ def _lists_indices(name: str, value: Any, count: int) -> bool:
     return "layer" in name and (len(value) != count or list(value) == list(range(count)))
 
 
-def _renumber_names(config: Any, kept: list[int]) -> None:
-    """Renumber the layers in the names of modules that a quantization leaves as they are."""
+def _renumber_names(config: Any, names: Renumbering) -> None:
+    """Renumber the layers in the names of modules that the settings of a quantization hold."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return
     values = settings if isinstance(settings, dict) else vars(settings)
-    for name, value in values.items():
-        values[name] = _renumbered(value, kept)
-
-
-def _renumbered(value: Any, kept: list[int]) -> Any:
-    if isinstance(value, str) and not _OF_OTHERS.search(value):
-        return _NUMBERED.sub(lambda match: f"{match[1]}.{kept.index(int(match[2]))}", value)
-    if isinstance(value, list | tuple):
-        return [_renumbered(entry, kept) for entry in value if not _is_gone(entry, kept)]
-    if isinstance(value, dict):
-        return {
-            _renumbered(key, kept): _renumbered(entry, kept)
-            for key, entry in value.items()
-            if not _is_gone(key, kept)
-        }
-    return value
-
-
-def _is_gone(name: Any, kept: list[int]) -> bool:
-    """Return whether a module's name is that of a removed layer."""
-    if not isinstance(name, str) or _OF_OTHERS.search(name):
-        return False
-    match = _NUMBERED.search(name)
-    return match is not None and int(match[2]) not in kept
+    for name, value in list(values.items()):
+        values[name] = names.apply(value)

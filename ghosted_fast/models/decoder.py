@@ -12,7 +12,7 @@ from torch import nn
 
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.built_whole import text_config_of
-from ghosted_fast.models.contract import Returned, returns_of
+from ghosted_fast.models.contract import Contract, contract_of
 from ghosted_fast.models.families import (
     Family,
     decoder_layers,
@@ -86,18 +86,19 @@ class Decoder:
         return final_norm(self.model, self.family)
 
     @property
-    def returns(self) -> list[Returned]:
-        """What each layer returns: a sequence and its length, or None for the state alone.
+    def contract(self) -> Contract:
+        """What the layers take from one another: looked at once, in a short forward pass.
 
         Raises:
             UnsupportedModelError: The layers hand on more than one hidden state.
         """
-        return returns_of(self.model, self.layers, self.hidden_size)
+        return contract_of(self.model, self.layers, self.hidden_size)
 
     @property
-    def shares_keys(self) -> bool:
-        """Whether the last layers use keys and values of earlier ones."""
-        return bool(getattr(text_config_of(self.model.config), "num_kv_shared_layers", 0))
+    def uses_layers_below(self) -> bool:
+        """Whether layers use more of earlier ones than the state that the last of them hands on."""
+        text = text_config_of(self.model.config)
+        return bool(getattr(text, "num_kv_shared_layers", 0) or self.contract.makers)
 
     def needs(self, removed: Collection[int]) -> str | None:
         """Return why a model cannot do without some layers together, None if it can.

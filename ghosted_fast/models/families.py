@@ -247,6 +247,17 @@ def _config_of(model: Any) -> Any:
     return config
 
 
+# Settings of models found by structure under which weights depend on the places of layers.
+_BY_PLACE = (
+    Refusal(
+        "rescale_every",
+        0,
+        "the weights of later layers are halved, once the model is run, by their places: load it "
+        "with rescale_every=0",
+    ),
+)
+
+
 def _family_by_structure(model: Any) -> Family:
     """Make the record of a model whose family is not in the table."""
     found = find_layers(model)
@@ -260,6 +271,7 @@ def _family_by_structure(model: Any) -> Family:
         final_norm=norm,
         per_layer_lists=(),
         mlp_output="",
+        refusals=_BY_PLACE,
     )
 
 

@@ -64,7 +64,7 @@ def load_model(
         ArgumentError: The dtype is unknown.
     """
     wanted = resolve_dtype(dtype)
-    name, gguf_file = _locate_model(str(spec), gguf_file)
+    name, gguf_file = locate_model(str(spec), gguf_file)
     if gguf_file is not None:
         _require_gguf()
     from transformers import AutoTokenizer
@@ -72,7 +72,7 @@ def load_model(
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = _auto_class(name, options).from_pretrained(
+        model = auto_class(name, options).from_pretrained(
             name, dtype=wanted or "auto", **options, **_unpacked(gguf_file)
         )
     except (OSError, ValueError, KeyError) as error:
@@ -88,7 +88,7 @@ def load_processor(spec: str | Path) -> Any:
     Args:
         spec: A hub id or a local folder, as `load_model` takes it.
     """
-    name, gguf_file = _locate_model(str(spec), None)
+    name, gguf_file = locate_model(str(spec), None)
     if gguf_file is not None:
         return None
     from transformers import AutoConfig, AutoProcessor, ProcessorMixin
@@ -103,7 +103,7 @@ def load_processor(spec: str | Path) -> Any:
     return processor if isinstance(processor, ProcessorMixin) else None
 
 
-def _auto_class(name: str, options: dict[str, Any]) -> Any:
+def auto_class(name: str, options: dict[str, Any]) -> Any:
     """Return the auto class of a checkpoint: that for pictures and text where it reads both."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -134,8 +134,12 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _locate_model(spec: str, gguf_file: str | None) -> tuple[str, str | None]:
-    """Return what transformers calls the model, and its GGUF file if it is one."""
+def locate_model(spec: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """Return what transformers calls the model, and its GGUF file if it is one.
+
+    Raises:
+        SourceError: There is no such file, folder or hub id.
+    """
     path = Path(spec).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":

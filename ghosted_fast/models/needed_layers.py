@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 from ghosted_fast.facts import layers_as_text, named_layers
 
-_LINEAR = "linear_attention"
+_COUNTS_TOKENS = re.compile(r"(?<!linear_)attention|hybrid")
 
 
 def layer_kinds(text: Any, count: int) -> list[str]:
@@ -47,7 +48,7 @@ def why_needed(text: Any, count: int, removed: Collection[int]) -> str | None:
             "expected a layer of each kind to be kept, since this model looks settings up by kind: "
             f"none would be left of {', '.join(lost)}"
         )
-    counting = [i for i, kind in enumerate(kinds) if "attention" in kind and kind != _LINEAR]
+    counting = [i for i, kind in enumerate(kinds) if _COUNTS_TOKENS.search(kind)]
     if counting and not set(counting) - set(removed):
         return (
             f"expected one of the layers {layers_as_text(counting)} to be kept: they are the "

@@ -1,10 +1,12 @@
-"""Find the decoder layers of a model whose family has no record, by looking at the model."""
+"""A model's structure: its decoder layers, found by looking, and a copy that shares its memory."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ghosted_fast.models.built_whole import text_config_of
@@ -12,6 +14,8 @@ from ghosted_fast.models.built_whole import text_config_of
 # Configuration attributes that count decoder layers, the usual one first: some families give it to
 # their encoder.
 COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers", "num_blocks")
+# How deep tensors are looked for in the objects that a module holds.
+_DEPTH = 4
 
 
 def counts_of(config: Any) -> dict[str, int]:
@@ -82,3 +86,46 @@ def _lists(decoder: nn.Module, lengths: set[int]) -> Iterator[tuple[str, nn.Modu
 
 def _is_norm(name: str, module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() or name.startswith("ln_")
+
+
+def share_copy(model: Any) -> Any:
+    """Return a copy of a model's structure that shares the memory of its parameters and buffers.
+
+    Layers can be taken out of the copy, and it can be cast or moved, without touching the original.
+    A value written into a shared weight shows in both. Packed weights that a module holds in
+    objects of their own, as those of quantized models, are shared too.
+
+    Args:
+        model: Any module.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                memo |= {id(tensor): tensor for tensor in _tensors(value, _DEPTH)}
+    for parameter in model.parameters():
+        shared = parameter
+        if type(parameter) is nn.Parameter:
+            # An object of its own: casting a module replaces the data of its parameter objects.
+            shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            vars(shared).update(vars(parameter))
+        memo[id(parameter)] = shared
+    memo.update({id(buffer): buffer for buffer in model.buffers()})
+    return copy.deepcopy(model, memo)
+
+
+def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an attribute holds, but those of modules in it."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    if depth == 0 or isinstance(value, nn.Module | type):
+        return
+    if isinstance(value, dict):
+        held = list(value.values())
+    elif isinstance(value, list | tuple):
+        held = list(value)
+    else:
+        held = list(getattr(value, "__dict__", {}).values())
+    for entry in held:
+        yield from _tensors(entry, depth - 1)

@@ -58,6 +58,7 @@ class GhostReport:
         budget: The bound that the number of layers follows from, if one was given.
         corrections: What each correction of the ghosts did.
         refinement: What their refinement did, or None.
+        calibrated_in: What the weights of the model were quantized by, or None.
     """
 
     model: str
@@ -73,6 +74,7 @@ class GhostReport:
     budget: Budget | None = None
     corrections: list[CorrectionFacts] = field(default_factory=list)
     refinement: RefinementFacts | None = None
+    calibrated_in: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain lists, numbers and strings."""

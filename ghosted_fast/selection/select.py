@@ -12,7 +12,7 @@ from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.selection.criteria import CRITERIA, check_criterion
 from ghosted_fast.selection.criteria.request import Request, Selection
-from ghosted_fast.surgery.cut import check_removable
+from ghosted_fast.surgery.removable import check_removable
 
 _RUN = "a field of run=RunOptions(...)"
 

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
-from torch import nn
-
 from ghosted_fast.checkpoint.model_card import IMPORTED, attach_report
 from ghosted_fast.checkpoint.record import is_ghosted, refresh_record, removal_record
 from ghosted_fast.checkpoint.transformers_types import become_ghosted_class
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
-from ghosted_fast.facts import named_layers
-from ghosted_fast.models.built_whole import cut_owner, keep_layers, number_layers, text_config_of
+from ghosted_fast.facts import named_layers, runs_of
+from ghosted_fast.models.built_whole import (
+    cut_owner,
+    keep_layers,
+    keep_ties,
+    number_layers,
+    text_config_of,
+)
 from ghosted_fast.models.cut_config import computed_lists, cut_config, lists_changed, read_again
 from ghosted_fast.models.decoder import Decoder, model_name
 from ghosted_fast.models.families import (
@@ -33,8 +37,10 @@ from ghosted_fast.models.ghosted_layers import (
     check_swappable,
     ghost_of,
 )
-from ghosted_fast.models.structure import counts_of
-from ghosted_fast.surgery.proof import check_computed_alike, differences
+from ghosted_fast.models.quantized.names import Renumbering
+from ghosted_fast.models.quantized.unpacked import forget_packing
+from ghosted_fast.models.structure import counts_of, share_copy
+from ghosted_fast.surgery.proof import differences
 
 
 def removed_intervals(removed: Iterable[int], num_layers: int) -> list[tuple[int, int]]:
@@ -66,13 +72,7 @@ def removed_intervals(removed: Iterable[int], num_layers: int) -> list[tuple[int
         raise ArgumentError(f"expected each layer once, got {layers}")
     if len(layers) == num_layers:
         raise ArgumentError(f"expected at least one of the {num_layers} layers to be kept")
-    intervals: list[tuple[int, int]] = []
-    for layer in layers:
-        if intervals and intervals[-1][1] == layer:
-            intervals[-1] = (intervals[-1][0], layer + 1)
-        else:
-            intervals.append((layer, layer + 1))
-    return intervals
+    return runs_of(layers)
 
 
 def prune_model(model: Any, removed: Iterable[int], inplace: bool = False) -> Any:
@@ -148,25 +148,6 @@ class Cut:
     placed: list[tuple[int, str, GhostLinear]]
 
 
-def check_removable(model: Any, removed: Iterable[int]) -> None:
-    """Raise, before any long work, unless a model can do without some layers.
-
-    The layers are cut from a copy that shares the model's memory. The copy must be what is loaded
-    after it was saved, and compute what the model does whose layers are passed by.
-
-    Args:
-        model: A transformers decoder-only model.
-        removed: Indices of the layers to remove.
-
-    Raises:
-        ArgumentError, UnknownFamilyError, UnsupportedModelError: See `remove_layers`.
-    """
-    decoder, layers = Decoder.of(model), sorted(removed)
-    _ = decoder.returns  # the layers hand on nothing but hidden states
-    smaller = remove_layers(decoder.model, layers)
-    check_computed_alike(smaller, decoder.model, layers)
-
-
 def _proven(model: Any, cut: Cut) -> tuple[Any, bool]:
     """Return a cut copy that will be the same once saved and loaded, and whether it is built whole.
 
@@ -208,8 +189,10 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
     dense_kept = [layer for layer in range(dense_count) if layer not in dense_removed]
     text, known = text_config_of(config), getattr(config, "ghost", None) or {}
     lists = computed_lists(text, count)
-    dense_values = cut_config(config, decoder.family, kept, count)
+    names = Renumbering.of(model, decoder.layers, kept, gone=False)
+    dense_values = cut_config(config, decoder.family, kept, count, names)
     keep_layers(decoder.owner, decoder.layers, kept)
+    keep_ties(model, decoder.layers, kept)
     whole = whole or "dense_config" in known
     if cut.placed or is_ghosted(config) or whole:
         if known:
@@ -236,7 +219,7 @@ def _cut(model: Any, cut: Cut, whole: bool) -> bool:
             ghost.to(device=weight.device, dtype=decoder.dtype)
         attach_ghosts(model.base_model, decoder.owner, decoder.layers, cut.placed)
         refresh_record(model)
-    _drop_gguf_marks(model)
+    forget_packing(model)
     return whole
 
 
@@ -281,33 +264,13 @@ def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int])
         check_swappable(module)
     config = _own_config(model)
     there = list(range(len(layers)))
-    cut_config(config, family, kept if described == count else there, described)
+    names = Renumbering.of(model, layers, kept, gone=True) if described == count else None
+    cut_config(config, family, kept if described == count else there, described, names)
     number_layers(dict(zip(kept, layers, strict=True)), kept)
     cut_owner(decoder, kept, count)
     become_ghosted_class(model, removed=sorted(dropped), num_hidden_layers=count)
     name = model_name(model)
     attach_report(config, {"model": name, "recovery": IMPORTED})
-
-
-def share_copy(model: Any) -> Any:
-    """Return a copy of a model's structure that shares the memory of its parameters and buffers.
-
-    Layers can be taken out of the copy, and it can be cast or moved, without touching the original.
-    A value written into a shared weight shows in both.
-
-    Args:
-        model: Any module.
-    """
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        shared = parameter
-        if type(parameter) is nn.Parameter:
-            # An object of its own: casting a module replaces the data of its parameter objects.
-            shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-            vars(shared).update(vars(parameter))
-        memo[id(parameter)] = shared
-    memo.update({id(buffer): buffer for buffer in model.buffers()})
-    return copy.deepcopy(model, memo)
 
 
 def _place_ghosts(
@@ -322,6 +285,7 @@ def _place_ghosts(
             f"got {len(ghosts)}"
         )
     layers, width = decoder_layers(model), hidden_size(model)
+    contract = Decoder.of(model).contract
     placed: list[tuple[int, str, GhostLinear]] = []
     dropped = 0
     for (start, stop), ghost in zip(intervals, ghosts, strict=True):
@@ -333,13 +297,16 @@ def _place_ghosts(
                     f"expected ghosts of hidden_size {width}, as the model's, "
                     f"got {ghost.hidden_size}"
                 )
-            if start > 0 and ghost_of(layers[start - 1], OUTPUT) is not None:
+            beside = contract.beside(start, stop)
+            if beside is None:
+                raise UnsupportedModelError(contract.why_needed(range(start, stop)))
+            side = OUTPUT if beside < start else INPUT
+            if ghost_of(layers[beside], side) is not None:
                 raise ArgumentError(
                     f"the gap {start, stop} starts where a ghost already stands: fit one ghost "
                     "for the whole gap from the dense model instead"
                 )
-            first = start == 0
-            placed.append((0 if first else start - 1 - dropped, INPUT if first else OUTPUT, ghost))
+            placed.append((start - dropped - (side == OUTPUT), side, ghost))
         dropped += stop - start
     return placed
 
@@ -370,16 +337,7 @@ def _own_config(model: Any) -> Any:
         for name, value in vars(module).items():
             if hasattr(value, "get_text_config") and id(value) in memo:
                 vars(module)[name] = memo[id(value)]
+    settings = getattr(new, "quantization_config", None)
+    if getattr(model, "hf_quantizer", None) is not None and settings is not None:
+        model.hf_quantizer.quantization_config = settings
     return new
-
-
-def _drop_gguf_marks(model: Any) -> None:
-    """Remove the marks of a GGUF file whose weights are unpacked: they forbid saving."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or getattr(quantizer, "packed_modules", None):
-        return
-    method = getattr(quantizer.quantization_config, "quant_method", None)
-    if getattr(method, "value", method) != "gguf":
-        return
-    model.hf_quantizer = None
-    quantizer.remove_quantization_config(model)

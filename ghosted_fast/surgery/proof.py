@@ -172,7 +172,7 @@ def check_computed_alike(cut: Any, dense: Any, removed: list[int]) -> None:
     except Exception as error:
         raise UnsupportedModelError(
             f"{named_layers(removed)} cannot be removed from this {decoder.family.name} "
-            f"model: it does not run without them ({type(error).__name__}: {error})"
+            f"model, which does not run without ({type(error).__name__}: {error})"
         ) from error
     if not torch.allclose(got.float(), expected.float(), rtol=1e-2, atol=1e-3):
         raise UnsupportedModelError(

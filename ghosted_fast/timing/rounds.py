@@ -82,11 +82,26 @@ class Rounds:
         Raises:
             ArgumentError: No pair of rounds is complete.
         """
-        own, other = self._samples[name], self._samples[over or self.names[0]]
-        ratios = [b / a for a, b in zip(own, other, strict=True)]
+        return self.ratio(self._samples[over or self.names[0]], name)
+
+    def ratio(self, others: Sequence[float], name: str) -> Estimate:
+        """Return how long something else takes, in units of a variant's time.
+
+        Args:
+            others: Its seconds in each round, in the order of `samples`.
+            name: The variant.
+
+        Raises:
+            ArgumentError: No pair of rounds is complete.
+        """
+        ratios = [b / a for a, b in zip(self._samples[name], others, strict=True)]
         if self.pairs > 1:
             ratios = [math.sqrt(a * b) for a, b in zip(ratios[::2], ratios[1::2], strict=True)]
         return Estimate.of(ratios)
+
+    def samples(self, name: str) -> tuple[float, ...]:
+        """Return the seconds of a variant, round by round."""
+        return tuple(self._samples[name])
 
     @property
     def half_width(self) -> float:

@@ -71,8 +71,8 @@ def test_rows(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bench, "fetch_demo_assets", lambda: assets)
     monkeypatch.setattr(
         bench,
-        "measure_roof",
-        lambda: bench.Roof(10.0, {"bf16": 100.0, "fp32": 100.0, "fp64": 50.0}),
+        "measure_roofs",
+        lambda: {"memory": 1e10, "bf16": 1e11, "fp32": 1e11, "fp64": 5e10},
     )
     monkeypatch.setattr(bench, "CALIBRATION_TOKENS", 1024)
     monkeypatch.setattr(bench, "GATE_TOKENS", 24)

@@ -22,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import ArgumentError, CheckpointError
 from ghosted_fast.surgery.cut import prune_model, remove_layers
@@ -371,3 +372,14 @@ def test_a_classifier_comes_back_as_one(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(ids).logits, smaller(ids).logits)
         assert again(ids).logits.shape == (1, 3)
+
+
+def test_a_model_that_was_loaded_is_ghosted_as_one_that_was_made(tmp_path: Path) -> None:
+    tiny_model("llama", 6).save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    once = remove_layers(dense, [1], [random_ghost(0)])
+    assert is_ghosted(once.config) and once.config.model_type == "ghosted_llama"
+    twice = remove_layers(once, [3])
+    assert twice.config.ghost["removed"] == [1, 4]
+    assert twice.config.ghost["num_hidden_layers"] == 6
+    assert dense.config.model_type == "llama"

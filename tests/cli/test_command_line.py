@@ -14,7 +14,18 @@ from ghosted_fast import __version__
 from ghosted_fast.cli.app import app
 from ghosted_fast.text import generation
 
-VERBS = ("demo", "select", "fit", "import", "eval", "grid", "bench", "export", "doctor")
+VERBS = (
+    "demo",
+    "select",
+    "fit",
+    "import",
+    "eval",
+    "grid",
+    "bench",
+    "bench-ops",
+    "export",
+    "doctor",
+)
 
 FIT = ("fit", "--model=m", "--calibration=c")
 SELECT = ("select", "--model=m", "--calibration=c")

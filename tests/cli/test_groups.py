@@ -18,6 +18,7 @@ from ghosted_fast.cli._shared import fit_args, input_args
 from ghosted_fast.cli._shared.results import Result
 from ghosted_fast.cli._shared.verb import options_of, verb
 from ghosted_fast.cli.app import app
+from ghosted_fast.cli.bench_ops import CaseArgs, EffortArgs, FilesArgs
 from ghosted_fast.cli.demo import DemoArgs
 from ghosted_fast.cli.fit import OutputArgs, RecoveryArgs
 from ghosted_fast.cli.grid import ComparedArgs, FolderArgs, JudgedArgs
@@ -43,6 +44,7 @@ GROUPS = {
              fit_args.GhostArgs, FolderArgs],
     "eval": [input_args.ModelsArgs, input_args.TextArgs, input_args.TaskArgs],
     "bench": [input_args.ModelsArgs],
+    "bench-ops": [CaseArgs, EffortArgs, FilesArgs],
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ghosted_fast.assets.downloads import fetch_demo_assets
+from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
@@ -48,3 +49,22 @@ def smollm2() -> Callable[..., tuple[Any, Path, Any]]:
 
     ghosted.text = text  # type: ignore[attr-defined]
     return ghosted
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Save a model and run it in vLLM, until the test ends."""
+    from support.tiny_engines import byte_tokenizer
+    from support.vllm_engine import Vllm
+
+    engines: list[Vllm] = []
+
+    def run(model: Any, tokenizer: Any = None, **options: Any) -> Vllm:
+        folder = tmp_path / f"model{len(engines)}"
+        save_model(model, folder, tokenizer or byte_tokenizer())
+        engines.append(Vllm(folder, **options))
+        return engines[-1]
+
+    yield run
+    for engine in engines:
+        engine.close()

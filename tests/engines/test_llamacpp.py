@@ -17,12 +17,19 @@ from support.tiny_engines import (
 )
 
 from ghosted_fast._env import cache_folder
-from ghosted_fast.export.gguf import export_gguf
+from ghosted_fast.export.gguf import FAMILIES, export_gguf
 
 pytest.importorskip("xllamacpp")
 from support.llamacpp_engine import LlamaCpp
 
 EPS = 1e-6
+GRANITE = {
+    "rms_norm_eps": EPS,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
 PROMPT = [1, 50, 90, 177, 30, 44]
 LLAMA3 = {
     "rope_type": "llama3",
@@ -34,16 +41,30 @@ LLAMA3 = {
 }
 
 
+CASES: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
+    ("llama", (3,), {}),
+    ("llama", (0, 2, 5), {"tie_word_embeddings": True}),
+    ("llama", (3,), {"attention_bias": True, "rope_parameters": LLAMA3}),
+    ("mistral", (1, 4), {"sliding_window": None}),
+    ("qwen2", (2,), {}),
+    ("phi3", (3,), {"head_dim": ..., "rms_norm_eps": EPS, "sliding_window": None}),
+    ("granite", (3,), {"head_dim": ..., "tie_word_embeddings": True, **GRANITE}),
+    ("seed_oss", (3,), {"attention_bias": True, "seed": 1}),
+    ("ernie4_5", (3,), {"use_bias": True, "seed": 3, "rms_norm_eps": EPS}),
+]
+
+
+def test_every_family_is_tried() -> None:
+    assert {family for family, *_ in CASES} == set(FAMILIES)
+
+
 @pytest.mark.parametrize(
     ("family", "removed", "sizes"),
-    [
-        ("llama", (3,), {}),
-        ("llama", (0, 2, 5), {"tie_word_embeddings": True}),
-        ("llama", (3,), {"attention_bias": True, "rope_parameters": LLAMA3}),
-        ("mistral", (1, 4), {"sliding_window": None}),
-        ("qwen2", (2,), {}),
+    CASES,
+    ids=[
+        *("inside", "both ends", "biases and llama3's rope", "mistral", "qwen2"),
+        *("phi3", "granite", "seed_oss", "ernie4_5"),
     ],
-    ids=["inside", "both ends", "biases and llama3's rope", "mistral", "qwen2"],
 )
 def test_tokens_and_loss(
     tmp_path: Path, family: str, removed: tuple[int, ...], sizes: dict[str, Any]

@@ -2,80 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.tiny_engines import (
-    byte_tokenizer,
-    engine_model,
-    ghosted,
-    greedy_tokens,
-    mean_loss,
-    random_text,
-)
+from support.tiny_engines import engine_model, ghosted, greedy_tokens, mean_loss, random_text
 
 from ghosted_fast._env import cache_folder
-from ghosted_fast.checkpoint.save import save_model
 
 pytest.importorskip("vllm")
-from support.vllm_engine import Vllm
-
-PROMPT = [1, 50, 90, 177, 30, 44]
-GEMMA = {"sliding_window": 16, "tie_word_embeddings": True}
-MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Vllm]]:
-    """Save a model and run it in vLLM, until the test ends."""
-    engines: list[Vllm] = []
-
-    def run(model: Any, tokenizer: Any = None, **options: Any) -> Vllm:
-        folder = tmp_path / f"model{len(engines)}"
-        save_model(model, folder, tokenizer or byte_tokenizer())
-        engines.append(Vllm(folder, **options))
-        return engines[-1]
-
-    yield run
-    for engine in engines:
-        engine.close()
-
-
-def check(model: Any, engine: Vllm, min_kinds: int = 2) -> None:
-    text = PROMPT + random_text(24)
-    assert engine.loss(text) == pytest.approx(mean_loss(model, text), rel=1e-4)
-    tokens = greedy_tokens(model, PROMPT)
-    assert len(set(tokens)) >= min_kinds  # tokens that tell models apart
-    assert engine.greedy_tokens([PROMPT], 64) == [tokens]
-
-
-@pytest.mark.parametrize(
-    ("family", "removed", "options", "sizes"),
-    [
-        ("llama", (0, 3, 5), {"first_state": True}, {"tie_word_embeddings": True}),
-        ("llama", (3,), {"norm_eps": 1e-6, "quantized": True, "first_state": True}, {}),
-        ("qwen2", (3,), {}, {"num_attention_heads": 2}),
-        ("qwen3", (3,), {"first_state": True}, {}),
-        ("mistral", (1,), {"norm_eps": 1e-6}, {"sliding_window": None}),
-        ("gemma2", (1,), {"first_state": True}, GEMMA),
-        ("gemma3_text", (1,), {"norm_eps": 1e-6}, GEMMA),
-        ("phi3", (3,), {}, {"num_attention_heads": 2}),
-        ("olmo2", (3,), {"first_state": True}, {"num_attention_heads": 2}),
-        ("mixtral", (3,), {"first_state": True}, {"num_local_experts": 4, "head_dim": 32}),
-        ("qwen3_moe", (3,), {}, {"num_experts": 4, "mlp_only_layers": [1], **MOE}),
-    ],
-)
-def test_families(
-    serve: Callable[..., Vllm],
-    family: str,
-    removed: tuple[int, ...],
-    options: dict[str, Any],
-    sizes: dict[str, Any],
-) -> None:
-    model = ghosted(engine_model(family, **sizes), removed, **options)
-    check(model, serve(model))
+from support.vllm_engine import PROMPT, Vllm, check
+from support.vllm_families import GPT, LLAMA4, LOCAL_EXPERTS
 
 
 def test_prefixes_and_parts_of_prompts(serve: Callable[..., Vllm]) -> None:
@@ -117,18 +54,45 @@ def test_smollm2(serve: Callable[..., Vllm], smollm2: Any) -> None:
 
 
 def test_families_without_a_place_are_refused(serve: Callable[..., Vllm]) -> None:
-    from ghosted_fast.testing import tiny_model
+    model = ghosted(engine_model("stablelm"), (3,))
+    with pytest.raises(Exception, match=r"StableLm\w+ cannot be served by vLLM: .*not tried"):
+        serve(model, max_model_len=64)
 
-    model = tiny_model("gpt2")
-    with pytest.raises(Exception, match="cannot be served by vLLM"):
-        serve(ghosted(model, (3,)), max_model_len=64)
+
+def test_a_state_for_first_tokens_needs_positions(serve: Callable[..., Vllm]) -> None:
+    model = ghosted(engine_model("gpt2", **GPT), (3,), first_state=True)
+    with pytest.raises(Exception, match=r"not told the positions.*--first-state off"):
+        serve(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "removed", "sizes", "said"),
+    [
+        ("gpt_oss", (3,), {"sliding_window": 16}, "layer 3 to be of the kind sliding_attention"),
+        (
+            "llama4_text",
+            (3,),
+            {**LLAMA4, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 2},
+            "builds other layers than those that are left",
+        ),
+        ("deepseek_v3", (0,), {"first_k_dense_replace": 1}, "from their places in the dense model"),
+    ],
+)
+def test_layers_that_vllm_builds_otherwise_are_refused(
+    serve: Callable[..., Vllm], family: str, removed: tuple[int, ...], sizes: Any, said: str
+) -> None:
+    if family == "gpt_oss":
+        sizes = {**sizes, **LOCAL_EXPERTS}
+    model = ghosted(engine_model(family, **sizes), removed)
+    with pytest.raises(Exception, match=f"cannot be served by vLLM.*{said}"):
+        serve(model)
 
 
 def test_an_old_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from ghosted_fast.errors import UnsupportedModelError
-    from ghosted_fast.serving.vllm import models
+    from ghosted_fast.serving.vllm import configuration
 
-    models.check_version()
-    monkeypatch.setattr(models, "version", lambda _: "0.9.1")
+    configuration.check_version()
+    monkeypatch.setattr(configuration, "version", lambda _: "0.9.1")
     with pytest.raises(UnsupportedModelError, match=r"0\.32 or later.*got 0\.9\.1: pip install"):
-        models.check_version()
+        configuration.check_version()

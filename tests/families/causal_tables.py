@@ -359,6 +359,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"hash_seed": 0, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48]},
+    "rwkv": {"rescale_every": 0},
     "whisper": {"begin_suppress_tokens": []},
     "xlm": {"causal": True},
     "xlstm": {"qk_dim_factor": 1.0},

@@ -48,9 +48,9 @@ class Outcome:
 def summary(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
     """Return the verdict of each model, by name.
 
-    A model works if every cut does, or is refused since other layers need those. It is refused if
-    all its cuts are, and works partly if some are for another reason, or if not even the dense
-    model comes back as it was saved.
+    A model works if every cut does, or is refused since other layers need those, which may be so of
+    less than half of them. It is refused if all its cuts are, and works partly if some are for
+    another reason, or if not even the dense model comes back as it was saved.
     """
     models: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -62,6 +62,8 @@ def _of_one(outcomes: list[Outcome]) -> dict[str, Any]:
     verdicts = [outcome.verdict for outcome in outcomes]
     bad = [outcome for outcome in outcomes if outcome.verdict != WORKS]
     others = [outcome for outcome in bad if "to be kept" not in outcome.reason]
+    if 2 * len(bad) >= len(outcomes):
+        others = bad
     lost = [outcome for outcome in outcomes if outcome.columns.get("reload") == DENSE]
     if FAILS in verdicts:
         verdict = FAILS

@@ -48,12 +48,8 @@ from ghosted_fast.errors import GhostedFastError
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import RunOptions
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.surgery.cut import (
-    check_removable,
-    prune_model,
-    remove_layers,
-    removed_intervals,
-)
+from ghosted_fast.surgery.cut import prune_model, remove_layers, removed_intervals
+from ghosted_fast.surgery.removable import check_removable
 
 COLUMNS = ("prune", "ghost", "cache", "padded", "reload", "remote", "select")
 SECONDS = 240

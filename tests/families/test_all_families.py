@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_layers_that_cannot_go_are_not_chosen() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hy_v4", "glm_moe_dsa", "cpmant"])
+@pytest.mark.parametrize("name", ["hy_v4", "zaya", "cpmant"])
 def test_states_that_a_ghost_cannot_map_are_refused(name: str, tmp_path: Path) -> None:
     outcome = check("causal", name, "middle", tmp_path / "model")
     assert outcome.columns == {"prune": "refused"}
@@ -70,10 +71,13 @@ def test_a_model_works_if_only_needed_layers_are_refused() -> None:
     other = Outcome("causal", "two", "first", {"prune": "refused"}, {"prune": "another state"})
     lost = Outcome("causal", "four", "first", {"prune": "ok", "reload": "dense"})
     wrong = Outcome("causal", "three", "last", {"prune": "ok", "reload": "fail"})
-    found = summary([good, needed, other, wrong, lost])
+    last = Outcome("causal", "one", "last", {"prune": "ok"})
+    walled = [replace(item, name="five") for item in (good, needed)]
+    found = summary([good, needed, last, other, wrong, lost, *walled])
     assert {name: model["verdict"] for name, model in found.items()} == {
         "one": WORKS,
         "two": "refused",
         "three": FAILS,
         "four": "partly",
+        "five": "partly",
     }

@@ -71,6 +71,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"layer_types": ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 2},
     ),
     "falcon@new": ("falcon", {"new_decoder_architecture": True}),
+    "rwkv@rescaled": ("rwkv", {"rescale_every": 6}),
     "gpt2@scaled": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
 }
 

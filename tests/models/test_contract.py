@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from families.tiny_models import tiny_causal
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.boundaries import leaving_out, resume, visit_boundaries
-from ghosted_fast.models.contract import as_returned, plain_tokens, state_in, with_state
+from ghosted_fast.models.contract import Returned, as_returned, plain_tokens, state_in, with_state
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
@@ -23,7 +21,7 @@ def test_layers_that_return_sequences_are_left_out_and_resumed(name: str, sequen
     model = tiny_causal(name)
     ids = random_tokens(2, 9, 1)
     batch = Batch(ids, torch.ones_like(ids))
-    assert {found[0] for found in Decoder.of(model).returns} == {sequence}
+    assert {found and found.sequence for found in Decoder.of(model).contract.returns} == {sequence}
     states: dict[int, Tensor] = {}
     visit_boundaries(model, batch, [2], states.__setitem__)
     with torch.inference_mode():
@@ -35,7 +33,7 @@ def test_layers_that_return_sequences_are_left_out_and_resumed(name: str, sequen
 
 
 def test_most_layers_return_the_state_alone() -> None:
-    assert Decoder.of(tiny_model("llama")).returns == [None] * 6
+    assert Decoder.of(tiny_model("llama")).contract.returns == [None] * 6
 
 
 def test_another_shape_is_refused() -> None:
@@ -44,33 +42,47 @@ def test_another_shape_is_refused() -> None:
     layers[0].register_forward_hook(lambda *io: torch.stack([io[2], io[2]], 2))
     layers[1].register_forward_pre_hook(lambda *io: None)
     with pytest.raises(UnsupportedModelError, match=r"state of shape \(1, 4, 2, 32\)"):
-        _ = Decoder.of(model).returns
+        _ = Decoder.of(model).contract
 
 
-def test_a_second_state_is_refused() -> None:
-    model = tiny_model("llama")
-    left: list[Tensor] = []
+@pytest.mark.parametrize(
+    ("name", "state"), [("reformer", "prev_attn_output"), ("zaya", "output 1")]
+)
+def test_a_second_state_that_each_layer_changes_is_refused(name: str, state: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"hands a second state.*{state}"):
+        _ = Decoder.of(tiny_causal(name)).contract
 
-    def leave(_: Any, __: Any, output: Tensor) -> tuple[Tensor, Tensor]:
-        left[:] = [output + 1]
-        return output, left[0]
 
-    def take(_: Any, args: Any, kwargs: Any) -> Any:
-        hidden = args[0] if not isinstance(args[0], tuple) else args[0][0]
-        return (hidden,), {**kwargs, **({"router": left[0]} if left else {})}
+def test_layers_whose_second_state_others_use_are_found() -> None:
+    # Layers 0, 1 and 4 choose which tokens are looked at, for themselves and for those behind them.
+    contract = Decoder.of(tiny_causal("glm_moe_dsa")).contract
+    assert contract.makers == {2: 1, 3: 1, 5: 4}
+    assert contract.second == "prev_topk_indices"
+    assert contract.why_needed([2, 3]) is None and contract.why_needed([0, 4, 5]) is None
+    reason = contract.why_needed([1, 2])
+    assert reason is not None and "expected layer 1 to be kept: layer 3" in reason
 
-    for layer in model.model.layers:
-        layer.register_forward_pre_hook(take, with_kwargs=True)
-        layer.register_forward_hook(leave)
-    with pytest.raises(UnsupportedModelError, match=r"hands a second state.*router"):
-        _ = Decoder.of(model).returns
+
+def test_a_pass_that_starts_in_the_middle_has_the_second_state() -> None:
+    model = tiny_causal("glm_moe_dsa")
+    ids = random_tokens(2, 24, 1) % 30 + 5  # more tokens than are looked at
+    batch = Batch(ids, torch.ones_like(ids))
+    states: dict[int, Tensor] = {}
+    visit_boundaries(model, batch, [3], states.__setitem__)
+    with torch.inference_mode():
+        whole = model(ids, attention_mask=batch.attention_mask).logits
+        assert torch.equal(resume(model, batch, 3, states[3]), whole)
+        pruned = prune_model(model, [2])(ids, attention_mask=batch.attention_mask).logits
+        with leaving_out(model, [(2, 3, None)]):  # layer 3 gets what layer 1 left
+            assert torch.equal(model(ids, attention_mask=batch.attention_mask).logits, pruned)
 
 
 def test_states_are_put_in_and_taken_out() -> None:
     x, y = torch.zeros(1), torch.ones(1)
     assert state_in(x) is x and state_in((x, y)) is x and state_in([x, y]) is x
     assert with_state(x, y) is y and with_state([x, y], y) == [y, y]
-    assert as_returned(x, None) is x and as_returned(x, (tuple, 3)) == (x, None, None)
+    assert as_returned(x, None, {}) is x
+    assert as_returned(x, Returned(tuple, 3, ((2, "b"),)), {"b": y}) == (x, None, y)
 
 
 def test_tokens_that_mean_something_are_not_used() -> None:
@@ -83,7 +95,7 @@ def test_a_model_that_asks_for_more_than_text_is_refused() -> None:
     model = tiny_model("llama")
     model.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(UnsupportedModelError, match="text alone \\(ZeroDivisionError"):
-        _ = Decoder.of(model).returns
+        _ = Decoder.of(model).contract
 
 
 def test_layers_below_are_computed_where_those_above_use_their_keys() -> None:

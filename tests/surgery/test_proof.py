@@ -16,9 +16,10 @@ from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models import built_whole
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.serving.vllm.models import check_native
+from ghosted_fast.serving.vllm.configuration import check_native
 from ghosted_fast.surgery import proof
-from ghosted_fast.surgery.cut import check_removable, prune_model, remove_layers
+from ghosted_fast.surgery.cut import prune_model, remove_layers
+from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.testing import random_tokens, tiny_model
 
 SIZES: dict[str, Any] = {
@@ -193,7 +194,7 @@ def test_towers_beside_the_decoder_are_compared_by_their_own_names() -> None:
 
 
 def test_layers_may_come_from_anything_that_gives_them_once() -> None:
-    with pytest.raises(UnsupportedModelError, match="layers 2-3 cannot be removed"):
+    with pytest.raises(UnsupportedModelError, match="expected layer 2 to be kept"):
         check_removable(_with_a_layer_that_looks_back(), iter([2, 3]))
 
 

@@ -173,3 +173,14 @@ def test_names_must_differ(names: list[str]) -> None:
 def test_a_precision_is_above_zero() -> None:
     with pytest.raises(ArgumentError, match=r"expected a precision above 0 such as 0.02, got 0"):
         Rounds(["a"], precision=0)
+
+
+def test_a_ratio_to_what_is_no_variant_is_taken_round_by_round() -> None:
+    rounds = Rounds(["a", "b"])
+    clock = iter(range(1, 9))
+    for _ in range(2):
+        rounds.run_pair(lambda name: float(next(clock)))
+    twice = [2.0 * seconds for seconds in rounds.samples("b")]
+    assert rounds.ratio(twice, "b").value == pytest.approx(2.0)
+    assert rounds.ratio(rounds.samples("b"), "a") == rounds.speedup("a", "b")
+    assert len(rounds.samples("a")) == 4

@@ -12,6 +12,7 @@ from ghosted_fast.cli._shared.verb import usage_error
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.loading import load_model
+from ghosted_fast.models.quantized.loading import load_quantized
 from ghosted_fast.options import Count, HowMany, Layers
 from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.surgery.cut import removed_intervals
@@ -22,6 +23,11 @@ def open_model(spec: str, dtype: str, device: str) -> tuple[Any, Any]:
     place = choose_device(device)
     model, tokenizer = load_model(spec, dtype)
     return model.to(place), tokenizer
+
+
+def open_quantized(spec: str, kind: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """Load a model, quantized by bitsandbytes, onto a device, and its tokenizer."""
+    return load_quantized(spec, kind, dtype, choose_device(device))
 
 
 def open_models(specs: Sequence[str], dtype: str, device: str) -> tuple[dict[str, Any], Any]:

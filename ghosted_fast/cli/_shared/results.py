@@ -25,12 +25,14 @@ class TextTable:
         rows: Cells, as text.
         title: What stands above it.
         numeric: Whether all columns but the first hold numbers, which are aligned right.
+        words: Of such a table, how many columns from the left hold words.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str | None = None
     numeric: bool = True
+    words: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class Result:
         data: The result for `--json`.
         shown: The result for people: tables, and lines of text.
         passed: Whether the verb's own checks held; if not, it ends with status 1.
+        interrupted: Whether Ctrl-C ended the work, and this is what was known; status 130.
     """
 
     data: dict[str, Any]
     shown: Sequence[TextTable | str] = field(default_factory=tuple)
     passed: bool = True
+    interrupted: bool = False
 
 
 def show(result: Result, as_json: bool) -> None:
@@ -73,7 +77,8 @@ def _rich_table(item: TextTable, terminal: bool) -> Table:
         pad_edge=terminal,
     )
     for index, column in enumerate(item.columns):
-        justify: Literal["left", "right"] = "right" if item.numeric and index else "left"
+        is_number = item.numeric and index >= item.words
+        justify: Literal["left", "right"] = "right" if is_number else "left"
         table.add_column(column, justify=justify, overflow="fold")
     for row in item.rows:
         table.add_row(*row)

@@ -15,6 +15,7 @@ Recovery = Literal["ghost", "none", "linearpatch-d", "linearpatch-r", "replaceme
 Features = Literal["normed", "raw"]
 FirstState = Literal["auto", "on", "off"]
 TokenWeight = Literal["inverse_energy", "capped", "uniform"]
+Quantized = Literal["int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 
 

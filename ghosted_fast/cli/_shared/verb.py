@@ -17,6 +17,8 @@ from ghosted_fast import _env
 from ghosted_fast.cli._shared.results import Result, show
 from ghosted_fast.errors import GhostedFastError, RankError, RanksLostError
 
+# What a shell says of a program that SIGINT has ended.
+_INTERRUPTED = 130
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")
 ]
@@ -73,6 +75,8 @@ def verb(function: Callable[..., Result | None], shares: bool = False) -> Callab
         if result is None or follows:
             return
         show(result, as_json)
+        if result.interrupted:
+            raise typer.Exit(_INTERRUPTED)
         if not result.passed:
             raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.statistics.interval import IntervalStatistics
 from ghosted_fast.statistics.sample import Interval
-from ghosted_fast.surgery.cut import check_removable
+from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.folds import held_out_batches
@@ -83,9 +83,13 @@ class Request:
             raise UnsupportedModelError(f"no run of {count} layers can go: {reasons[0]}")
         return allowed
 
+    def rests(self, layer: int) -> bool:
+        """Return whether a layer does not run on text, so that text cannot tell what it does."""
+        return layer in self.decoder.contract.resting
+
     def _refusal(self, layers: range) -> str | None:
         """Return why layers cannot go, None if they can."""
-        reason = self.decoder.needs(layers)
+        reason = self.decoder.needs(layers) or self.decoder.contract.why_needed(layers)
         if reason is not None or self.alike:
             return reason
         try:

@@ -20,5 +20,5 @@ def by_shortgpt(request: Request) -> Selection:
     """Choose the layers of the lowest block influence."""
     singles = candidate_intervals(1, request.num_layers)
     scores = [item.score for item in mean_distances(request, singles, one_minus_cosine)]
-    order = sorted(range(request.num_layers), key=scores.__getitem__)
+    order = sorted(range(request.num_layers), key=lambda i: (request.rests(i), scores[i]))
     return in_order(order, scores, request.remove, "shortgpt")

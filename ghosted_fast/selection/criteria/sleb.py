@@ -34,6 +34,7 @@ def by_sleb(request: Request) -> Selection:
         losses = score_intervals(model, held_out, singles, nothing, request.run.progress)
         for layer, loss in zip(alive, losses, strict=True):
             scores[layer] = loss
-        order.append(alive.pop(min(range(len(alive)), key=losses.__getitem__)))
+        best = min(range(len(alive)), key=lambda i: (request.rests(alive[i]), losses[i]))
+        order.append(alive.pop(best))
         model = prune_model(request.decoder.model, order)
     return in_order(order, scores, request.remove, "sleb")

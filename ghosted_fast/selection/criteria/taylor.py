@@ -31,7 +31,7 @@ def by_taylor(request: Request) -> Selection:
     scores = block_importance(request.decoder, request.held_out(), request.run.progress)
     count = request.num_layers
     kept = {*range(FIRST_KEPT), *range(count - LAST_KEPT, count)}
-    order = sorted(range(count), key=lambda layer: (layer in kept, scores[layer]))
+    order = sorted(range(count), key=lambda i: (request.rests(i), i in kept, scores[i]))
     return in_order(order, scores, request.remove, "taylor")
 
 

@@ -1,5 +1,5 @@
 // The machine's limits: multiply-adds from registers, and bytes read from memory. Compiled and
-// loaded by _roofline.py with this processor's own instruction set.
+// loaded by roofs.py with this processor's own instruction set.
 #include <stddef.h>
 #include <stdint.h>
 

@@ -1,0 +1,149 @@
+"""Streaming Gram update: G (lower triangle) and C, from bf16, fp16 and fp32 activations.
+
+Gate: relative Frobenius error 1e-6 against fp64. torch's bf16 product is timed as a rival though
+its error is 1000 times larger; rivals are held to what their dtype promises. They compute all of G:
+torch has no product for half of it. oneDNN is the expert's way to a faster fp32 product than
+torch's own `@`. Flops: T d^2 for G, 2 T d^2 for C. Bytes: the activations, and the sums read and
+written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant, flops_kind
+from ghosted_fast.ops import gram_update
+from ghosted_fast.ops.backends import BACKENDS
+from ghosted_fast.ops.operands import GramOperands
+from ghosted_fast.ops.reference import gram_update_reference
+from ghosted_fast.testing import relative_rms
+
+OPERATOR = "gram_update"
+# What is summed, and whether from normed rows to differences, as calibration does.
+FORMS = (("G", False), ("C", False), ("G+C", False), ("G+C", True))
+TOKENS = (2048,)
+BOUND = 1e-6
+TORCH_BF16 = "torch bf16 (error 1e-3)"
+_NORM_EPS = 1e-6
+_RIVAL_BOUNDS = {torch.bfloat16: 1e-2, torch.float32: 1e-4, torch.float64: 1e-6}
+_SUMS = {"G": ("gram",), "C": ("cross",), "G+C": ("gram", "cross")}
+Sums = dict[str, Tensor]
+
+
+def plans(
+    width: int,
+    tokens: int,
+    dtype: torch.dtype,
+    forms: Iterable[tuple[str, bool]] = FORMS,
+) -> Iterator[Plan]:
+    """Yield the cases of a hidden size, a number of tokens and a dtype."""
+    for wanted, normed in forms:
+        arguments = (width, tokens, dtype, wanted, normed)
+        sums = len(_SUMS[wanted]) * 8 * width**2
+        # Four pairs of sums, their products, and the activations in up to fp64.
+        memory = 8 * sums + 40 * tokens * width
+        yield Plan(
+            OPERATOR,
+            f"{wanted} {'normed' if normed else 'plain'} d={width} T={tokens}",
+            width,
+            tokens,
+            dtype,
+            make=functools.partial(_case, *arguments),
+            refusal=functools.partial(_refusal, width, dtype, wanted),
+            memory=lambda setting, memory=memory: memory,  # type: ignore[misc]
+        )
+
+
+def _zeros(width: int, wanted: str, device: torch.device) -> Sums:
+    return {
+        name: torch.zeros(width, width, dtype=torch.float64, device=device)
+        for name in _SUMS[wanted]
+    }
+
+
+def _refusal(width: int, dtype: torch.dtype, wanted: str, setting: Setting) -> str:
+    x = torch.empty(1, width, dtype=dtype, device=setting.device)
+    sums = _zeros(width, wanted, torch.device("meta"))
+    y = x if "cross" in sums else None
+    operands = GramOperands(x, y, gram=sums.get("gram"), cross=sums.get("cross"))
+    return BACKENDS[setting.backend].refusal(OPERATOR, operands)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a.mT @ b
+
+
+def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a.mT, b.mT, None, "none", [], "")
+
+
+def _case(
+    width: int, tokens: int, dtype: torch.dtype, wanted: str, normed: bool, setting: Setting
+) -> Case:
+    device = setting.device
+    x, y = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(2))
+    norm_eps = _NORM_EPS if normed else None
+    outputs = None if wanted == "G" else y
+    sums, exact = _zeros(width, wanted, device), _zeros(width, wanted, device)
+    gram, cross = exact.get("gram"), exact.get("cross")
+    gram_update_reference(GramOperands(x, outputs, None, norm_eps, normed, gram, cross))
+    settings = {"norm_eps": norm_eps, "delta": normed, "backend": setting.backend}
+
+    def update() -> None:
+        gram_update(x, outputs, **settings, **sums)  # type: ignore[arg-type]
+
+    def error(run: Callable[[], object], bound: float) -> float:
+        for total in sums.values():
+            total.zero_()
+        run()
+        found = {name: total.tril() if name == "gram" else total for name, total in sums.items()}
+        return max(relative_rms(found[name], exact[name]) for name in sums) / bound
+
+    def rival(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Do what a torch user writes: products in `dtype`, added to fp64 sums."""
+        a, b = x, y
+        if norm_eps is not None:
+            features = x.float()
+            a = features * torch.rsqrt(features.square().mean(1, keepdim=True) + norm_eps)
+            b = y.float() - x.float()
+        a = a.to(dtype)
+        if "gram" in sums:
+            sums["gram"] += product(a, a)
+        if "cross" in sums:
+            sums["cross"] += product(a, b.to(dtype))
+
+    variants = [Variant(OURS, update, functools.partial(error, update, BOUND), is_ours=True)]
+    for name, kind, product in _rivals(dtype, normed, device):
+        run = functools.partial(rival, kind, product)
+        gate = functools.partial(error, run, _RIVAL_BOUNDS[kind])
+        variants.append(Variant(name, run, gate))
+    inputs = x.nbytes * (1 if outputs is None else 2)
+    results = sum((8 if name == "gram" else 16) * width**2 for name in sums)
+    return Case(float(inputs + results), _flops(width, tokens, dtype, wanted, normed), variants)
+
+
+def _rivals(
+    dtype: torch.dtype, normed: bool, device: torch.device
+) -> Iterator[tuple[str, torch.dtype, Callable[[Tensor, Tensor], Tensor]]]:
+    if dtype == torch.bfloat16 and not normed:
+        yield TORCH_BF16, torch.bfloat16, _product
+    yield "torch fp32", torch.float32, _product
+    if device.type == "cpu":
+        yield "oneDNN fp32", torch.float32, _onednn_product
+    yield "torch fp64", torch.float64, _product
+
+
+def _flops(
+    width: int, tokens: int, dtype: torch.dtype, wanted: str, normed: bool
+) -> dict[str, float]:
+    # The normed form multiplies C in fp32: y times a row's weight is no bf16 number.
+    kinds = {"gram": flops_kind(dtype), "cross": "fp32" if normed else flops_kind(dtype)}
+    flops: dict[str, float] = {}
+    for name in _SUMS[wanted]:
+        count = (1.0 if name == "gram" else 2.0) * tokens * width**2
+        flops[kinds[name]] = flops.get(kinds[name], 0.0) + count
+    return flops

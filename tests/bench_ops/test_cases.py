@@ -1,0 +1,215 @@
+"""The cases: right results pass their gates, wrong ones end the run, and the work is counted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ghosted_fast.bench_ops import ghost_apply, ghost_solve, gram_update, runner
+from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant
+from ghosted_fast.bench_ops.rotation import InTurn, bytes_past_the_cache
+from ghosted_fast.errors import ArgumentError, BackendError, GateError
+from ghosted_fast.ops import packing
+
+CPU = torch.device("cpu")
+SMALL = Setting(CPU, rotated_bytes=1 << 16, compiled=False)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def all_plans() -> Iterator[Plan]:
+    for dtype in (BF16, FP16, FP32):
+        yield from gram_update.plans(64, 300, dtype)
+        for rows in (1, 40):
+            yield from ghost_apply.plans(72, rows, dtype)
+    yield from ghost_apply.plans(72, 1, BF16, cached=True)
+    yield from ghost_solve.plans(48)
+
+
+@pytest.mark.parametrize("plan", list(all_plans()), ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gates_pass_and_every_variant_runs(plan: Plan, backend: str) -> None:
+    torch.manual_seed(0)
+    setting = dataclasses.replace(SMALL, backend=backend)
+    case = plan.make(setting)
+    errors, left_out = runner.check_gates(plan, case, threads=2)
+    assert set(errors) == {variant.name for variant in case.variants} and not left_out
+    assert case.variants[0].name == OURS and case.variants[0].is_ours
+    assert not all(variant.is_ours for variant in case.variants)
+    for variant in case.variants:
+        variant.run()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fault", "plan"),
+    [
+        (ghost_apply, "ghost_apply", lambda x, *_, **__: x.clone(), ghost_apply.plans(64, 3, BF16)),
+        (
+            gram_update,
+            "gram_update",
+            lambda x, *_, gram, **__: gram.add_(1.0001 * (x.double().mT @ x.double()).tril()),
+            gram_update.plans(64, 30, BF16),
+        ),
+        (
+            ghost_solve,
+            "ghost_solve",
+            lambda gram, cross, *_, **__: (torch.linalg.solve(gram, cross).float().double(), [0]),
+            ghost_solve.plans(48),
+        ),
+    ],
+    ids=["ghost_apply", "gram_update", "ghost_solve"],
+)
+def test_a_wrong_result_of_ours_ends_the_run(
+    module: Any,
+    name: str,
+    fault: Callable[..., Any],
+    plan: Iterator[Plan],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, name, fault)
+    with pytest.raises(GateError, match=rf"{name} .*{OURS}: expected the result of fp64, got"):
+        runner.run_plans([next(plan)], SMALL, runner.Effort(seconds=0.01))
+
+
+def test_a_wrong_result_of_a_rival_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram_update, "_product", lambda a, b: 1.001 * (a.mT @ b))
+    with pytest.raises(GateError, match=r"torch fp32: expected the result of fp64"):
+        runner.run_plans(list(gram_update.plans(64, 30, FP32)), SMALL, runner.Effort(seconds=0.01))
+
+
+def plan_of(*variants: Variant) -> Plan:
+    case = Case(1e6, {"fp32": 1e6}, list(variants))
+    return Plan("op", "s", 8, 1, FP32, lambda _: case, lambda _: "", lambda _: 0)
+
+
+def test_a_fault_that_one_thread_alone_has_is_found() -> None:
+    def error() -> float:
+        return 5.0 if torch.get_num_threads() == 1 else 0.5
+
+    torch.set_num_threads(2)
+    plan = plan_of(Variant(OURS, lambda: None, error, is_ours=True))
+    with pytest.raises(GateError, match="one thread: expected"):
+        runner.check_gates(plan, plan.make(SMALL), threads=2)
+
+
+def test_nan_is_no_right_result() -> None:
+    plan = plan_of(Variant(OURS, lambda: None, lambda: float("nan"), is_ours=True))
+    with pytest.raises(GateError):
+        runner.check_gates(plan, plan.make(SMALL))
+
+
+def test_a_rival_that_does_not_run_here_is_left_out_and_ours_is_not() -> None:
+    def absent() -> float:
+        raise NotImplementedError("no such product\nand more")
+
+    ours = Variant(OURS, lambda: None, lambda: 0.1, is_ours=True)
+    plan = plan_of(ours, Variant("rival", lambda: None, absent))
+    errors, left_out = runner.check_gates(plan, plan.make(SMALL))
+    assert errors == {OURS: 0.1} and left_out == {"rival": "no such product"}
+    plan = plan_of(Variant(OURS, lambda: None, absent, is_ours=True))
+    with pytest.raises(NotImplementedError):
+        runner.check_gates(plan, plan.make(SMALL))
+
+
+def test_bytes_and_flops() -> None:
+    forms = list(gram_update.plans(64, 300, BF16))
+    found = [plan.make(SMALL) for plan in forms]
+    rows, square = 300 * 64 * 2.0, 64 * 64
+    assert [case.num_bytes for case in found] == [
+        rows + 8 * square,
+        2 * rows + 16 * square,
+        2 * rows + 24 * square,
+        2 * rows + 24 * square,
+    ]
+    work = 300.0 * square
+    assert [case.flops for case in found] == [
+        {"bf16": work},
+        {"bf16": 2 * work},
+        {"bf16": 3 * work},
+        {"bf16": work, "fp32": 2 * work},
+    ]
+    (plan,) = ghost_apply.plans(64, 3, FP32)
+    case = plan.make(SMALL)
+    assert (case.num_bytes, case.flops) == (4 * square + 8 * 3 * 64, {"fp32": 6.0 * square})
+    int8 = next(variant for variant in case.variants if variant.name == f"{OURS} int8")
+    assert int8.num_bytes == square + 8 * 3 * 64
+
+
+def test_weights_of_decoding_leave_the_cache_and_those_of_prefill_need_not() -> None:
+    def copies(rows: int, cached: bool = False) -> set[int]:
+        (plan,) = ghost_apply.plans(64, rows, FP32, cached)
+        return {variant.copies for variant in plan.make(SMALL).variants if variant.copies > 1}
+
+    assert copies(1) == copies(16) == {5, 17}  # of 16 KiB in fp32, of 4 KiB in int8
+    assert copies(17) == copies(1, cached=True) == set()
+
+
+@pytest.mark.parametrize(("total", "count"), [(1, 1), (4096, 1), (4097, 5), (5 * 4096, 5)])
+def test_weights_come_in_turn(total: int, count: int) -> None:
+    turn = InTurn(torch.zeros(1024), total)
+    assert turn.count == count
+    pages = [turn().data_ptr() for _ in range(2 * count)]
+    assert len(set(pages)) == count and pages[:count] == pages[count:]
+
+
+def test_a_packed_weight_is_timed_where_ghosts_pack_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(setting: Setting, dtype: torch.dtype = BF16) -> list[str]:
+        (plan,) = ghost_apply.plans(64, 1, dtype)
+        return [variant.name for variant in plan.make(setting).variants]
+
+    packed = f"{OURS} not packed"
+    if packing.extension() is not None:
+        assert packed in names(SMALL)
+    assert packed not in names(SMALL, FP16)
+    assert packed not in names(dataclasses.replace(SMALL, backend="reference"))
+    monkeypatch.setattr(ghost_apply, "extension", lambda: None)
+    assert packed not in names(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "message"),
+    [
+        ({"backend": "nonsense"}, BackendError, "expected a backend of auto, native"),
+        ({"backend": "triton"}, BackendError, "backend 'triton': "),
+        ({"device": torch.device("cuda")}, ArgumentError, "expected a CUDA device"),
+        ({"rotated_bytes": 1 << 60}, ArgumentError, "GiB of free memory"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_what_cannot_run_is_refused_before_the_work(
+    setting: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    plans = list(ghost_apply.plans(64, 1, BF16))
+    with pytest.raises(error, match=message):
+        runner.check_plans(plans, dataclasses.replace(SMALL, **setting))
+
+
+def test_a_case_that_the_backend_does_not_serve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = runner.BACKENDS["reference"]
+    monkeypatch.setattr(native, "refusal", lambda operator, operands: f"no {operator}")
+    plans = [*ghost_solve.plans(64), *gram_update.plans(64, 8, BF16)]
+    for plan in plans:
+        with pytest.raises(
+            BackendError, match=f"does not serve {plan.operator} .*no {plan.operator}"
+        ):
+            runner.check_plans([plan], dataclasses.replace(SMALL, backend="reference"))
+
+
+def test_no_case_is_an_error() -> None:
+    with pytest.raises(ArgumentError, match="expected a case at least"):
+        runner.check_plans([], SMALL)
+
+
+def test_bytes_that_do_not_fit_a_cache() -> None:
+    assert 64 << 20 <= bytes_past_the_cache(CPU) <= 256 << 20
+    assert bytes_past_the_cache(torch.device("meta")) == 256 << 20
