@@ -10,6 +10,7 @@ Source: Hu et al., "LoRA", arXiv 2106.09685.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ from torch.nn import functional
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
+
+_FOLDABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class MapFactors:
@@ -38,16 +41,10 @@ class MapFactors:
         self.name, self.module = name, module
         self.is_transposed = not isinstance(module, nn.Linear)
         weight: Any = module.weight
-        rows, columns = self._sizes(weight)
+        rows, columns = _sizes(module)
         drawn = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
         self.a = drawn.to(weight.device).requires_grad_()
         self.b = torch.zeros(rows, rank, device=weight.device).requires_grad_()
-
-    def _sizes(self, weight: Tensor) -> tuple[int, int]:
-        if isinstance(self.module, nn.Linear):
-            return self.module.out_features, self.module.in_features
-        columns, rows = weight.shape
-        return rows, columns
 
     def added(self, x: Tensor) -> Tensor:
         """Return B (A x), in the dtype of x [..., in]."""
@@ -62,6 +59,14 @@ class MapFactors:
         self.module.weight = nn.Parameter(
             whole.to(weight.dtype), requires_grad=weight.requires_grad
         )
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Return the sizes of a linear map's output and input."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    columns, rows = module.weight.shape
+    return rows, columns
 
 
 class Trained:
@@ -97,7 +102,7 @@ class Trained:
             )
         # A ghost's own parameters round at every use; steps are taken on these.
         self._masters = [
-            parameter.detach().float().requires_grad_()
+            parameter.detach().to(torch.float32, copy=True).requires_grad_()
             for ghost in self.ghosts
             for parameter in ghost_parameters(ghost)
         ]
@@ -127,6 +132,7 @@ class Trained:
         finally:
             for ghost, name, parameter in originals:
                 ghost._parameters[name] = parameter  # type: ignore[assignment]
+                ghost.forget_packed()
             for handle in handles:
                 handle.remove()
 
@@ -137,6 +143,7 @@ class Trained:
         for ghost in self.ghosts:
             for parameter in ghost_parameters(ghost):
                 parameter.copy_(next(masters))
+            ghost.forget_packed()
 
     def fold(self) -> None:
         """Put all that was trained into the model's own weights."""
@@ -172,28 +179,59 @@ def _named_parameters(ghost: GhostLinear) -> list[tuple[str, Tensor]]:
 
 
 def _linear_maps(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the linear maps of the decoder layers, by their names in the model."""
+    """Return the linear maps of the decoder layers, by their names in the model.
+
+    A map whose weight other modules use too, as tied weights are, is left out: a weight of its own
+    would untie it.
+    """
+    uses = Counter(
+        id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
+    )
     names = {module: name for name, module in model.named_modules()}
-    maps: list[tuple[str, nn.Module]] = []
+    maps: dict[nn.Module, str] = {}
     for layer in decoder_layers(model):
         for module in layer.modules():
             weight = getattr(module, "weight", None)
             known = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            if known and isinstance(weight, Tensor) and module not in [item for _, item in maps]:
-                maps.append((names[module], module))
-    return maps
+            if known and isinstance(weight, Tensor) and uses[id(weight)] < 2:
+                maps[module] = names[module]
+    return [(name, module) for module, name in maps.items()]
 
 
-def check_foldable(factors: Sequence[MapFactors]) -> None:
-    """Raise unless the factors can be folded into the weights.
+def check_foldable(model: nn.Module) -> None:
+    """Raise unless factors of a model's linear maps can be trained, and folded into its weights.
+
+    Each map is given a row of zeros, to see whether it passes a gradient back.
 
     Raises:
-        UnsupportedModelError: A weight is not floating point.
+        UnsupportedModelError: A map does not, or its weight is not floating point; the message
+            names the first such map.
     """
-    for item in factors:
-        weight: Any = item.module.weight
-        if not weight.is_floating_point() or weight.dim() != 2:
+    for name, module in _linear_maps(model):
+        weight: Any = module.weight
+        if weight.dtype not in _FOLDABLE or weight.dim() != 2:
             raise UnsupportedModelError(
-                f"expected floating-point weights to fold into, got {weight.dtype} of "
-                f"{item.name}: heal the model in bf16, and quantize it afterwards"
+                f"expected floating-point weights to fold factors into, got {weight.dtype} in "
+                f"{name}: heal the model in bf16 and quantize it afterwards, or train the ghosts "
+                "alone (rank=0)"
             )
+        if reason := _why_no_gradient(module):
+            raise UnsupportedModelError(
+                f"expected linear maps that pass gradients back, got {name}, a "
+                f"{type(module).__name__}, that does not ({reason}): load the model with plain "
+                "linear layers"
+            )
+
+
+def _why_no_gradient(module: Any) -> str:
+    """Return why a linear map passes no gradient back, "" if it does."""
+    columns, _ = _sizes(module)
+    weight = module.weight
+    x = torch.zeros(1, columns, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    try:
+        with torch.enable_grad():
+            made = module(x)
+            torch.autograd.grad(made.sum(), x)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).split("\n")[0]
+    return ""

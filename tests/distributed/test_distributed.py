@@ -219,4 +219,4 @@ def test_command_line_says_once_what_failed(inputs: tuple[Path, Path], tmp_path:
 def test_other_verbs_are_refused(tmp_path: Path) -> None:
     for status, _, err in run_command(["doctor"], tmp_path):
         assert status == 2
-        assert "only fit and select share their work" in " ".join(err.replace("│", " ").split())
+        assert "only fit, heal and select share their work" in " ".join(err.replace("│", " ").split())

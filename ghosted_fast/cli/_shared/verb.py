@@ -54,7 +54,7 @@ def verb(function: Callable[..., Result | None], shares: bool = False) -> Callab
         _log(debug, follows)
         if launch is not None and not shares:
             raise typer.BadParameter(
-                f"expected one process, got {launch.size}: only fit and select share their work, "
+                f"expected one process, got {launch.size}: only fit, heal and select share their work, "
                 "start the others without torchrun"
             )
         arguments = grouped(values, groups)
