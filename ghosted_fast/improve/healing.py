@@ -107,6 +107,8 @@ def heal(
     text = distributed.same_text_everywhere(batches)
     device = Decoder.of(smaller).device
     train, judges = split_sequences(text, options.held_out_tokens, device, keep_rest=True)
+    # A row without a token is masked everywhere, and what a model computes there may be NaN.
+    train, judges = ([item for item in part if item.num_tokens] for part in (train, judges))
     check_split(train, judges)
     trained = Trained(smaller, options.rank, options.seed)
     healing = _Healing(smaller, dense, trained, train, judges, options)

@@ -19,7 +19,7 @@ from support.tiny_text import TEXT, save_tiny_model
 
 from ghosted_fast.cli.app import app
 from ghosted_fast.errors import CalibrationError
-from ghosted_fast.testing import relative_rms
+from ghosted_fast.testing import relative_rms, tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +98,23 @@ def test_checkpoints_are_the_same_on_all_ranks(tmp_path: Path, size: int) -> Non
             assert all(content == contents[0] for content in contents), (name, file.name)
         check_weights(shared / f"{name}0", single / f"{name}0")
     check_weights(shared / "ghosted", single / "ghosted")
-    assert (shared / "state0").exists() and not (shared / "state1").exists()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_healing_is_that_of_one_process(tmp_path: Path, size: int) -> None:
+    expected, curve, unchanged = rank_programs.healing(tmp_path / "single")
+    before = tiny_model("llama").state_dict()
+    (tmp_path / "shared").mkdir()
+    first, *others = run_ranks(rank_programs.healing, size, tmp_path / "shared", tmp_path / "ranks")
+    assert unchanged and first[2] and all(other[2] for other in others)
+    assert first[1] == pytest.approx(curve, rel=1e-4) and curve[-1] < curve[0]
+    for other in others:
+        assert other[1] == first[1]
+        assert all(torch.equal(other[0][name], value) for name, value in first[0].items())
+    name = "model.layers.1.mlp.up_proj.weight"
+    change, wanted = (found[name] - before[name] for found in (first[0], expected))
+    assert wanted.abs().max() > 1e-3 and relative_rms(change, wanted) < 1e-2
+    assert sorted(item.name for item in (tmp_path / "ranks").iterdir()) == ["state0"]
 
 
 def check_weights(folder: Path, expected_folder: Path) -> None:
