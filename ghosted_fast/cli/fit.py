@@ -47,8 +47,8 @@ class RecoveryArgs(ImproveArgs):
     def __post_init__(self) -> None:
         if self.recovery != "ghost" and self.corrections not in ("auto", 0):
             raise usage_error(
-                f"expected --recovery ghost with --corrections, got {self.recovery!r}, which is put in "
-                "as it was published",
+                f"expected --recovery ghost with --corrections, got {self.recovery!r}, which is put "
+                "in as it was published",
                 "--corrections",
             )
 
@@ -104,12 +104,11 @@ def fit(
 
     With --heal the smaller model is trained afterwards, on text of which --tokens is the beginning.
     """
-    _check_together(how_many, recovery, output, launch)
-    _check_calibrated_in(calibration, how_many, recovery)
+    _check_together(calibration, how_many, recovery, output, launch)
 
     from ghosted_fast.cli._shared.launch import process_group
     from ghosted_fast.cli._shared.loading import check_layers
-    from ghosted_fast.improve.healing import check_healable, heal
+    from ghosted_fast.improve.healing import check_healable
     from ghosted_fast.models.loading import load_processor
     from ghosted_fast.options import RunOptions
     from ghosted_fast.pipeline import ghost_model
@@ -142,9 +141,7 @@ def fit(
             criterion=how_many.criterion,
             recovery=recovery.recovery,
             options=options,
-            run=RunOptions(
-                beam=how_many.beam, corrections=recovery.corrections, progress=first
-            ),
+            run=RunOptions(beam=how_many.beam, corrections=recovery.corrections, progress=first),
         )
         facts = found.to_dict() | {"calibration": Path(calibration.calibration).name}
         if calibration.calibrate_in is not None and (first or healing is not None):
@@ -154,16 +151,7 @@ def fit(
             dense, _ = model.open()
             smaller = put_ghosts(dense, taken)
         if healing is not None:
-            healed = heal(
-                smaller,
-                dense,
-                text,
-                healing,
-                state=heal_state(output.folder),
-                progress=first,
-            )
-            facts |= {"healing": asdict(healed)}
-            facts["seconds"]["heal"] = healed.seconds
+            _heal(smaller, dense, text, healing, facts, output, first)
         if first:
             _save(smaller, facts, beside, output)
             heal_state(output.folder).unlink(missing_ok=True)
@@ -178,7 +166,11 @@ def fit(
 
 
 def _check_together(
-    how_many: HowManyArgs, recovery: RecoveryArgs, output: OutputArgs, launch: LaunchArgs
+    calibration: FitCalibrationArgs,
+    how_many: HowManyArgs,
+    recovery: RecoveryArgs,
+    output: OutputArgs,
+    launch: LaunchArgs,
 ) -> None:
     """Raise unless the groups of options go together.
 
@@ -199,6 +191,7 @@ def _check_together(
         )
     if output.output is None and not launch.dry_run:
         raise usage_error("expected a folder for the checkpoint, or --dry-run", "--output")
+    _check_calibrated_in(calibration, how_many, recovery)
 
 
 def _check_calibrated_in(
@@ -237,6 +230,24 @@ def _text(
     if healing is not None:
         tokens = max(tokens, calibration.tokens_to_heal(healing))
     return calibration.read(dense, tokenizer, tokens, calibration.tokens, progress)
+
+
+def _heal(
+    smaller: Any,
+    dense: Any,
+    text: list[Tensor],
+    healing: HealOptions,
+    facts: dict[str, Any],
+    output: OutputArgs,
+    progress: bool,
+) -> None:
+    """Heal the smaller model, in place, and add what was done to the facts."""
+    from ghosted_fast.improve.healing import heal
+
+    state = heal_state(output.folder)
+    healed = heal(smaller, dense, text, healing, state=state, progress=progress)
+    facts["healing"] = asdict(healed)
+    facts["seconds"]["heal"] = healed.seconds
 
 
 def _memory(dense: Any, how_many: HowManyArgs, options: Any) -> Result:

@@ -219,8 +219,8 @@ def _check_text(calibration: CalibrationArgs, compared: ComparedArgs) -> None:
     needed = calibration.tokens_to_heal(options)
     if calibration.tokens < needed:
         raise usage_error(
-            f"expected --tokens of at least {needed} with --heal {options.tokens}, since all rows learn "
-            f"from one text and no token is read twice, got {calibration.tokens}",
+            f"expected --tokens of at least {needed} with --heal {options.tokens}, since all rows "
+            f"learn from one text and no token is read twice, got {calibration.tokens}",
             "--heal",
         )
 

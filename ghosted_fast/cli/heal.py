@@ -41,12 +41,13 @@ class PairArgs:
         """
         from ghosted_fast.cli._shared.loading import open_model
         from ghosted_fast.errors import ArgumentError
-        from ghosted_fast.improve.healing import check_models
+        from ghosted_fast.improve.pairs import check_pair, check_same_dtype
         from ghosted_fast.models.structure import share_equal_weights
 
         smaller, tokenizer = open_model(self.folder, self.dtype, self.device)
         dense, _ = open_model(self.dense, self.dtype, self.device)
-        check_models(smaller, dense)
+        check_pair(smaller, dense)
+        check_same_dtype(smaller, dense)
         if not share_equal_weights(smaller, dense):
             raise ArgumentError(
                 f"expected the dense model that {self.folder!r} was made of, got {self.dense!r}, "

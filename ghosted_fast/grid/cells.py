@@ -138,8 +138,8 @@ def _run_cell(
         after = cell.variant.after(smaller, dense, fitting.text.hold())
         if not isinstance(after, After):
             raise TypeError(
-                f"expected what is done after {cell.variant.name!r} to return an After(corrections=...)"
-                f" (ghosted_fast.grid.After), got {after!r}"
+                f"expected what is done after {cell.variant.name!r} to return an "
+                f"After(corrections=...) (ghosted_fast.grid.After), got {after!r}"
             )
     recover += time.perf_counter() - began
     # Healing changes layers below the gap too.

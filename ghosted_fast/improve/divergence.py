@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ghosted_fast import distributed
-from ghosted_fast.checkpoint.record import is_ghosted, removal_record
+from ghosted_fast.checkpoint.record import removal_record
 from ghosted_fast.errors import ArgumentError, NonFiniteError
 from ghosted_fast.improve.gradients import check_gradients
+from ghosted_fast.improve.pairs import check_pair
 from ghosted_fast.models.boundaries import starting_at, visit_boundaries
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import decoder_layers, num_layers
@@ -302,25 +303,6 @@ class Divergence:
         """Give all ranks the ghosts of rank 0, to the bit."""
         if distributed.count() > 1:
             self.set_parameters(distributed.from_first(self.parameters64(), self.device))
-
-
-def check_pair(smaller: Any, dense: Any) -> None:
-    """Raise unless a model could come from a dense one by the removal of layers.
-
-    Raises:
-        ArgumentError: It could not.
-    """
-    text, dense_text = text_config_of(smaller.config), text_config_of(dense.config)
-    count, _ = removal_record(smaller.config, num_layers(smaller))
-    layers = num_layers(dense)
-    same_size = text.vocab_size == dense_text.vocab_size
-    same_size &= text.hidden_size == dense_text.hidden_size
-    fits = count == layers if is_ghosted(smaller.config) else count <= layers
-    if not same_size or not fits:
-        raise ArgumentError(
-            f"expected the dense model that the smaller one comes from ({count} layers), got "
-            f"another, of {layers} layers"
-        )
 
 
 def _run(model: Any, batch: Batch, boundary: int, hidden: Tensor | None) -> Tensor:

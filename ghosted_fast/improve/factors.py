@@ -109,7 +109,7 @@ class Trained:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What steps are taken on, fp32: B and A of each map, then weight and bias of each ghost."""
+        """What steps are taken on, fp32: B and A of each map, weight and bias of each ghost."""
         return [part for item in self.factors for part in (item.b, item.a)] + self._masters
 
     @contextmanager

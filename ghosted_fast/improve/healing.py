@@ -32,11 +32,11 @@ from torch import Tensor
 from ghosted_fast import distributed
 from ghosted_fast.errors import ArgumentError, NonFiniteError, UnsupportedModelError
 from ghosted_fast.facts import HealingEnd, HealingFacts, HealingPoint
-from ghosted_fast.improve.divergence import check_pair
 from ghosted_fast.improve.exits import Exit, exit_divergence
 from ghosted_fast.improve.factors import Trained, check_foldable
 from ghosted_fast.improve.gradients import check_gradients, kernels_with_gradients
 from ghosted_fast.improve.healing_run import Run, load_run, save_run, take_step
+from ghosted_fast.improve.pairs import check_pair, check_same_dtype
 from ghosted_fast.models.decoder import Decoder, evaluating
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.quantized.loading import quantization_of
@@ -101,7 +101,8 @@ def heal(
         RankError: Another rank failed, or is gone.
     """
     options = options or HealOptions()
-    check_models(smaller, dense)
+    check_pair(smaller, dense)
+    check_same_dtype(smaller, dense)
     check_healable(smaller, options)
     distributed.check_same({"options": options}, smaller)
     text = distributed.same_text_everywhere(batches)
@@ -144,21 +145,6 @@ def check_healable(model: Any, options: HealOptions) -> None:
     check_gradients(model)
     if options.rank:
         check_foldable(model)
-
-
-def check_models(smaller: Any, dense: Any) -> None:
-    """Raise unless one model could come from the other, and both are in one dtype.
-
-    Raises:
-        ArgumentError: They do not fit each other.
-    """
-    check_pair(smaller, dense)
-    found, expected = Decoder.of(smaller).dtype, Decoder.of(dense).dtype
-    if found != expected:
-        raise ArgumentError(
-            f"expected both models in one dtype, got the smaller one in {found} and the dense one "
-            f"in {expected}: load both in the same"
-        )
 
 
 class _Healing:

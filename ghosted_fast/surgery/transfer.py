@@ -40,8 +40,8 @@ class TakenGhosts:
 def take_ghosts(model: Any) -> TakenGhosts:
     """Return copies of a model's ghosts, in main memory, and what they stand for.
 
-    The model itself can be let go before another is loaded. Of one that was healed the ghosts alone are
-    taken, with a warning: the weights of its layers were trained with them.
+    The model itself can be let go before another is loaded. Of one that was healed the ghosts alone
+    are taken, with a warning: the weights of its layers were trained with them.
 
     Args:
         model: A ghosted model.
@@ -72,7 +72,7 @@ def _report_of_ghosts(report: dict[str, Any] | None) -> dict[str, Any] | None:
     if found is None or not any(item["maps"] for item in found.get("healed", [])):
         return found
     _LOGGER.warning(
-        "the model was healed, and its ghosts were trained together with the weights of its layers, "
+        "the model was healed: its ghosts were trained together with the weights of its layers, "
         "which stay behind: heal the model that they are put into (ghosted_fast.heal)"
     )
     found["healed"] = [item for item in found["healed"] if not item["maps"]]

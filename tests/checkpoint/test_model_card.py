@@ -93,7 +93,8 @@ def test_card_says_what_was_trained() -> None:
     attach_report(model.config, report.to_dict() | measured | {"healing": HEALING})
     trained = "were trained on 98,304 tokens in 300 s"
     text = model_card(model.config)
-    assert f"Healing: the ghost and factors of rank 32 of 28 linear maps (5,000 numbers) {trained}" in text
+    what = "the ghost and factors of rank 32 of 28 linear maps (5,000 numbers)"
+    assert f"Healing: {what} {trained}" in text
     assert "0.4000 -> 0.3000 nats. The factors are folded into the weights." in text
     assert attach_healing(model.config, HEALING | {"maps": 0}, "web.jsonl")
     text = model_card(model.config)

@@ -90,7 +90,8 @@ def test_fit_heals_what_nothing_was_put_into(
         "--evaluation", long_text, "--evaluation-tokens", "256", *LENGTH, "--json",
     ))  # fmt: skip
     assert [row["name"] for row in found["models"]] == ["dense", "pruned", "healed"]
-    assert found["healing"]["ghosts"] == 0 and found["healing"]["after"] < found["healing"]["before"]
+    facts = found["healing"]
+    assert facts["ghosts"] == 0 and facts["after"] < facts["before"]
     assert found["models"][1]["perplexity"] != found["models"][2]["perplexity"]
 
 

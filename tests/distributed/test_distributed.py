@@ -224,6 +224,24 @@ def test_command_line_ends_when_a_process_dies(inputs: tuple[Path, Path], tmp_pa
     assert not list(output.parent.iterdir())
 
 
+
+def test_torchrun_heals_as_one_process_does(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    ghosted = tmp_path / "ghosted"
+    app(fit_command(inputs, ghosted), standalone_mode=False)
+    command = ["heal", str(ghosted), "--dense", str(inputs[0]), "--calibration", str(inputs[1])]
+    command += ["--tokens", "2k", "--sequence-length", "32", "--json", "--output"]
+    first, second = run_command([*command, str(tmp_path / "shared")], tmp_path)
+    assert first[0] == 0, first[2]
+    assert json.loads(first[1])["healing"]["best_tokens"] > 0 and second[:2] == (0, "")
+    app([*command, str(tmp_path / "single")], standalone_mode=False)
+    assert not list(tmp_path.glob("*.heal"))
+    names = ("shared", "single", "ghosted")
+    found, expected, before = (load_file(tmp_path / n / "model.safetensors") for n in names)
+    assert any(not torch.equal(expected[key], before[key]) for key in expected)
+    for key, weight in expected.items():
+        assert relative_rms(found[key], weight) <= 1e-4, key
+
+
 def test_command_line_says_once_what_failed(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -217,10 +217,11 @@ def test_healing_is_that_of_ghost_model(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(  # the text is short
         HealOptions,
         "__init__",
-        lambda self, **given: real(self, **{"tokens_per_step": 96, "held_out_tokens": 192, **given}),
+        lambda self, **more: real(self, **{"tokens_per_step": 96, "held_out_tokens": 192, **more}),
     )
     model = tiny_model("llama")
-    names = ["ghost", "none", "replaceme", healed(500, "none"), healed(500, "replaceme"), healed(500)]
+    names = ["ghost", "none", "replaceme"]
+    names += [healed(500, recovery) for recovery in names]
     found = run(tmp_path, model, criteria=["ghost"], recoveries=names, remove=[2])
     rows = {row["recovery"]: row for row in found.rows}
     for recovery in ("none", "replaceme", "ghost"):

@@ -168,7 +168,7 @@ class LearnedTextArgs(TextArgs):
             self.check_there(self.calibration)
 
     def tokens_to_heal(self, options: HealOptions) -> int:
-        """Return how much text a healing needs: to learn from and to judge on, in whole sequences."""
+        """Return how much text a healing needs, to learn from and to judge on."""
         assert options.tokens is not None
         return options.tokens + options.held_out_tokens + 2 * self.sequence_length
 
