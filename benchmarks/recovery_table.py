@@ -291,9 +291,7 @@ def main() -> None:
     parser.add_argument(
         "--model", choices=[study.folder for study in STUDIES], nargs="*", help="only these models"
     )
-    parser.add_argument(
-        "--no-healing", action="store_true", help="leave out the healed rows"
-    )
+    parser.add_argument("--no-healing", action="store_true", help="leave out the healed rows")
     arguments = parser.parse_args()
     output, assets = arguments.output, fetch_demo_assets()
     files = {"Wikipedia": assets.evaluation, "stories": fetch_stories()}

@@ -1,4 +1,4 @@
-"""Ghosts for layer-pruned language models: closed-form recovery, fused operators, no training.
+"""Ghosts for layer-pruned language models: closed-form recovery, fused operators, healing.
 
 A ghost stands where decoder layers were removed and maps the hidden state that enters the gap to
 the one that the dense model would have had: `y = x + M x`, with `M` the least-squares optimum over

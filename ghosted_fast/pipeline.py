@@ -258,9 +258,7 @@ def _heal(
 ) -> GhostReport:
     """Heal the smaller model, in place, and return the report with what was done."""
     with _timed(report.seconds, "heal"):
-        healed = heal(
-            smaller, dense, text, run.heal, state=run.heal_state, progress=run.progress
-        )
+        healed = heal(smaller, dense, text, run.heal, state=run.heal_state, progress=run.progress)
     return replace(report, healing=healed)
 
 

@@ -57,9 +57,7 @@ def attach_report(config: Any, report: Mapping[str, Any]) -> bool:
     return True
 
 
-def attach_healing(
-    config: Any, healing: Mapping[str, Any], calibration: str | None = None
-) -> bool:
+def attach_healing(config: Any, healing: Mapping[str, Any], calibration: str | None = None) -> bool:
     """Add a healing to what the configuration of a ghosted model says of its making.
 
     What was measured of the model before it is dropped.

@@ -47,8 +47,8 @@ class RecoveryArgs(ImproveArgs):
     def __post_init__(self) -> None:
         if self.recovery != "ghost" and self.corrections not in ("auto", 0):
             raise usage_error(
-                f"expected --recovery ghost with --corrections, got {self.recovery!r}, which is put "
-                "in as it was published",
+                "expected --recovery ghost with --corrections, got "
+                f"{self.recovery!r}, which is put in as it was published",
                 "--corrections",
             )
 
@@ -307,5 +307,3 @@ def _measure(
         smaller.config.save_pretrained(facts["output"])
         write_card(smaller.config, facts["output"])
     return model_table(rows)
-
-

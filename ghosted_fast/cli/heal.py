@@ -145,9 +145,8 @@ def heal_folder(
             state.unlink(missing_ok=True)
     if not first:
         return None
-    shown: list[TextTable | str] = [f"healing: {healing_text(healed)}", f"saved {output.output}"]
-    if not healed["best_tokens"]:
-        shown[1] += ", unchanged"
+    saved = f"saved {output.output}" + ("" if healed["best_tokens"] else ", unchanged")
+    shown: list[TextTable | str] = [f"healing: {healing_text(healed)}", saved]
     if output.report is not None:
         shown.append(output.write(facts))
     return Result(facts, shown)

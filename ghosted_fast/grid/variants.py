@@ -61,9 +61,7 @@ def _check_operator(recovery: str) -> None:
         )
 
 
-def _correct(
-    corrections: Corrections, smaller: Any, dense: Any, batches: Sequence[Batch]
-) -> After:
+def _correct(corrections: Corrections, smaller: Any, dense: Any, batches: Sequence[Batch]) -> After:
     facts = correct_ghosts(smaller, dense, batches, corrections)
     return After(corrections=sum(item.accepted for item in facts))
 
@@ -75,8 +73,5 @@ def _heal(
     dense: Any,
     batches: Sequence[Batch],
 ) -> After:
-    if corrections:
-        found = _correct(corrections, smaller, dense, batches)
-    else:
-        found = After()
+    found = _correct(corrections, smaller, dense, batches) if corrections else After()
     return replace(found, healing=heal(smaller, dense, batches, options))

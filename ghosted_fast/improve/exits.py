@@ -41,9 +41,7 @@ class Exit:
             gradients: Whether autograd shall reach what the model is made of.
         """
         found: dict[int, Tensor] = {}
-        visit_boundaries(
-            self._model, batch, [self._layers], found.__setitem__, gradients=gradients
-        )
+        visit_boundaries(self._model, batch, [self._layers], found.__setitem__, gradients=gradients)
         return found[self._layers] if gradients else found[self._layers].clone()
 
     def logits(self, rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -225,7 +225,7 @@ def check_foldable(model: nn.Module) -> None:
 
 def _why_no_gradient(module: Any) -> str:
     """Return why a linear map passes no gradient back, "" if it does."""
-    columns, _ = _sizes(module)
+    _, columns = _sizes(module)
     weight = module.weight
     x = torch.zeros(1, columns, dtype=weight.dtype, device=weight.device, requires_grad=True)
     try:

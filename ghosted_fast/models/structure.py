@@ -123,7 +123,8 @@ def share_equal_weights(model: nn.Module, source: nn.Module) -> int:
 
     Two models of which one was made of the other then take the memory of one. Parameters are found
     by what they hold, whatever their names. Each of `source` serves one of `model`, so that none
-    become tied. Ghosts, which are trained in place, keep their own.
+    become tied. Ghosts, which are trained in place, keep their own, and so do vectors: they take
+    little, and those of a norm or a bias are alike in many models.
 
     Args:
         model: The model whose parameters move.
@@ -134,13 +135,13 @@ def share_equal_weights(model: nn.Module, source: nn.Module) -> int:
     """
     there: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for weight in source.parameters():
-        if type(weight) is nn.Parameter and weight.is_floating_point():
+        if _is_matrix(weight):
             there.setdefault(_look(weight), []).append(weight)
     ghosts = (module for module in model.modules() if isinstance(module, GhostLinear))
     own = {id(weight) for ghost in ghosts for weight in ghost.parameters()}
     shared = 0
     for weight in model.parameters():
-        if id(weight) in own or type(weight) is not nn.Parameter or not weight.is_floating_point():
+        if id(weight) in own or not _is_matrix(weight):
             continue
         alike = there.get(_look(weight), [])
         place = next((i for i, other in enumerate(alike) if torch.equal(weight, other)), None)
@@ -148,6 +149,10 @@ def share_equal_weights(model: nn.Module, source: nn.Module) -> int:
             weight.data = alike.pop(place).data
             shared += weight.nbytes
     return shared
+
+
+def _is_matrix(weight: nn.Parameter) -> bool:
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() > 1
 
 
 def _look(weight: nn.Parameter) -> tuple[Any, ...]:

@@ -183,9 +183,7 @@ def test_what_the_library_takes() -> None:
 def test_defaults_are_those_of_the_library() -> None:
     run, ghost = RunOptions(), GhostOptions()
     assert fit_args.SelectionArgs().beam == run.beam
-    assert fit_args.ImproveArgs() == fit_args.ImproveArgs(
-        corrections=run.corrections, heal=None
-    )
+    assert fit_args.ImproveArgs() == fit_args.ImproveArgs(corrections=run.corrections, heal=None)
     for item in fields(fit_args.GhostArgs):
         assert item.default == getattr(ghost, item.name)
     assert RecoveryArgs().sequential == ghost.sequential

@@ -162,9 +162,7 @@ def test_where_no_step_helps_the_folder_is_written_as_it_was(
 
 
 @pytest.mark.slow
-def test_on_text_of_the_dense_models_own(
-    model_folder: Path, ghosted: Path, tmp_path: Path
-) -> None:
+def test_on_text_of_the_dense_models_own(model_folder: Path, ghosted: Path, tmp_path: Path) -> None:
     found = json.loads(run(
         "heal", ghosted, "--dense", model_folder, "--calibration", "self", "--tokens", "600",
         "--minutes", "10", *LENGTH, "--output", tmp_path / "healed", "--json",

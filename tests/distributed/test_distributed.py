@@ -224,7 +224,6 @@ def test_command_line_ends_when_a_process_dies(inputs: tuple[Path, Path], tmp_pa
     assert not list(output.parent.iterdir())
 
 
-
 def test_torchrun_heals_as_one_process_does(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     ghosted = tmp_path / "ghosted"
     app(fit_command(inputs, ghosted), standalone_mode=False)
@@ -253,4 +252,6 @@ def test_command_line_says_once_what_failed(inputs: tuple[Path, Path], tmp_path:
 def test_other_verbs_are_refused(tmp_path: Path) -> None:
     for status, _, err in run_command(["doctor"], tmp_path):
         assert status == 2
-        assert "only fit, heal and select share their work" in " ".join(err.replace("│", " ").split())
+        assert "only fit, heal and select share their work" in " ".join(
+            err.replace("│", " ").split()
+        )

@@ -48,7 +48,7 @@ def test_logits_are_the_models(family: str, ghosted: bool) -> None:
 
 def scaled(family: str) -> torch.nn.Module:
     """Return a model whose logits are scaled behind the head."""
-    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     sizes = {"granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.25}}[family]
     torch.manual_seed(0)

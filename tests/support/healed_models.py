@@ -12,7 +12,7 @@ from ghosted_fast.options import GhostOptions, HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.testing import random_tokens
 
-SMALL = {"rank": 4, "tokens_per_step": 384, "held_out_tokens": 768, "learning_rate": 5e-3}
+SMALL = {"rank": 4, "tokens_per_step": 384, "held_out_tokens": 768, "learning_rate": 1e-2}
 
 
 def text(count: int = 40) -> list[torch.Tensor]:
