@@ -88,7 +88,7 @@ HEALING = {
 
 def test_card_says_what_was_trained() -> None:
     model, report = fitted()
-    assert "trained" not in model_card(model.config)
+    assert "Healing" not in model_card(model.config)
     measured = {"models": [{"name": "dense", "dtype": "x", "layers": 6, "parameters": 1}]}
     attach_report(model.config, report.to_dict() | measured | {"healing": HEALING})
     trained = "were trained on 98,304 tokens in 300 s"
@@ -121,6 +121,7 @@ def test_ghosts_of_a_healed_model_leave_its_other_weights_behind(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, _ = fitted()
+    caplog.clear()
     attach_healing(model.config, HEALING | {"maps": 0})
     assert take_ghosts(model).report == model.config.ghost["report"] and not caplog.text
     attach_healing(model.config, HEALING)

@@ -93,7 +93,7 @@ def test_token_counts(text: str, count: int) -> None:
     assert values.parse_token_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "k", "0", "-1k", "1.5", "1 M", "many", "inf", "nan", "1G"])
+@pytest.mark.parametrize("text", ["", "k", "0", "-1k", "1.5", "1 2k", "many", "inf", "nan", "1G"])
 def test_token_counts_are_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="a number of tokens such as '100k'"):
         values.parse_token_count(text)
