@@ -115,8 +115,9 @@ def heal_folder(
     """Train a saved model without some layers to predict what its dense model predicts.
 
     The folder may have ghosts or not. Low-rank factors of all linear maps are trained, and the
-    ghosts; they are folded into the weights, so that the model computes no more than before. A run
-    that was killed goes on where it was. Where no step helps, the model is written as it was.
+    ghosts; they are folded into the weights, so that the model computes no more than before. With
+    --calibration self the dense model writes the text. A run that was killed goes on where it was.
+    Where no step helps, the model is written as it was.
     """
     from ghosted_fast.checkpoint.model_card import attach_healing
     from ghosted_fast.checkpoint.save import save_model

@@ -62,7 +62,7 @@ def ghosted(model_folder: Path, texts: Path, tmp_path_factory: pytest.TempPathFa
 def test_fit_heals(model_folder: Path, long_text: Path, tmp_path: Path) -> None:
     output, page = tmp_path / "ghosted", tmp_path / "report.html"
     command = ["fit", "--model", model_folder, "--calibration", long_text, "--removed", "2-3",
-               "--corrections", "1", "--tokens", "1024", *LENGTH]  # fmt: skip
+               "--corrections", "1", "--tokens", "1056", *LENGTH]  # fmt: skip
     shown = run(*command, "--output", output, "--heal", "3k", "--report", page)
     assert "of 1 corrections: held-out divergence" in shown
     assert "healing: the ghost and factors of rank 32 of 28 linear maps" in shown
@@ -71,7 +71,7 @@ def test_fit_heals(model_folder: Path, long_text: Path, tmp_path: Path) -> None:
     assert "nothing was trained" not in written and "numbers) were trained on 3,0" in written
     record = load_model(output)[0].config.ghost["report"]
     (healed,) = record["healed"]
-    assert 2900 < healed["tokens"] < 3100 and record["num_tokens"] == 1024
+    assert 2900 < healed["tokens"] < 3100 and record["num_tokens"] == 1056
     assert "were trained on 3,0" in (output / "README.md").read_text()
     plain = tmp_path / "plain"
     run(*command, "--output", plain)

@@ -222,7 +222,7 @@ def test_healing_is_that_of_ghost_model(tmp_path: Path, monkeypatch: pytest.Monk
     model = tiny_model("llama")
     names = ["ghost", "none", "replaceme"]
     names += [healed(500, recovery) for recovery in names]
-    found = run(tmp_path, model, criteria=["ghost"], recoveries=names, remove=[2])
+    found = run(tmp_path, model, criteria=["streamline"], recoveries=names, remove=[2])
     rows = {row["recovery"]: row for row in found.rows}
     for recovery in ("none", "replaceme", "ghost"):
         row = rows[f"{recovery} healed, 500 tokens"]
@@ -231,7 +231,8 @@ def test_healing_is_that_of_ghost_model(tmp_path: Path, monkeypatch: pytest.Monk
             model, calibration(), removed=row["removed"], recovery=recovery, run=options
         )
         assert report.healing is not None and row["removed"][0] > 0
-        assert row["healing"]["after"] == report.healing.after < report.healing.before
+        assert row["healing"]["after"] == report.healing.after
+        assert recovery == "ghost" or report.healing.after < report.healing.before
         # Layers below the gap were trained too: the dense states there do not serve.
         exact = perplexity(smaller, TEXTS["first"]).value
         assert row["perplexity"]["first"]["value"] == pytest.approx(exact, rel=1e-5)

@@ -163,6 +163,8 @@ def test_worse_steps_end_the_run_and_leave_the_model_as_it_was(
     facts = healed(smaller, dense, learning_rate=30.0, state=tmp_path / "state")
     assert facts.ended == "worse" and facts.best_tokens == 0 and facts.after == facts.before
     assert facts.tokens < 40 * 8 * 24 // 2 and same(old, weights(smaller))
+    kept, theirs = decoder_layers(smaller)[0], decoder_layers(dense)[0]
+    assert kept.mlp.up_proj.weight.data_ptr() == theirs.mlp.up_proj.weight.data_ptr()
     assert "smaller learning_rate than 30" in caplog.text
     again = healed(smaller, dense, learning_rate=30.0, state=tmp_path / "state")
     assert again.ended == "worse" and again.tokens == facts.tokens

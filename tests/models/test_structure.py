@@ -68,11 +68,11 @@ def test_ghosts_keep_their_own() -> None:
     smaller = fitted(dense)
     (ghost,) = (module for module in smaller.modules() if isinstance(module, GhostLinear))
     with torch.no_grad():
-        dense.model.layers[0].self_attn.q_proj.weight.copy_(ghost.weight)
+        dense.model.layers[2].self_attn.q_proj.weight.copy_(ghost.weight)  # a removed layer
     smaller = copy.deepcopy(smaller)
     share_equal_weights(smaller, dense)
     (ghost,) = (module for module in smaller.modules() if isinstance(module, GhostLinear))
     with torch.no_grad():
         ghost.weight.zero_()
-        assert dense.model.layers[0].self_attn.q_proj.weight.abs().sum() > 0
+        assert dense.model.layers[2].self_attn.q_proj.weight.abs().sum() > 0
         smaller(random_tokens(1, 4))
