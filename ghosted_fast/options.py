@@ -76,7 +76,7 @@ class HealOptions:
             cosine.
         tokens_per_step: Tokens of each step.
         held_out_tokens: Tokens that the model is judged on.
-        minutes: When to end at the latest; None for no limit.
+        minutes: When to end at the latest, but for the first step; None for no limit.
         seed: Of the factors, and of the order of the text.
 
     Raises:

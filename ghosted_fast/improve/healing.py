@@ -172,6 +172,7 @@ class _Healing:
         self._per_step = sequences_for(options.tokens_per_step, self._train)
         self._steps = math.ceil(len(self._train) / self._per_step)
         self._judges = list(in_passes(judges))
+        self._stepping = self._judging = 0.0  # seconds that the last step and judgement took
         settings = repr((asdict(options), model_digest(smaller), model_digest(dense)))
         parts = settings + text_digest([*self._train, *judges])
         self._key = hashlib.sha256(parts.encode()).hexdigest()
@@ -195,7 +196,8 @@ class _Healing:
                     break
                 take_step(run, gradients, self._options.learning_rate * _schedule(run))
                 bar.update(token_count(chosen))
-                run.seconds = time.perf_counter() - began
+                self._stepping = time.perf_counter() - began - run.seconds
+                run.seconds += self._stepping
                 last, run.share = run.share, self._share(run)
                 if run.share < 1.0 and int(last * _JUDGEMENTS) == int(run.share * _JUDGEMENTS):
                     continue
@@ -243,7 +245,10 @@ class _Healing:
         """Return which share of the run is over, of its tokens or of its time."""
         share = run.step / self._steps
         if self._options.minutes is not None:
-            share = max(share, run.seconds / (60.0 * self._options.minutes))
+            # There must be time for a judgement now, one more step, and the judgement at the end.
+            left = 60.0 * self._options.minutes - self._judging
+            is_over = run.seconds + self._judging + self._stepping > left
+            share = 1.0 if is_over else max(share, run.seconds / left)
         return distributed.from_first(min(share, 1.0))
 
     @torch.no_grad()
@@ -272,6 +277,7 @@ class _Healing:
 
     def _judge(self, point: Sequence[Tensor]) -> float:
         """Return the held-out divergence per token, nats, of what is trained at a point."""
+        began = time.perf_counter()
         self._set(point)
         found = 0.0
         with self._trained.applied():
@@ -281,6 +287,7 @@ class _Healing:
                 found += exit_divergence(self._dense, self._smaller, theirs, ours, counted)
         sums = torch.tensor([found], dtype=torch.float64)
         distributed.add_up([sums])
+        self._judging = time.perf_counter() - began
         return distributed.from_first(float(sums[0]) / token_count(self._judges))
 
     def _nan_ends(self, what: str, run: Run) -> HealingEnd:

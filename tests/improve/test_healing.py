@@ -244,10 +244,17 @@ def test_no_sequence_is_read_twice_and_none_that_judges(monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_minutes_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_model("llama")
-    clock = iter(range(0, 10**6, 10))
-    monkeypatch.setattr(healing.time, "perf_counter", lambda: float(next(clock)))
-    facts = healed(fitted(dense), dense, minutes=1.0)
+    now, real = [0.0], healing.exit_divergence
+
+    def compare(*arguments: Any) -> float:
+        now[0] += 1.0  # a second for each step, and for each judgement
+        return real(*arguments)
+
+    monkeypatch.setattr(healing, "exit_divergence", compare)
+    monkeypatch.setattr(healing.time, "perf_counter", lambda: now[0])
+    facts = healed(fitted(dense), dense, minutes=0.25)
     assert facts.ended == "time" and 0 < facts.tokens < 40 * 8 * 24 - 768
+    assert 12 < facts.seconds <= 15
     assert facts.curve[-1].tokens == facts.tokens and facts.best_tokens > 0
 
 
