@@ -1,4 +1,4 @@
-"""Ghosts for layer-pruned language models: closed-form recovery, fused operators, no training.
+"""Ghosts for layer-pruned language models: closed-form recovery, fused operators, healing.
 
 A ghost stands where decoder layers were removed and maps the hidden state that enters the gap to
 the one that the dense model would have had: `y = x + M x`, with `M` the least-squares optimum over
@@ -20,13 +20,13 @@ from ghosted_fast.checkpoint._import_hook import install_hook
 if TYPE_CHECKING:
     from ghosted_fast.assets.downloads import fetch_demo_assets as fetch_demo_assets
     from ghosted_fast.checkpoint.save import save_model as save_model
+    from ghosted_fast.facts import HealingFacts as HealingFacts
     from ghosted_fast.grid import Grid as Grid
     from ghosted_fast.grid import GridPlan as GridPlan
     from ghosted_fast.grid import Variant as Variant
     from ghosted_fast.grid import run_grid as run_grid
     from ghosted_fast.improve.correction import correct_ghosts as correct_ghosts
-    from ghosted_fast.improve.refinement import RefinementOptions as RefinementOptions
-    from ghosted_fast.improve.refinement import refine_ghosts as refine_ghosts
+    from ghosted_fast.improve.healing import heal as heal
     from ghosted_fast.measure.perplexity import Perplexity as Perplexity
     from ghosted_fast.measure.perplexity import perplexity as perplexity
     from ghosted_fast.measure.speed import throughput as throughput
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ghosted_fast.models.quantized.loading import load_quantized as load_quantized
     from ghosted_fast.ops import ghost_apply as ghost_apply
     from ghosted_fast.options import GhostOptions as GhostOptions
+    from ghosted_fast.options import HealOptions as HealOptions
     from ghosted_fast.options import PerplexityBound as PerplexityBound
     from ghosted_fast.options import RunOptions as RunOptions
     from ghosted_fast.options import SpeedBound as SpeedBound
@@ -71,10 +72,11 @@ _HOMES = {
     "GramAccumulator": "statistics.gram",
     "Grid": "grid",
     "GridPlan": "grid",
+    "HealOptions": "options",
+    "HealingFacts": "facts",
     "ImportReport": "surgery.adopt.from_operators",
     "Perplexity": "measure.perplexity",
     "PerplexityBound": "options",
-    "RefinementOptions": "improve.refinement",
     "RunOptions": "options",
     "Selection": "selection.criteria.request",
     "SpeedBound": "options",
@@ -89,6 +91,7 @@ _HOMES = {
     "fetch_demo_assets": "assets.downloads",
     "ghost_apply": "ops",
     "ghost_model": "pipeline",
+    "heal": "improve.healing",
     "import_ghosts": "surgery.adopt.from_operators",
     "load_model": "models.loading",
     "load_processor": "models.loading",
@@ -97,7 +100,6 @@ _HOMES = {
     "perplexity": "measure.perplexity",
     "prune_model": "surgery.cut",
     "put_ghosts": "surgery.transfer",
-    "refine_ghosts": "improve.refinement",
     "run_grid": "grid",
     "save_model": "checkpoint.save",
     "select_layers": "selection.select",
@@ -107,7 +109,11 @@ _HOMES = {
     "throughput": "measure.speed",
     "token_batches": "text.loading",
 }
-_RENAMED = {"compare_grid": "run_grid"}
+_RENAMED = {
+    "compare_grid": "run_grid",
+    "refine_ghosts": "heal",
+    "RefinementOptions": "HealOptions",
+}
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - they are names
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+HealingEnd = Literal["tokens", "text", "time", "worse", "nan"]
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,76 @@ class CorrectionFacts:
 
 
 @dataclass(frozen=True)
-class RefinementFacts:
-    """What a refinement did.
+class HealingPoint:
+    """A judgement during a healing.
+
+    Attributes:
+        tokens: Tokens learned from by then.
+        divergence: Held-out divergence, nats per token.
+    """
+
+    tokens: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class HealingFacts:
+    """What a healing did.
 
     Attributes:
         before: Held-out divergence before it, nats per token.
-        after: The same at the step that is kept.
-        steps: Steps taken.
-        best_step: The step that is kept; 0 where none was an improvement.
+        after: The same of the state that is kept.
+        tokens: Tokens learned from.
+        best_tokens: Tokens by which the kept state was reached; 0 where no step was an improvement.
+        rank: Rank of the factors of each linear map; 0 where the ghosts alone were trained.
+        maps: Linear maps with factors.
+        ghosts: Ghosts that were trained.
+        trained_parameters: Numbers that were trained.
+        curve: All judgements, the one before the first step included.
+        ended: Why it ended: the "tokens" asked for, the "text", the "time", a state so much "worse"
+            that the steps lead nowhere, or "nan": something was not finite.
         seconds: Wall-clock time of this process.
     """
 
     before: float
     after: float
-    steps: int
-    best_step: int
+    tokens: int
+    best_tokens: int
+    rank: int
+    maps: int
+    ghosts: int
+    trained_parameters: int
+    curve: list[HealingPoint]
+    ended: HealingEnd
     seconds: float
+
+
+def healing_text(healing: Mapping[str, Any]) -> str:
+    """Return what a healing trained, on how much, for how long, and what that did, as a sentence.
+
+    Args:
+        healing: A `HealingFacts` as a dict.
+    """
+    count, maps = healing["ghosts"], healing["maps"]
+    parts = []
+    if count:
+        parts.append("the ghost" if count == 1 else f"the {count} ghosts")
+    if maps:
+        parts.append(f"factors of rank {healing['rank']} of {maps} linear maps")
+    what = " and ".join(parts) + ("" if maps else " alone")
+    verb = "was" if count == 1 and not maps else "were"
+    said = (
+        f"{what} ({healing['trained_parameters']:,} numbers) {verb} trained on "
+        f"{healing['tokens']:,} tokens in {healing['seconds']:,.0f} s"
+    )
+    if not healing["best_tokens"]:
+        return f"{said}; no step helped, and nothing was changed"
+    if healing["best_tokens"] < healing["tokens"]:
+        said += f" (the state after {healing['best_tokens']:,} is kept)"
+    return (
+        f"{said}: held-out divergence from the dense model's predictions "
+        f"{healing['before']:.4f} -> {healing['after']:.4f} nats"
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ghosted_fast.errors import ArgumentError, check_at_least, renamed
+from ghosted_fast.errors import ArgumentError, check_above, check_at_least, renamed
 
 Features = Literal["normed", "raw"]
 TokenWeight = Literal["inverse_energy", "capped", "uniform"]
@@ -66,6 +66,45 @@ class GhostOptions:
 
 
 @dataclass(frozen=True)
+class HealOptions:
+    """How a model is healed.
+
+    Attributes:
+        tokens: Tokens to learn from at most; None for all that there are.
+        rank: Rank of the factors of each linear map; 0 trains the ghosts alone.
+        learning_rate: Of Adam's steps on the factors and ghosts; > 0. It falls to nothing by a
+            cosine.
+        tokens_per_step: Tokens of each step.
+        held_out_tokens: Tokens that the model is judged on.
+        minutes: When to end at the latest, but for the first step; None for no limit.
+        seed: Of the factors, and of the order of the text.
+
+    Raises:
+        ArgumentError: A field is out of range.
+    """
+
+    tokens: int | None = None
+    rank: int = 32
+    learning_rate: float = 1e-3
+    tokens_per_step: int = 2048
+    held_out_tokens: int = 4096
+    minutes: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(0, rank=self.rank)
+        check_at_least(
+            1, tokens_per_step=self.tokens_per_step, held_out_tokens=self.held_out_tokens
+        )
+        check_above(0, learning_rate=self.learning_rate)
+        if self.tokens is not None:
+            check_at_least(1, tokens=self.tokens)
+        if self.minutes is not None:
+            check_above(0, minutes=self.minutes)
+
+
+@renamed(refine="heal, a HealOptions(...)", refine_state="heal_state")
+@dataclass(frozen=True)
 class RunOptions:
     """How much work a run does, where it works, and what it shows.
 
@@ -74,8 +113,8 @@ class RunOptions:
         beam: Sets of layers that race in the criterion "ghost-search".
         corrections: How many steps fitted ghosts take towards the dense model's predictions, an int
             or "auto"; see `correct_ghosts`.
-        refine: Steps of training on the ghosts alone, after the corrections; see `refine_ghosts`.
-        refine_state: File that the refinement is kept in, so that it can go on after it was killed.
+        heal: How the model is healed after the corrections; None for not at all. See `heal`.
+        heal_state: File that the healing is kept in, so that it can go on after it was killed.
         memory_budget: Bytes that statistics may take; several passes are made where they would take
             more. None for half of the free memory.
         inplace: Whether to cut the given model. Default: a new one that shares its weights.
@@ -88,8 +127,8 @@ class RunOptions:
     score_tokens: int = DEFAULT_SCORE_TOKENS
     beam: int = DEFAULT_BEAM
     corrections: Corrections = "auto"
-    refine: int = 0
-    refine_state: str | Path | None = None
+    heal: HealOptions | None = None
+    heal_state: str | Path | None = None
     memory_budget: int | None = None
     inplace: bool = False
     progress: bool = False
@@ -97,7 +136,6 @@ class RunOptions:
     def __post_init__(self) -> None:
         check_corrections(self.corrections)
         check_at_least(1, beam=self.beam, score_tokens=self.score_tokens)
-        check_at_least(0, refine=self.refine)
 
 
 def check_corrections(corrections: Any) -> None:

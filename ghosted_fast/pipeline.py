@@ -14,7 +14,7 @@ from ghosted_fast.checkpoint.model_card import attach_report
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError, renamed
 from ghosted_fast.improve.correction import correct_ghosts
 from ghosted_fast.improve.gradients import check_gradients
-from ghosted_fast.improve.refinement import refine_ghosts
+from ghosted_fast.improve.healing import check_healable, heal
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.quantized.loading import quantization_of
 from ghosted_fast.models.structure import share_copy
@@ -50,7 +50,8 @@ _OPTIONS, _RUN = "a field of options=GhostOptions(...)", "a field of run=RunOpti
     min_decode_speedup="remove=SpeedBound(...)",
     input="features, a field of options=GhostOptions(...)",
     **dict.fromkeys(("token_weight", "first_state", "bias", "damping", "sequential"), _OPTIONS),
-    **dict.fromkeys(("corrections", "refine", "refine_state", "score_tokens"), _RUN),
+    **dict.fromkeys(("corrections", "heal", "heal_state", "score_tokens"), _RUN),
+    **dict.fromkeys(("refine", "refine_state"), "heal, a field of run=RunOptions(...),"),
     **dict.fromkeys(("memory_budget", "beam", "inplace", "progress"), _RUN),
 )
 @distributed.failing_together()
@@ -73,7 +74,7 @@ def ghost_model(
     Args:
         model: A transformers causal language model of a known family.
         batches: Calibration tokens: dicts of `input_ids` [batch, length] and `attention_mask`, or
-            token tensors. Read once where `removed` is given, nothing is corrected or refined and
+            token tensors. Read once where `removed` is given, nothing is corrected or healed and
             there are no other ranks, else held in memory as token ids.
         remove: How many layers to remove; the criterion chooses them. Or a bound that their number
             follows from: `PerplexityBound(0.1)` for as many as 10% more perplexity allows,
@@ -86,7 +87,7 @@ def ghost_model(
             "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"; see
             `ghosted_fast.recovery`. The options of ghosts do not concern the rivals.
         options: How ghosts are fitted.
-        run: How much work is done: corrections, refinement, tokens to score on, memory; whether the
+        run: How much work is done: corrections, healing, tokens to score on, memory; whether the
             given model is cut in place; whether to show progress.
 
     Returns:
@@ -113,16 +114,19 @@ def ghost_model(
     asked = {"remove": remove, "removed": which, "criterion": criterion, "recovery": recovery}
     if which is not None:
         check_removable(model, which)
-    here = replace(run, progress=False, inplace=False, refine_state=None)
+    here = replace(run, progress=False, inplace=False, heal_state=None)
     distributed.check_same({**asked, "options": options, "run": here}, model)
     text = distributed.same_text_everywhere(batches)
-    improved = method.improvable and bool(run.corrections or run.refine)
-    if improved and not _passes_gradients(decoder.model, run):
-        run, improved = replace(run, corrections=0), False
-    if improved or not method.improvable or not isinstance(wanted, Layers):
+    if run.heal is not None:
+        check_healable(decoder.model, run.heal)
+    corrects = method.improvable and run.corrections != 0
+    if corrects and not _passes_gradients(decoder.model, run):
+        corrects = False
+    if corrects or run.heal or not method.improvable or not isinstance(wanted, Layers):
         text.hold()
-    dense = share_copy(model) if run.inplace and isinstance(wanted, SpeedBound) else model
-    seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "refine"), 0.0)
+    compared = isinstance(wanted, SpeedBound) or run.heal is not None
+    dense = share_copy(model) if run.inplace and compared else model
+    seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "heal"), 0.0)
     with _timed(seconds, "select"):
         selection, budget = choose_layers(decoder, text, wanted, criterion, options, run)
     if which is None:
@@ -146,11 +150,13 @@ def ghost_model(
     seconds["solve"] = sum(patch.solve_seconds for patch in patches)
     seconds["calibrate"] -= seconds["solve"]
     report = replace(report, **_fitted(gaps, patches, options, text))
-    if improved:
-        report = _improve(decoder, text, report, patches, run)
+    if corrects:
+        report = _correct(decoder, text, report, patches, run)
     smaller = put_patches(model, selection.removed, patches, run.inplace)
     if budget is not None and isinstance(wanted, SpeedBound):
         budget = remeasured(budget, dense, smaller)
+    if run.heal is not None:
+        report = _heal(smaller, dense, text, report, run)
     report = distributed.from_first(replace(report, budget=budget))
     attach_report(smaller.config, report.to_dict())
     return smaller, report
@@ -162,10 +168,10 @@ def _check(wanted: HowMany, criterion: str, recovery: str, run: RunOptions) -> N
     check_recovery(recovery)
     if RECOVERIES[recovery].improvable:
         return
-    if run.refine or run.corrections not in ("auto", 0):
+    if run.corrections not in ("auto", 0):
         raise ArgumentError(
-            f"expected no corrections and no refinement with recovery {recovery!r}: use "
-            "refine_ghosts(smaller, model, batches) on what it gives"
+            f"expected no corrections with recovery {recovery!r}, which is put in as it was "
+            "published: use correct_ghosts(smaller, model, batches) on what it gives"
         )
     if isinstance(wanted, Bound):
         raise ArgumentError(
@@ -178,12 +184,12 @@ def _passes_gradients(model: Any, run: RunOptions) -> bool:
     """Return whether ghosts of a model can be corrected; warn if not and nobody asked for it.
 
     Raises:
-        UnsupportedModelError: They cannot, and corrections or a refinement were asked for.
+        UnsupportedModelError: They cannot, and a number of corrections was asked for.
     """
     try:
         check_gradients(model)
     except UnsupportedModelError as error:
-        if run.corrections != "auto" or run.refine:
+        if run.corrections != "auto":
             raise
         _LOGGER.warning("ghosts are not corrected: %s", error)
         return False
@@ -231,27 +237,29 @@ def _fitted(
     return {"num_tokens": text.num_tokens}
 
 
-def _improve(
+def _correct(
     decoder: Decoder,
     text: CalibrationText,
     report: GhostReport,
     patches: Sequence[Patch],
     run: RunOptions,
 ) -> GhostReport:
-    """Correct and refine the ghosts, in place, and return the report with what was done."""
+    """Correct the ghosts, in place, and return the report with what was done."""
     trial = remove_layers(decoder.model, report.removed, [patch.ghost for patch in patches])
     with _timed(report.seconds, "correct"):
         corrected = correct_ghosts(
             trial, decoder.model, text, run.corrections, progress=run.progress
         )
-    report = replace(report, corrections=corrected)
-    if run.refine:
-        refined = refine_ghosts(
-            trial, decoder.model, text, run.refine, state=run.refine_state, progress=run.progress
-        )
-        report.seconds["refine"] = refined.seconds
-        report = replace(report, refinement=refined)
-    return report
+    return replace(report, corrections=corrected)
+
+
+def _heal(
+    smaller: Any, dense: Any, text: CalibrationText, report: GhostReport, run: RunOptions
+) -> GhostReport:
+    """Heal the smaller model, in place, and return the report with what was done."""
+    with _timed(report.seconds, "heal"):
+        healed = heal(smaller, dense, text, run.heal, state=run.heal_state, progress=run.progress)
+    return replace(report, healing=healed)
 
 
 def statistics_bytes_needed(

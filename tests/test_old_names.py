@@ -21,11 +21,14 @@ from ghosted_fast.testing import random_tokens, tiny_model
         (gf.ghost_model, {"bias": True}, r"options=GhostOptions"),
         (gf.ghost_model, {"corrections": 0}, r"run=RunOptions"),
         (gf.ghost_model, {"inplace": True}, r"run=RunOptions"),
+        (gf.ghost_model, {"refine": 48}, r"heal, a field of run=RunOptions"),
+        (gf.ghost_model, {"refine_state": "s"}, r"heal, a field of run=RunOptions"),
+        (gf.RunOptions, {"refine": 48}, r"heal, a HealOptions"),
+        (gf.RunOptions, {"refine_state": "s"}, "heal_state"),
         (gf.select_layers, {"num_layers": 2}, "remove"),
         (gf.select_layers, {"beam": 2}, r"run=RunOptions"),
         (gf.run_grid, {"num_layers": [2]}, "remove"),
         (gf.run_grid, {"criteria": ["ghost"]}, r"plan=GridPlan"),
-        (gf.refine_ghosts, {"step_size": 0.1}, r"options=RefinementOptions"),
         (gf.GhostOptions, {"input": "normed"}, "features"),
     ],
 )
@@ -40,5 +43,8 @@ def test_values_and_functions() -> None:
         gf.GhostOptions(features="hidden")  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="has no 'compare_grid': it is 'run_grid' now"):
         _ = gf.compare_grid  # type: ignore[attr-defined]
+    for old, new in (("refine_ghosts", "heal"), ("RefinementOptions", "HealOptions")):
+        with pytest.raises(AttributeError, match=f"has no {old!r}: it is {new!r} now"):
+            getattr(gf, old)
     with pytest.raises(TypeError, match=r"which layers to remove is `removed`"):
         gf.ghost_model(tiny_model("llama"), [random_tokens(1, 8)], [1, 2])  # type: ignore[arg-type]

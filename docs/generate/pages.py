@@ -28,7 +28,6 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "lead": recovery.lead,
         "first-token-gaps": recovery.first_token_gaps,
         "calibration-texts": recovery.calibration_texts,
-        "refinements": recovery.refinements,
     },
     "docs/performance.md": {
         "models": speed.models,

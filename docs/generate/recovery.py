@@ -17,8 +17,6 @@ from docs.generate.results import (
 )
 
 HEADLINE_COUNT = 5
-_REFINED = ("ghost-paper", "linearpatch-d", "linearpatch-r")
-_STEPS = "refined, 48 steps"
 
 
 def relative(row: Mapping[str, Any], study: Study, text: str) -> float:
@@ -171,22 +169,4 @@ def calibration_texts() -> str:
                 rows.append([study.name, source, f"{tokens:,}", *values])
     return "Perplexity relative to dense, without corrections.\n\n" + table(
         ["model", "calibration", "tokens", *studies()[0].texts], rows, 2
-    )
-
-
-def refinements() -> str:
-    """Return what training of the operators alone brings after the fit."""
-    study, _ = studies()
-    rows = []
-    for count in (5, 7):
-        layers = tuple(study.row(count, OUR_CRITERION, OUR_RECOVERY)["removed"])
-        names = [OUR_CLOSED_FORM, OUR_RECOVERY]
-        names += [f"{name} {_STEPS}" for name in ("ghost", *_REFINED)]
-        for name in names:
-            cell = study.cells[layers, name]
-            values = [f"{relative(cell, study, text):.3f}" for text in study.texts]
-            seconds = f"{cell['seconds']['recover']:.0f}"
-            rows.append([layers_as_text(layers), name, str(cell["corrections"]), *values, seconds])
-    return f"{study.name}, perplexity relative to dense.\n\n" + table(
-        ["removed", "recovery", "corrections", *study.texts, "seconds"], rows, 2
     )

@@ -22,13 +22,11 @@ class Study:
     Attributes:
         name: The model's name in tables.
         grid: The content of `results.json`.
-        cells: Every model that was judged, by removed layers and recovery; from `state.jsonl`.
         more: What is no cell of the grid, by its key; from `more/state.jsonl`.
     """
 
     name: str
     grid: dict[str, Any]
-    cells: dict[tuple[tuple[int, ...], str], dict[str, Any]]
     more: dict[tuple[Any, ...], dict[str, float]]
 
     @property
@@ -93,12 +91,7 @@ def studies() -> tuple[Study, Study]:
 def _study(folder: str) -> Study:
     place = RESULTS / "recovery" / folder
     grid = json.loads((place / "results.json").read_text(encoding="utf-8"))
-    cells = {
-        (key[1], key[2]): record
-        for key, record in _state(place / "state.jsonl").items()
-        if key[0] == "cell"
-    }
-    return Study(grid["about"]["model"], grid, cells, _state(place / "more" / "state.jsonl"))
+    return Study(grid["about"]["model"], grid, _state(place / "more" / "state.jsonl"))
 
 
 @cache

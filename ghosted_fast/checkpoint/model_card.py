@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ghosted_fast._atomic_files import write_atomically
-from ghosted_fast.facts import layers_as_text
+from ghosted_fast.facts import healing_text, layers_as_text
 from ghosted_fast.models.runtime_classes import named_base_of
 from ghosted_fast.timing.estimates import Estimate, speed_text
 
@@ -51,9 +51,38 @@ def attach_report(config: Any, report: Mapping[str, Any]) -> bool:
     if report.get("models"):
         kept["models"] = [_measured(row) for row in report["models"]]
     kept["corrections"] = sum(item["accepted"] for item in report.get("corrections") or [])
-    kept["refined"] = (report.get("refinement") or {}).get("best_step", 0)
+    if report.get("healing"):
+        kept["healed"] = [_healed(report["healing"], kept.get("calibration"))]
     config.ghost["report"] = kept
     return True
+
+
+def attach_healing(config: Any, healing: Mapping[str, Any], calibration: str | None = None) -> bool:
+    """Add a healing to what the configuration of a ghosted model says of its making.
+
+    What was measured of the model before it is dropped.
+
+    Args:
+        config: The configuration; one without a `ghost` record is left as it is.
+        healing: A `HealingFacts` as a dict.
+        calibration: The name of the text.
+
+    Returns:
+        Whether it was attached.
+    """
+    if getattr(config, "ghost", None) is None:
+        return False
+    report = dict(config.ghost.get("report") or {})
+    report.pop("models", None)
+    report["healed"] = [*report.get("healed", []), _healed(healing, calibration)]
+    config.ghost["report"] = report
+    return True
+
+
+def _healed(healing: Mapping[str, Any], calibration: str | None) -> dict[str, Any]:
+    """Return what a card says of a healing: all but its curve."""
+    kept = {name: value for name, value in healing.items() if name != "curve"}
+    return kept if calibration is None else {**kept, "calibration": calibration}
 
 
 def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,10 +258,22 @@ def _ghosts(record: Mapping[str, Any]) -> str:
 
 
 def _calibration(report: Mapping[str, Any]) -> str:
-    if not report:
-        return ""
+    said = [_fit(report)]
+    for item in report.get("healed", []):
+        text = f" The text was {item['calibration']}." if item.get("calibration") else ""
+        said.append(f"Healing: {healing_text(item)}.{text}")
+        if item["best_tokens"] and item["maps"]:
+            said[-1] += " The factors are folded into the weights."
+    sections = [section for section in said if section]
+    return "## Calibration\n\n" + "\n\n".join(sections) if sections else ""
+
+
+def _fit(report: Mapping[str, Any]) -> str:
+    """Return how the operators were found, "" where that is not known."""
     if report.get("recovery") == IMPORTED:
-        return "## Calibration\n\nThe operators were fitted by another code, and imported."
+        return "The operators were fitted by another code, and imported."
+    if not set(report) - {"healed"}:
+        return ""
     chosen = report.get("criterion")
     by = f"chosen by the criterion `{chosen}`" if chosen else "given"
     text = f" of {report['calibration']}" if report.get("calibration") else " of text"
@@ -249,7 +290,7 @@ def _calibration(report: Mapping[str, Any]) -> str:
         said += f" {report['corrections']} closed-form corrections moved them afterwards."
     if report.get("refined"):
         said += f" They alone were then trained for {report['refined']} steps."
-    return f"## Calibration\n\n{said}"
+    return said
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -15,13 +15,15 @@ from ghosted_fast.cli._shared.input_args import (
     CalibrationArgs,
     EvaluationArgs,
     ModelArgs,
-    OverwriteOption,
 )
+from ghosted_fast.cli._shared.output_args import OutputArgs, heal_state
 from ghosted_fast.cli._shared.results import Result, TextTable
 from ghosted_fast.cli._shared.verb import usage_error
 
 if TYPE_CHECKING:
-    from ghosted_fast.options import RunOptions
+    from torch import Tensor
+
+    from ghosted_fast.options import HealOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +45,18 @@ class RecoveryArgs(ImproveArgs):
     ] = True
 
     def __post_init__(self) -> None:
-        if self.recovery != "ghost" and (self.refine or self.corrections not in ("auto", 0)):
-            option = "--refine" if self.refine else "--corrections"
+        if self.recovery != "ghost" and self.corrections not in ("auto", 0):
             raise usage_error(
-                f"expected --recovery ghost with {option}, got {self.recovery!r}, which is put in "
-                "as it was published",
-                option,
+                "expected --recovery ghost with --corrections, got "
+                f"{self.recovery!r}, which is put in as it was published",
+                "--corrections",
             )
 
     @property
     def kind(self) -> str:
         """What tables call the model."""
+        if self.recovery == "none" and self.heal:
+            return "healed"
         return "ghosted" if self.recovery == "ghost" else self.recovery
 
 
@@ -87,47 +90,6 @@ class FitCalibrationArgs(CalibrationArgs):
         return open_quantized(model.model, self.calibrate_in, model.dtype, model.device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputArgs:
-    """What is written."""
-
-    title: ClassVar = "Output"
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", help="Folder for the checkpoint; required to save one."),
-    ] = None
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Also write a report: .html or .json.")
-    ] = None
-    overwrite: OverwriteOption = False
-
-    def __post_init__(self) -> None:
-        if self.report is not None and self.report.suffix not in (".html", ".json"):
-            raise usage_error(f"expected a .html or .json file, got {str(self.report)!r}",
-                              "--report")  # fmt: skip
-
-    @property
-    def folder(self) -> Path:
-        """Folder for the checkpoint, where there will be one."""
-        assert self.output is not None
-        return self.output
-
-    @property
-    def refine_state(self) -> Path:
-        """File beside the checkpoint, from which a refinement that was killed goes on."""
-        return self.folder.with_name(f"{self.folder.name}.refine")
-
-    def check(self) -> None:
-        """Raise, before any work, if something is there already or cannot be made."""
-        from ghosted_fast.cli._shared.loading import check_new
-        from ghosted_fast.reports.page import page_template
-
-        check_new(self.output, self.overwrite)
-        check_new(self.report, self.overwrite)
-        if self.report is not None and self.report.suffix == ".html":
-            page_template("report.html")
-
-
 def fit(
     model: ModelArgs,
     calibration: FitCalibrationArgs,
@@ -138,17 +100,23 @@ def fit(
     output: OutputArgs,
     launch: LaunchArgs,
 ) -> Result | None:
-    """Remove layers, fit a ghost for each removed run, and save the smaller model."""
-    _check_together(how_many, recovery, output, launch)
-    _check_calibrated_in(calibration, how_many, recovery)
+    """Remove layers, fit a ghost for each removed run, and save the smaller model.
+
+    With --heal the smaller model is trained afterwards, on text of which --tokens is the beginning.
+    """
+    _check_together(calibration, how_many, recovery, output, launch)
 
     from ghosted_fast.cli._shared.launch import process_group
     from ghosted_fast.cli._shared.loading import check_layers
+    from ghosted_fast.improve.healing import check_healable
     from ghosted_fast.models.loading import load_processor
+    from ghosted_fast.options import RunOptions
     from ghosted_fast.pipeline import ghost_model
     from ghosted_fast.surgery.transfer import put_ghosts, take_ghosts
+    from ghosted_fast.text.loading import first_rows
 
     options = ghosts.options(recovery.sequential)
+    healing = recovery.heal_options(calibration.seed)
     with process_group(launch.rank_timeout, model.device) as first:
         if not launch.dry_run:
             if first:
@@ -159,42 +127,50 @@ def fit(
         dense, tokenizer = calibration.open(model)
         beside = load_processor(model.model) or tokenizer
         check_layers(dense, how_many.how_many())
+        if healing is not None and calibration.calibrate_in is None:
+            check_healable(dense, healing)
         if launch.dry_run:
             return _memory(dense, how_many, options)
         held_out = evaluation.load(calibration, tokenizer) if first else None
+        text = _text(calibration, healing, dense, tokenizer, first)
         smaller, found = ghost_model(
             dense,
-            calibration.load(dense, tokenizer, first),
+            first_rows(text, calibration.tokens // calibration.sequence_length),
             how_many.remove_or_bound(),
             removed=how_many.removed,
             criterion=how_many.criterion,
             recovery=recovery.recovery,
             options=options,
-            run=_run_options(how_many, recovery, output, progress=first),
+            run=RunOptions(beam=how_many.beam, corrections=recovery.corrections, progress=first),
         )
         facts = found.to_dict() | {"calibration": Path(calibration.calibration).name}
-        if calibration.calibrate_in is not None and first:
+        if calibration.calibrate_in is not None and (first or healing is not None):
             taken = take_ghosts(smaller)
             del dense, smaller
             gc.collect()  # the quantized copy makes room for the model
             dense, _ = model.open()
             smaller = put_ghosts(dense, taken)
+        if healing is not None:
+            _heal(smaller, dense, text, healing, facts, output, first)
         if first:
             _save(smaller, facts, beside, output)
-            if recovery.refine:
-                output.refine_state.unlink(missing_ok=True)
+            heal_state(output.folder).unlink(missing_ok=True)
     if not first:
         return None
     shown = _said(facts)
     if held_out is not None:
         shown += ["", _measure(dense, smaller, recovery.kind, facts, held_out, calibration.seed)]
     if output.report is not None:
-        shown += ["", _report(output.report, facts, output.overwrite)]
+        shown += ["", output.write(facts)]
     return Result(facts, shown)
 
 
 def _check_together(
-    how_many: HowManyArgs, recovery: RecoveryArgs, output: OutputArgs, launch: LaunchArgs
+    calibration: FitCalibrationArgs,
+    how_many: HowManyArgs,
+    recovery: RecoveryArgs,
+    output: OutputArgs,
+    launch: LaunchArgs,
 ) -> None:
     """Raise unless the groups of options go together.
 
@@ -215,6 +191,7 @@ def _check_together(
         )
     if output.output is None and not launch.dry_run:
         raise usage_error("expected a folder for the checkpoint, or --dry-run", "--output")
+    _check_calibrated_in(calibration, how_many, recovery)
 
 
 def _check_calibrated_in(
@@ -241,18 +218,36 @@ def _check_calibrated_in(
         )
 
 
-def _run_options(
-    how_many: HowManyArgs, recovery: RecoveryArgs, output: OutputArgs, progress: bool
-) -> RunOptions:
-    from ghosted_fast.options import RunOptions
+def _text(
+    calibration: FitCalibrationArgs,
+    healing: HealOptions | None,
+    dense: Any,
+    tokenizer: Any,
+    progress: bool,
+) -> list[Tensor]:
+    """Return the text of the fit, and what a healing needs beyond it, as far as there is more."""
+    tokens = calibration.tokens
+    if healing is not None:
+        tokens = max(tokens, calibration.tokens_to_heal(healing))
+    return calibration.read(dense, tokenizer, tokens, calibration.tokens, progress)
 
-    return RunOptions(
-        beam=how_many.beam,
-        corrections=recovery.corrections,
-        refine=recovery.refine,
-        refine_state=output.refine_state if recovery.refine else None,
-        progress=progress,
-    )
+
+def _heal(
+    smaller: Any,
+    dense: Any,
+    text: list[Tensor],
+    healing: HealOptions,
+    facts: dict[str, Any],
+    output: OutputArgs,
+    progress: bool,
+) -> None:
+    """Heal the smaller model, in place, and add what was done to the facts."""
+    from ghosted_fast.improve.healing import heal
+
+    state = heal_state(output.folder)
+    healed = heal(smaller, dense, text, healing, state=state, progress=progress)
+    facts["healing"] = asdict(healed)
+    facts["seconds"]["heal"] = healed.seconds
 
 
 def _memory(dense: Any, how_many: HowManyArgs, options: Any) -> Result:
@@ -290,8 +285,8 @@ def _said(facts: dict[str, Any]) -> list[TextTable | str]:
     if facts.get("budget"):
         shown.append(budget_line(facts["budget"]))
     if facts.get("ghosts"):
-        shown += ["", ghost_table(facts["ghosts"]), *improvement_lines(facts)]
-    return shown
+        shown += ["", ghost_table(facts["ghosts"])]
+    return shown + improvement_lines(facts)
 
 
 def _measure(
@@ -312,13 +307,3 @@ def _measure(
         smaller.config.save_pretrained(facts["output"])
         write_card(smaller.config, facts["output"])
     return model_table(rows)
-
-
-def _report(path: Path, facts: dict[str, Any], overwrite: bool) -> str:
-    """Write the report, and return the line that says so."""
-    from ghosted_fast.measure.system import machine_facts
-    from ghosted_fast.reports.page import write_report
-
-    facts["machine"] = machine_facts()
-    write_report(path, facts, overwrite=overwrite)
-    return f"report: {path}"

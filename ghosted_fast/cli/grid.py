@@ -77,16 +77,15 @@ class ComparedArgs(ImproveArgs):
 
     def recoveries(self, seed: int) -> list[str | Variant]:
         """Return the recoveries, and those that are improved afterwards."""
-        from ghosted_fast.grid import corrected, refined
-        from ghosted_fast.grid.variants import WITH_OPERATOR
+        from ghosted_fast.grid import corrected, healed
         from ghosted_fast.recovery import RECOVERIES
 
         found: list[str | Variant] = [*(self.recovery or RECOVERIES)]
-        operators = [name for name in WITH_OPERATOR if name in found]
+        names = list(found)
         if self.corrections != 0 and "ghost" in found:
             found.append(corrected(self.corrections))
-        if self.refine:
-            found += [refined(self.refine, name, seed) for name in operators]
+        if self.heal:
+            found += [healed(self.heal, str(name), seed) for name in names]
         return found
 
 
@@ -165,7 +164,7 @@ def grid(
 ) -> Result:
     """Run every way to choose layers with every way to make up for them, each with each.
 
-    The ghost comes with and without corrections; --refine adds every operator after training.
+    The ghost comes with and without corrections; --heal adds every recovery after training.
     Writes results.json, results.md and the page index.html into the output folder.
     """
     from ghosted_fast.cli._shared.loading import check_layers
@@ -175,6 +174,7 @@ def grid(
     from ghosted_fast.selection.criteria import CRITERIA
 
     check_outputs()
+    _check_text(calibration, compared)
     tasks = judged.names()
     calibration.check()
     judged.check(calibration)
@@ -205,6 +205,24 @@ def grid(
     shown: list[TextTable | str] = [TextTable(columns, lines, found.about["model"]), ""]
     shown.append(f"{folder.output / 'index.html'}")
     return Result({**found.to_dict(), "output": str(folder.output)}, shown)
+
+
+def _check_text(calibration: CalibrationArgs, compared: ComparedArgs) -> None:
+    """Raise unless the text suffices for what is to be learned from it.
+
+    Raises:
+        typer.BadParameter: It does not.
+    """
+    options = compared.heal_options(calibration.seed)
+    if options is None:
+        return
+    needed = calibration.tokens_to_heal(options)
+    if calibration.tokens < needed:
+        raise usage_error(
+            f"expected --tokens of at least {needed} with --heal {options.tokens}, since all rows "
+            f"learn from one text and no token is read twice, got {calibration.tokens}",
+            "--heal",
+        )
 
 
 def _accuracy(

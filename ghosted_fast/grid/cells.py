@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ghosted_fast.errors import GhostedFastError
 from ghosted_fast.fit.memory_budget import default_memory_budget, groups_within
 from ghosted_fast.grid.judge import Judge
-from ghosted_fast.grid.plan import Variant
+from ghosted_fast.grid.plan import After, Variant
 from ghosted_fast.measure.system import peak_memory, reset_peak_memory
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.ghost_linear import GhostLinear
@@ -133,12 +133,19 @@ def _run_cell(
         )
         recover = 0.0
     smaller = put_patches(dense, cell.removed, _own(chosen))
-    corrections = 0
+    after = After()
     if cell.variant.after is not None:
-        corrections = cell.variant.after(smaller, dense, fitting.text.hold())
+        after = cell.variant.after(smaller, dense, fitting.text.hold())
+        if not isinstance(after, After):
+            raise TypeError(
+                f"expected what is done after {cell.variant.name!r} to return an "
+                f"After(corrections=...) (ghosted_fast.grid.After), got {after!r}"
+            )
     recover += time.perf_counter() - began
-    record = judge(smaller, cell.removed[0])
-    record["corrections"] = corrections
+    # Healing changes layers below the gap too.
+    record = judge(smaller, 0 if after.healing else cell.removed[0])
+    record["corrections"] = after.corrections
+    record["healing"] = after.healing and asdict(after.healing)
     record["seconds"]["recover"] = recover
     return record
 

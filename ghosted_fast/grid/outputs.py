@@ -65,17 +65,22 @@ def full_table(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str]
     """Return the headings and the cells, as text, of rows with all that is known of them."""
     tasks = list(dict.fromkeys(task for row in grid.rows for task in row["accuracy"] or {}))
     with_speed = any(row["decode_ratio"] for row in grid.rows)
+    with_healing = any(row.get("healing") for row in grid.rows)
     columns = ["layers removed", "criterion", "recovery", "corrections"]
+    columns += ["trained"] * with_healing
     columns += [f"perplexity, {text}" for text in grid.texts] + tasks + ["parameters"]
     columns += ["decode tok/s", "to dense"] * with_speed + ["seconds", "peak memory"]
     lines = []
     for row in rows:
         line = [layers_as_text(row["removed"]), row["criterion"], row["recovery"]]
         if row["refused"] is not None:
-            lines.append([*line, "-", f"refused: {row['refused']}"])
+            line += ["-"] * (1 + with_healing)
+            lines.append([*line, f"refused: {row['refused']}"])
             lines[-1] += [""] * (len(columns) - len(lines[-1]))
             continue
         line.append(str(row["corrections"]))
+        if with_healing:
+            line.append(_trained(row.get("healing")))
         for text in grid.texts:
             found = row["perplexity"][text]
             line.append(f"{_loss(found['value'])} [{_loss(found['low'])}, {_loss(found['high'])}]")
@@ -91,6 +96,16 @@ def full_table(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str]
         line.append("-" if peak is None else f"{peak / 2**30:.2f} GiB")
         lines.append(line)
     return columns, lines
+
+
+def _trained(healing: Mapping[str, Any] | None) -> str:
+    """Return what was trained of a row's model."""
+    if healing is None:
+        return "nothing"
+    what = f"rank {healing['rank']}" if healing["maps"] else "ghosts alone"
+    if not healing["best_tokens"]:
+        return f"{what}, no step helped"
+    return f"{what}, {healing['tokens']:,} tokens, {healing['seconds']:,.0f} s"
 
 
 def _loss(value: float) -> str:

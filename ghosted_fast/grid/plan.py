@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.facts import HealingFacts
 from ghosted_fast.fit.walk import check_enough_tokens
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.recovery import RECOVERIES, check_recovery
@@ -21,21 +22,34 @@ DEFAULT_CRITERION, DEFAULT_RECOVERIES = "ghost", (f"ghost + {CORRECTED}", "ghost
 
 
 @dataclass(frozen=True)
+class After:
+    """What was done to a smaller model after its recovery.
+
+    Attributes:
+        corrections: Corrections that its ghosts have now.
+        healing: What its healing did, if it was healed: all of its layers may be others then.
+            Else those below the one before the lowest gap are the dense model's.
+    """
+
+    corrections: int = 0
+    healing: HealingFacts | None = None
+
+
+@dataclass(frozen=True)
 class Variant:
     """A recovery, and what is done to its model afterwards.
 
     Attributes:
-        name: What tables call it: "ghost", "ghost + 2 corrections", "ghost refined".
+        name: What tables call it: "ghost", "ghost + 2 corrections", "ghost healed, 100,000 tokens".
         recovery: One of `RECOVERIES`.
         after: Called with the smaller model, the dense model and the calibration batches. Changes
-            the smaller model in place, from the layer before the lowest gap on, and returns the
-            number of corrections it has now.
+            the smaller model in place, and returns what it did.
         criteria: The criteria that it is paired with; None for all.
     """
 
     name: str
     recovery: str
-    after: Callable[[Any, Any, Sequence[Batch]], int] | None = None
+    after: Callable[[Any, Any, Sequence[Batch]], After] | None = None
     criteria: tuple[str, ...] | None = None
 
     def serves(self, criterion: str) -> bool:
@@ -79,7 +93,7 @@ class GridPlan:
 
     Attributes:
         criteria: Names out of `CRITERIA`.
-        recoveries: Names out of `RECOVERIES`, or variants of them (`corrected`, `refined`). None
+        recoveries: Names out of `RECOVERIES`, or variants of them (`corrected`, `healed`). None
             for all, and the ghost with corrections, which is the library's default.
         name: What the model is called; by default what its configuration says.
         speed: Arguments of `compare_throughput`, for example `{"seconds": 60}`, to measure speed,

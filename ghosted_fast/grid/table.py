@@ -92,6 +92,7 @@ def _row(
         "criterion": criterion,
         "recovery": variant.name,
         "corrections": cell.get("corrections"),
+        "healing": cell.get("healing"),
         "published": is_published(criterion, variant),
         "marks": [],
         "removed": selection["removed"],

@@ -1,20 +1,21 @@
-"""Ready-made variants: ghosts corrected towards the dense model's predictions, and refined."""
+"""Ready-made variants: ghosts corrected towards the dense model's predictions, models healed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ghosted_fast.errors import ArgumentError, check_at_least
-from ghosted_fast.grid.plan import CORRECTED, Variant
+from ghosted_fast.errors import ArgumentError
+from ghosted_fast.grid.plan import CORRECTED, After, Variant
 from ghosted_fast.improve.correction import correct_ghosts
-from ghosted_fast.improve.refinement import RefinementOptions, refine_ghosts
-from ghosted_fast.options import Corrections, check_corrections
-from ghosted_fast.recovery import RECOVERIES
+from ghosted_fast.improve.healing import heal
+from ghosted_fast.options import Corrections, HealOptions, check_corrections
+from ghosted_fast.recovery import RECOVERIES, check_recovery
 from ghosted_fast.text.batches import Batch
 
-# Where corrections and refinement can reach the operator.
+# Where corrections can reach the operator.
 WITH_OPERATOR = tuple(name for name, recovery in RECOVERIES.items() if recovery.has_operator)
 
 
@@ -34,22 +35,22 @@ def corrected(corrections: Corrections = "auto", recovery: str = "ghost") -> Var
     return Variant(f"{recovery} + {name}", recovery, partial(_correct, corrections))
 
 
-def refined(steps: int, recovery: str = "ghost", seed: int = 0) -> Variant:
-    """Return a recovery that is refined; "ghost" is corrected first, as `ghost_model` does it.
+def healed(tokens: int, recovery: str = "ghost", seed: int = 0) -> Variant:
+    """Return a recovery that is healed; "ghost" is corrected first, as `ghost_model` does it.
 
     Args:
-        steps: As in `refine_ghosts`.
-        recovery: One of `WITH_OPERATOR`.
-        seed: As in `refine_ghosts`.
+        tokens: Tokens to learn from; no more than the text has are taken.
+        recovery: One of `RECOVERIES`.
+        seed: As in `heal`.
 
     Raises:
-        ArgumentError: The recovery has no operator, or there is no step.
+        ArgumentError: There is no such recovery, or no token.
     """
-    _check_operator(recovery)
-    check_at_least(1, steps=steps)
+    check_recovery(recovery)
+    options = HealOptions(tokens=tokens, seed=seed)
     corrections: Corrections = "auto" if RECOVERIES[recovery].improvable else 0
-    name = f"{recovery} refined, {steps} steps"
-    return Variant(name, recovery, partial(_refine, corrections, steps, seed))
+    name = f"{recovery} healed, {tokens:,} tokens"
+    return Variant(name, recovery, partial(_heal, corrections, options))
 
 
 def _check_operator(recovery: str) -> None:
@@ -60,19 +61,17 @@ def _check_operator(recovery: str) -> None:
         )
 
 
-def _correct(corrections: Corrections, smaller: Any, dense: Any, batches: Sequence[Batch]) -> int:
+def _correct(corrections: Corrections, smaller: Any, dense: Any, batches: Sequence[Batch]) -> After:
     facts = correct_ghosts(smaller, dense, batches, corrections)
-    return sum(item.accepted for item in facts)
+    return After(corrections=sum(item.accepted for item in facts))
 
 
-def _refine(
+def _heal(
     corrections: Corrections,
-    steps: int,
-    seed: int,
+    options: HealOptions,
     smaller: Any,
     dense: Any,
     batches: Sequence[Batch],
-) -> int:
-    taken = _correct(corrections, smaller, dense, batches)
-    refine_ghosts(smaller, dense, batches, steps, options=RefinementOptions(seed=seed))
-    return taken
+) -> After:
+    found = _correct(corrections, smaller, dense, batches) if corrections else After()
+    return replace(found, healing=heal(smaller, dense, batches, options))

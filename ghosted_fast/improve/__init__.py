@@ -1,1 +1,1 @@
-"""Ghosts moved towards the dense model's predictions: closed-form corrections, and training."""
+"""Smaller models moved towards the dense one's predictions: corrections in closed form, healing."""

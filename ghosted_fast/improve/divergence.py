@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ghosted_fast import distributed
-from ghosted_fast.checkpoint.record import is_ghosted, removal_record
+from ghosted_fast.checkpoint.record import removal_record
 from ghosted_fast.errors import ArgumentError, NonFiniteError
 from ghosted_fast.improve.gradients import check_gradients
+from ghosted_fast.improve.pairs import check_pair
 from ghosted_fast.models.boundaries import starting_at, visit_boundaries
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import decoder_layers, num_layers
@@ -198,16 +199,9 @@ class Divergence:
         check_gradients(ghosted)
         self.device = self.ghosts[0].weight.device
         self._layers = num_layers(dense)
-        text, dense_text = text_config_of(ghosted.config), text_config_of(dense.config)
-        self._vocabulary = int(dense_text.vocab_size)
-        count, removed = removal_record(ghosted.config, num_layers(ghosted))
-        same_size = text.vocab_size == dense_text.vocab_size
-        same_size &= text.hidden_size == dense_text.hidden_size
-        if not same_size or (is_ghosted(ghosted.config) and count != self._layers):
-            raise ArgumentError(
-                f"expected the dense model that the ghosted one comes from ({count} layers), got "
-                f"another, of {self._layers} layers"
-            )
+        self._vocabulary = int(text_config_of(dense.config).vocab_size)
+        check_pair(ghosted, dense)
+        _, removed = removal_record(ghosted.config, num_layers(ghosted))
         # Below the first removed layer both models are the same, and so is what they compute.
         placed = [index for index, _, _ in ghosts_of(decoder_layers(ghosted))]
         self._entry = min([*placed[:1], *removed[:1]]) if placed and removed else 0

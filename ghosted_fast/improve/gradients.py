@@ -52,7 +52,7 @@ def uses_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_gradients(model: Any) -> None:
-    """Raise unless a model passes gradients back, which corrections and refinement follow.
+    """Raise unless a model passes gradients back, which corrections and healing follow.
 
     Kernels for packed weights may know no gradient. The residual stream goes past them, so that
     nothing fails: the gradient is wrong. Each module with weights is watched in one forward pass
@@ -107,7 +107,7 @@ def check_gradients(model: Any) -> None:
 
 def _refusal(kind: str, reason: str) -> str:
     return (
-        f"expected a model that passes gradients back, which corrections and refinement follow, "
+        f"expected a model that passes gradients back, which corrections and healing follow, "
         f"got one quantized by {kind} that does not ({reason}): unpack its weights on loading "
         "(from_pretrained with a quantization config of dequantize=True, for fp8, MXFP4 and "
         "compressed-tensors), or make no corrections (corrections=0, --corrections 0)"

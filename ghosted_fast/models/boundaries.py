@@ -33,6 +33,7 @@ def visit_boundaries(
     batch: Batch,
     boundaries: Sequence[int],
     visit: Callable[[int, Tensor], None],
+    gradients: bool = False,
 ) -> None:
     """Run the layers on a batch and hand over the hidden states at some boundaries, in order.
 
@@ -43,6 +44,7 @@ def visit_boundaries(
         batch: The tokens.
         boundaries: Boundaries to visit, each in 0..num_layers.
         visit: Called with the boundary and the hidden states [batch, length, hidden_size].
+        gradients: Whether autograd records the pass.
     """
     decoder = Decoder.of(model)
     layers = decoder.layers
@@ -70,7 +72,7 @@ def visit_boundaries(
     handles += [layer.register_forward_hook(after(i)) for i, layer in enumerate(layers)]
     base = getattr(decoder.model, "base_model", decoder.model)
     try:
-        with torch.inference_mode():
+        with torch.enable_grad() if gradients else torch.inference_mode():
             base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     except _LastBoundaryReached:
         pass

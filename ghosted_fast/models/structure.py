@@ -1,4 +1,4 @@
-"""A model's structure: its decoder layers, found by looking, and a copy that shares its memory."""
+"""A model's structure: its decoder layers, found by looking, and models that share memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from ghosted_fast.models.built_whole import text_config_of
+from ghosted_fast.models.ghost_linear import GhostLinear
 
 # Configuration attributes that count decoder layers, the usual one first: some families give it to
 # their encoder.
 COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers", "num_blocks")
 # How deep tensors are looked for in the objects that a module holds.
 _DEPTH = 4
+# Numbers of a parameter that are compared before all of them are.
+_LOOKED_AT = 16
 
 
 def counts_of(config: Any) -> dict[str, int]:
@@ -112,6 +115,51 @@ def share_copy(model: Any) -> Any:
         memo[id(parameter)] = shared
     memo.update({id(buffer): buffer for buffer in model.buffers()})
     return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def share_equal_weights(model: nn.Module, source: nn.Module) -> int:
+    """Let the parameters of a model lie in the memory of equal ones of another model.
+
+    Two models of which one was made of the other then take the memory of one. Parameters are found
+    by what they hold, whatever their names. Each of `source` serves one of `model`, so that none
+    become tied. Ghosts, which are trained in place, keep their own, and so do vectors: they take
+    little, and those of a norm or a bias are alike in many models.
+
+    Args:
+        model: The model whose parameters move.
+        source: The other one, which is not changed.
+
+    Returns:
+        The bytes that are shared now.
+    """
+    there: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for weight in source.parameters():
+        if _is_matrix(weight):
+            there.setdefault(_look(weight), []).append(weight)
+    ghosts = (module for module in model.modules() if isinstance(module, GhostLinear))
+    own = {id(weight) for ghost in ghosts for weight in ghost.parameters()}
+    shared = 0
+    for weight in model.parameters():
+        if id(weight) in own or not _is_matrix(weight):
+            continue
+        alike = there.get(_look(weight), [])
+        place = next((i for i, other in enumerate(alike) if torch.equal(weight, other)), None)
+        if place is not None:
+            weight.data = alike.pop(place).data
+            shared += weight.nbytes
+    return shared
+
+
+def _is_matrix(weight: nn.Parameter) -> bool:
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() > 1
+
+
+def _look(weight: nn.Parameter) -> tuple[Any, ...]:
+    """Return what equal parameters have in common, and few others."""
+    flat = weight.detach().reshape(-1)
+    some = flat[:: max(1, len(flat) // _LOOKED_AT)][:_LOOKED_AT].tolist()
+    return weight.shape, weight.dtype, weight.device, *some
 
 
 def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:

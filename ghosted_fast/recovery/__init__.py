@@ -35,8 +35,8 @@ class Recovery:
         name: What it is called.
         collector: Makes the collector of a gap; None where nothing is put into gaps.
         num_bytes: Bytes of a collector, from the hidden size and the options.
-        has_operator: Whether its operator stands beside the layers, where corrections and
-            refinement can reach it.
+        has_operator: Whether its operator stands beside the layers, where corrections can reach
+            it.
         improvable: Whether `ghost_model` corrects it; others are put in as they were published.
         sequential: Whether several gaps are fitted one after the other, if the options say so.
         of_statistics: Makes its operator of statistics that a criterion has gathered; None where it

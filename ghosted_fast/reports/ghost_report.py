@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ghosted_fast.facts import Budget, CorrectionFacts, IntervalScore, RefinementFacts
+from ghosted_fast.facts import Budget, CorrectionFacts, HealingFacts, IntervalScore
 from ghosted_fast.reports.page import write_report
 
 
@@ -53,11 +53,11 @@ class GhostReport:
         scores: The criterion's candidates.
         ghosts: One record per interval of the recovery "ghost"; none for the others.
         num_tokens: Calibration tokens.
-        seconds: Wall-clock time of selection, calibration and solve, corrections and refinement;
+        seconds: Wall-clock time of selection, calibration and solve, corrections and healing;
             for ghosts that are fitted in sequence the solve is part of the calibration.
         budget: The bound that the number of layers follows from, if one was given.
         corrections: What each correction of the ghosts did.
-        refinement: What their refinement did, or None.
+        healing: What the healing of the model did, or None.
         calibrated_in: What the weights of the model were quantized by, or None.
     """
 
@@ -73,7 +73,7 @@ class GhostReport:
     num_tokens: int = 0
     budget: Budget | None = None
     corrections: list[CorrectionFacts] = field(default_factory=list)
-    refinement: RefinementFacts | None = None
+    healing: HealingFacts | None = None
     calibrated_in: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.errors import ArgumentError, MissingExtraError
-from ghosted_fast.facts import layers_as_text
+from ghosted_fast.facts import healing_text, layers_as_text
 from ghosted_fast.measure.models_table import ratio
 from ghosted_fast.timing.conditions import Conditions
 from ghosted_fast.timing.estimates import estimate_from, ratio_text, speed_text
@@ -53,7 +53,7 @@ def write_report(
 def render_report(report: Mapping[str, Any], title: str | None = None) -> str:
     """Return the page's HTML; see `write_report`."""
     page = page_template("report.html")
-    from ghosted_fast.reports.plots import selection_figure, speed_figure
+    from ghosted_fast.reports.plots import healing_figure, selection_figure, speed_figure
 
     rows = report.get("models") or []
     return page.render(
@@ -66,6 +66,7 @@ def render_report(report: Mapping[str, Any], title: str | None = None) -> str:
             report.get("scores") or [], report.get("removed") or [], report.get("criterion")
         ),
         speed_svg=speed_figure(rows),
+        healing_svg=healing_figure(report.get("healing")),
         warnings=lambda record: Conditions(**record).warnings(),
     )
 
@@ -87,7 +88,12 @@ def page_template(name: str) -> Any:
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        number=_number, speed=_speed, short=_short, scientific=_scientific, layers=layers_as_text
+        number=_number,
+        speed=_speed,
+        short=_short,
+        scientific=_scientific,
+        layers=layers_as_text,
+        healing=healing_text,
     )
     return environment.get_template(name)
 

@@ -143,6 +143,34 @@ def speed_figure(rows: Sequence[Mapping[str, Any]]) -> str | None:
         return svg_of(figure, "speed")
 
 
+def healing_figure(healing: Mapping[str, Any] | None) -> str | None:
+    """Draw the held-out divergence over the tokens that were learned from, the kept state marked.
+
+    Args:
+        healing: `HealingFacts` as a dict.
+
+    Returns:
+        SVG, or None where nothing was healed.
+    """
+    if healing is None or len(healing["curve"]) < 2:
+        return None
+    tokens = [point["tokens"] for point in healing["curve"]]
+    values = [point["divergence"] for point in healing["curve"]]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(tokens, values, color=SECOND, marker="o", markersize=4, label="judged")
+        axes.scatter(
+            [healing["best_tokens"]], [healing["after"]], s=64, color=ACCENT, label="kept", zorder=3
+        )
+        axes.set_xlabel("tokens learned from")
+        axes.set_ylabel("held-out divergence, nats/token")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.grid(axis="y")
+        figure.legend(loc="outside upper right", ncols=2)
+        return svg_of(figure, "healing")
+
+
 def svg_of(figure: Figure, name: str) -> str:
     """Return the figure as an `<svg>` element that can stand in a page beside others.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from ghosted_fast.models.families import decoder_layers, num_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.ghosted_layers import INPUT, ghosts_of
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class TakenGhosts:
 def take_ghosts(model: Any) -> TakenGhosts:
     """Return copies of a model's ghosts, in main memory, and what they stand for.
 
-    The model itself can be let go before another is loaded.
+    The model itself can be let go before another is loaded. Of one that was healed the ghosts alone
+    are taken, with a warning: the weights of its layers were trained with them.
 
     Args:
         model: A ghosted model.
@@ -58,8 +62,21 @@ def take_ghosts(model: Any) -> TakenGhosts:
         hidden_size=Decoder.of(model).hidden_size,
         removed=removed,
         ghosts=[placed.get(start) for start, _ in removed_intervals(removed, count)],
-        report=copy.deepcopy(model.config.ghost.get("report")),
+        report=_report_of_ghosts(model.config.ghost.get("report")),
     )
+
+
+def _report_of_ghosts(report: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what is known of the ghosts, without healings of the layers beside them."""
+    found = copy.deepcopy(report)
+    if found is None or not any(item["maps"] for item in found.get("healed", [])):
+        return found
+    _LOGGER.warning(
+        "the model was healed: its ghosts were trained together with the weights of its layers, "
+        "which stay behind: heal the model that they are put into (ghosted_fast.heal)"
+    )
+    found["healed"] = [item for item in found["healed"] if not item["maps"]]
+    return found
 
 
 def put_ghosts(model: Any, taken: TakenGhosts, inplace: bool = False) -> Any:

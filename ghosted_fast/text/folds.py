@@ -22,6 +22,7 @@ def split_sequences(
     held_out_tokens: int,
     device: torch.device | str | None = None,
     options: GhostOptions | None = None,
+    keep_rest: bool = False,
 ) -> tuple[list[Batch], list[Batch]]:
     """Split text into sequences to learn from and sequences to judge by.
 
@@ -32,6 +33,7 @@ def split_sequences(
         held_out_tokens: Attended tokens to hold out, as far as there are that many.
         device: Where the tokens go.
         options: How ghosts are fitted: how many folds there are.
+        keep_rest: Whether sequences of that fold, once enough are held out, are learned from too.
 
     Returns:
         The two lists; each element is one sequence.
@@ -48,6 +50,8 @@ def split_sequences(
             elif tokens < held_out_tokens:
                 held_out.append(sequence)
                 tokens += sequence.num_tokens
+            elif keep_rest:
+                train.append(sequence)
             sequences += 1
     return train, held_out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def token_batches(
     num_tokens: int,
     sequence_length: int = 512,
     batch_size: int = 8,
+    fewest: int | None = None,
 ) -> list[Tensor]:
     """Cut texts into full rows of tokens.
 
@@ -91,13 +92,14 @@ def token_batches(
         num_tokens: Tokens wanted; rounded down to whole rows.
         sequence_length: Tokens in a row, BOS included.
         batch_size: Rows in a batch; the last may have fewer.
+        fewest: Tokens that will do where the texts hold no more; `num_tokens` if not given.
 
     Returns:
         Batches of token ids [batch, sequence_length], int64.
 
     Raises:
         ArgumentError: A number is too small, or `num_tokens` is less than one row.
-        SourceError: The texts hold fewer tokens than asked for.
+        SourceError: The texts hold fewer tokens than that.
     """
     prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     check_at_least(len(prefix) + 2, sequence_length=sequence_length)
@@ -106,23 +108,42 @@ def token_batches(
     if num_rows < 1:
         raise ArgumentError(f"expected num_tokens >= {sequence_length}, one row, got {num_tokens}")
     row_tokens = sequence_length - len(prefix)
-    needed = num_rows * row_tokens
+    needed, least = num_rows * row_tokens, num_rows
+    if fewest is not None:
+        least = min(num_rows, max(1, fewest // sequence_length))
     stream: list[int] = []
     for block in _blocks(texts):
         stream += tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
         if len(stream) >= needed:
             break
-    if len(stream) < needed:
+    if len(stream) < least * row_tokens:
         whole = len(stream) // row_tokens * sequence_length
         advice = f"give more text, or ask for {whole}" if whole else "give more text"
         raise SourceError(
-            f"expected {needed} tokens of text for {num_rows} rows of {sequence_length}, "
+            f"expected {least * row_tokens} tokens of text for {least} rows of {sequence_length}, "
             f"got {len(stream)}: {advice}"
         )
-    rows = torch.tensor(stream[:needed], dtype=torch.int64).view(num_rows, row_tokens)
+    num_rows = min(num_rows, len(stream) // row_tokens)
+    rows = torch.tensor(stream[: num_rows * row_tokens], dtype=torch.int64)
+    rows = rows.view(num_rows, row_tokens)
     if prefix:
         rows = torch.cat([torch.full((num_rows, 1), prefix[0]), rows], dim=1)
     return list(rows.split(batch_size))
+
+
+def first_rows(batches: Sequence[Tensor], num_rows: int) -> list[Tensor]:
+    """Return the batches of the first rows of a text.
+
+    Args:
+        batches: As `token_batches` returns them.
+        num_rows: Rows to keep.
+    """
+    found: list[Tensor] = []
+    for batch in batches:
+        if num_rows > 0:
+            found.append(batch[:num_rows])
+        num_rows -= len(batch)
+    return found
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -11,11 +11,18 @@ from support.dense_reference import NUM_LAYERS, REMOVED, random_ghosts
 from transformers import AutoModelForCausalLM
 from transformers.utils import hub
 
-from ghosted_fast.checkpoint.model_card import CARD, attach_report, model_card, write_card
+from ghosted_fast.checkpoint.model_card import (
+    CARD,
+    attach_healing,
+    attach_report,
+    model_card,
+    write_card,
+)
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import remove_layers
+from ghosted_fast.surgery.transfer import take_ghosts
 from ghosted_fast.testing import random_tokens, tiny_model
 
 OWN = "# My model\n"
@@ -71,6 +78,56 @@ def test_gaps_are_found_without_a_report(tmp_path: Path) -> None:
     for gap in ("| 0 | before layer 0", "| 2-3 | behind layer 0", "| 7 | behind"):
         assert gap in text
     assert "## Calibration" not in text and "base_model" not in text
+
+
+HEALING = {
+    "before": 0.4, "after": 0.3, "tokens": 98_304, "best_tokens": 98_304, "rank": 32, "maps": 28,
+    "ghosts": 1, "trained_parameters": 5000, "curve": [], "ended": "tokens", "seconds": 300.0,
+}  # fmt: skip
+
+
+def test_card_says_what_was_trained() -> None:
+    model, report = fitted()
+    assert "Healing" not in model_card(model.config)
+    measured = {"models": [{"name": "dense", "dtype": "x", "layers": 6, "parameters": 1}]}
+    attach_report(model.config, report.to_dict() | measured | {"healing": HEALING})
+    trained = "were trained on 98,304 tokens in 300 s"
+    text = model_card(model.config)
+    what = "the ghost and factors of rank 32 of 28 linear maps (5,000 numbers)"
+    assert f"Healing: {what} {trained}" in text
+    assert "0.4000 -> 0.3000 nats. The factors are folded into the weights." in text
+    assert attach_healing(model.config, HEALING | {"maps": 0}, "web.jsonl")
+    text = model_card(model.config)
+    assert text.count("Healing: ") == 2 and "The text was web.jsonl." in text
+    assert "the ghost alone (5,000 numbers) was trained" in text
+    assert "## Measured" not in text, "figures of the model before it was healed"
+    assert not attach_healing(tiny_model("llama").config, HEALING)
+
+
+def test_card_of_a_model_of_which_healing_alone_is_known() -> None:
+    model = ghosted()
+    attach_healing(model.config, HEALING)
+    text = model_card(model.config)
+    assert "Healing: " in text and "closed-form fit" not in text
+
+
+def test_card_of_a_folder_that_was_refined_says_so() -> None:
+    model, _ = fitted()
+    model.config.ghost["report"]["refined"] = 48
+    assert "They alone were then trained for 48 steps." in model_card(model.config)
+
+
+def test_ghosts_of_a_healed_model_leave_its_other_weights_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, _ = fitted()
+    caplog.clear()
+    attach_healing(model.config, HEALING | {"maps": 0})
+    assert take_ghosts(model).report == model.config.ghost["report"] and not caplog.text
+    attach_healing(model.config, HEALING)
+    report = take_ghosts(model).report
+    assert report is not None and len(report["healed"]) == 1
+    assert "which stay behind: heal the model that they are put into" in caplog.text
 
 
 def test_local_paths_stay_private() -> None:

@@ -18,6 +18,7 @@ VERBS = (
     "demo",
     "select",
     "fit",
+    "heal",
     "import",
     "eval",
     "grid",
@@ -29,6 +30,7 @@ VERBS = (
 
 FIT = ("fit", "--model=m", "--calibration=c")
 SELECT = ("select", "--model=m", "--calibration=c")
+HEAL = ("heal", "m", "--dense=d", "--calibration=c", "--output=o")
 GRID = ("grid", "--model=m", "--calibration=c", "--evaluation=e", "--output=o")
 
 
@@ -96,10 +98,6 @@ def test_entry_point_and_version() -> None:
             "'--max-perplexity-increase': expected --remove or --removed with --dry-run",
         ),
         (
-            (*FIT, "--removed=1", "--output=o", "--recovery=replaceme", "--refine=3"),
-            "'--refine': expected --recovery ghost with --refine, got 'replaceme'",
-        ),
-        (
             (*FIT, "--removed=1", "--output=o", "--recovery=none", "--corrections=1"),
             "'--corrections': expected --recovery ghost with --corrections, got 'none'",
         ),
@@ -133,7 +131,17 @@ def test_entry_point_and_version() -> None:
             (*FIT, "--removed=1", "--corrections=few"),
             "--corrections",
         ),
-        ((*FIT, "--removed=1", "--refine=-1"), "--refine"),
+        ((*FIT, "--removed=1", "--heal=-1"), "'--heal': expected a number of tokens such as"),
+        ((*HEAL, "--tokens=1.5"), "'--tokens': expected a number of tokens such as '100k'"),
+        ((*HEAL, "--minutes=0"), "'--minutes': expected a number above 0, got 0.0"),
+        ((*HEAL, "--learning-rate=nan"), "'--learning-rate': expected a number above 0"),
+        ((*HEAL, "--rank=-1"), "--rank"),
+        ((*HEAL, "--report=r.pdf"), ".html or .json"),
+        (("heal", "m", "--calibration=c", "--output=o"), "Missing option '--dense'"),
+        (
+            (*GRID[:-2], "--evaluation=f", "--output=o", "--remove=3", "--heal=100k"),
+            "'--heal': expected --tokens of at least 105120 with --heal 100000",
+        ),
         (
             (*FIT, "--removed=1", "--output=o", "--report=r.pdf"),
             ".html or .json",
@@ -195,13 +203,15 @@ def test_missing_text(model_folder: Path) -> None:
         ("grid", "--remove=1", "--output=o", "--calibration=nowhere.jsonl", "--evaluation={}"),
         ("grid", "--remove=1", "--output=o", "--calibration={}", "--evaluation=nowhere.jsonl"),
         ("fit", "--removed=1", "--output=o", "--calibration={}", "--evaluation=nowhere.jsonl"),
+        ("heal", "./no-model", "--dense=./no-dense", "--output=o", "--calibration=nowhere.jsonl"),
         ("eval", "--evaluation=nowhere.jsonl"),
     ],
 )
 def test_a_text_that_is_missing_is_told_before_the_model_is_loaded(
     command: tuple[str, ...], texts: Path
 ) -> None:
-    message = fail(1, *(part.format(texts) for part in command), "--model=./no-model")
+    model = [] if command[0] == "heal" else ["--model=./no-model"]
+    message = fail(1, *(part.format(texts) for part in command), *model)
     assert message.startswith("error: there is no file 'nowhere.jsonl'")
 
 

@@ -14,18 +14,20 @@ from typer.testing import CliRunner
 
 import ghosted_fast.cli
 from ghosted_fast.assets.questions import PREFIX, SETS
-from ghosted_fast.cli._shared import fit_args, input_args
+from ghosted_fast.cli._shared import fit_args, input_args, output_args
 from ghosted_fast.cli._shared.results import Result
 from ghosted_fast.cli._shared.verb import options_of, verb
 from ghosted_fast.cli.app import app
 from ghosted_fast.cli.bench_ops import CaseArgs, EffortArgs, FilesArgs
 from ghosted_fast.cli.demo import DemoArgs
-from ghosted_fast.cli.fit import OutputArgs, RecoveryArgs
+from ghosted_fast.cli.fit import RecoveryArgs
 from ghosted_fast.cli.grid import ComparedArgs, FolderArgs, JudgedArgs
+from ghosted_fast.cli.heal import HealArgs, PairArgs
 from ghosted_fast.demo import DemoOptions
 from ghosted_fast.options import (
     Count,
     GhostOptions,
+    HealOptions,
     Layers,
     PerplexityBound,
     RunOptions,
@@ -38,8 +40,10 @@ GROUPS = {
     "select": [input_args.ModelArgs, input_args.CalibrationArgs, fit_args.SelectionArgs,
                fit_args.GhostArgs, fit_args.LaunchArgs],
     "fit": [input_args.ModelArgs, input_args.CalibrationArgs, input_args.EvaluationArgs,
-            fit_args.HowManyArgs, fit_args.GhostArgs, RecoveryArgs, OutputArgs,
+            fit_args.HowManyArgs, fit_args.GhostArgs, RecoveryArgs, output_args.OutputArgs,
             fit_args.LaunchArgs],
+    "heal": [PairArgs, input_args.LearnedTextArgs, HealArgs, output_args.NewFolderArgs,
+             fit_args.RanksArgs],
     "grid": [input_args.ModelArgs, input_args.CalibrationArgs, ComparedArgs, JudgedArgs,
              fit_args.GhostArgs, FolderArgs],
     "eval": [input_args.ModelsArgs, input_args.TextArgs, input_args.TaskArgs],
@@ -179,12 +183,13 @@ def test_what_the_library_takes() -> None:
 def test_defaults_are_those_of_the_library() -> None:
     run, ghost = RunOptions(), GhostOptions()
     assert fit_args.SelectionArgs().beam == run.beam
-    assert fit_args.ImproveArgs() == fit_args.ImproveArgs(
-        corrections=run.corrections, refine=run.refine
-    )
+    assert fit_args.ImproveArgs() == fit_args.ImproveArgs(corrections=run.corrections, heal=None)
     for item in fields(fit_args.GhostArgs):
         assert item.default == getattr(ghost, item.name)
     assert RecoveryArgs().sequential == ghost.sequential
+    assert HealArgs().options(3) == HealOptions(tokens=1_000_000, seed=3)
+    assert run.heal is None and fit_args.ImproveArgs().heal_options(3) is None
+    assert fit_args.ImproveArgs(heal=500).heal_options(3) == HealOptions(tokens=500, seed=3)
 
 
 def test_the_demo_takes_its_options() -> None:
@@ -195,10 +200,11 @@ def test_the_demo_takes_its_options() -> None:
 
 
 def test_numbers_of_a_grid() -> None:
-    compared = ComparedArgs(remove=[(3, 5), (2, 3)], recovery=["none", "ghost"], refine=7)
+    compared = ComparedArgs(remove=[(3, 5), (2, 3)], recovery=["none", "ghost"], heal=7000)
     assert compared.counts == [2, 3, 5]
     names = [item if isinstance(item, str) else item.name for item in compared.recoveries(0)]
-    assert names == ["none", "ghost", "ghost + corrections", "ghost refined, 7 steps"]
+    ours = ["none healed, 7,000 tokens", "ghost healed, 7,000 tokens"]
+    assert names == ["none", "ghost", "ghost + corrections", *ours]
     plain = ComparedArgs(remove=[(3,)], recovery=["none", "ghost"], corrections=0)
     assert plain.recoveries(0) == ["none", "ghost"]
 

@@ -68,3 +68,10 @@ def test_the_nearest_name_is_told_of_a_typing_mistake(
 ) -> None:
     said = told(*arguments)
     assert "No such" in said and meant in said
+
+
+@pytest.mark.parametrize("verb", ["fit", "grid"])
+@pytest.mark.parametrize("value", [("--refine", "48"), ("--refine=48",)])
+def test_refine(verb: str, value: tuple[str, ...]) -> None:
+    said = told(verb, "--model", "m", *value)
+    assert "No such option: --refine. It is --heal now (how many tokens to train on" in said

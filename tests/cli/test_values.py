@@ -82,3 +82,18 @@ def test_choices_are_those_of_the_library() -> None:
     assert values.Features == options.Features
     assert values.FirstState == options.FirstState
     assert values.TokenWeight == options.TokenWeight
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("100k", 100_000), ("1M", 10**6), ("1_000_000", 10**6), (" 2.5k ", 2500), ("3K", 3000),
+     ("0.5m", 500_000), ("7", 7), ("1e5", 100_000)],
+)  # fmt: skip
+def test_token_counts(text: str, count: int) -> None:
+    assert values.parse_token_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "k", "0", "-1k", "1.5", "1 2k", "many", "inf", "nan", "1G"])
+def test_token_counts_are_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="a number of tokens such as '100k'"):
+        values.parse_token_count(text)

@@ -95,20 +95,6 @@ def test_fit_with_every_option(model_folder: Path, texts: Path, tmp_path: Path) 
     assert load_model(output)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.slow
-def test_fit_corrects_and_refines(model_folder: Path, texts: Path, tmp_path: Path) -> None:
-    output, page = tmp_path / "ghosted", tmp_path / "report.html"
-    shown = run(
-        "fit", "--model", model_folder, "--calibration", texts, "--removed", "2-3", "--output",
-        output, "--corrections", "2", "--refine", "3", "--report", page, "--tokens", "1024",
-        "--sequence-length", "32",
-    )  # fmt: skip
-    assert "of 2 corrections: held-out divergence" in shown
-    assert "of 3: held-out divergence" in shown
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["ghosted", "report.html"]
-    assert "the ghosts alone were trained" in page.read_text(encoding="utf-8")
-
-
 def test_fit_without_recovery(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     command = ["fit", "--model", model_folder, "--calibration", texts, "--recovery", "none"]
     command += ["--remove", 2, "--criterion", "shortgpt", *SMALL]

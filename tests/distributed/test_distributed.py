@@ -19,7 +19,7 @@ from support.tiny_text import TEXT, save_tiny_model
 
 from ghosted_fast.cli.app import app
 from ghosted_fast.errors import CalibrationError
-from ghosted_fast.testing import relative_rms
+from ghosted_fast.testing import relative_rms, tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +98,23 @@ def test_checkpoints_are_the_same_on_all_ranks(tmp_path: Path, size: int) -> Non
             assert all(content == contents[0] for content in contents), (name, file.name)
         check_weights(shared / f"{name}0", single / f"{name}0")
     check_weights(shared / "ghosted", single / "ghosted")
-    assert (shared / "state0").exists() and not (shared / "state1").exists()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_healing_is_that_of_one_process(tmp_path: Path, size: int) -> None:
+    expected, curve, unchanged = rank_programs.healing(tmp_path / "single")
+    before = tiny_model("llama").state_dict()
+    (tmp_path / "shared").mkdir()
+    first, *others = run_ranks(rank_programs.healing, size, tmp_path / "shared", tmp_path / "ranks")
+    assert unchanged and first[2] and all(other[2] for other in others)
+    assert first[1] == pytest.approx(curve, rel=1e-4) and curve[-1] < curve[0]
+    for other in others:
+        assert other[1] == first[1]
+        assert all(torch.equal(other[0][name], value) for name, value in first[0].items())
+    name = "model.layers.1.mlp.up_proj.weight"
+    change, wanted = (found[name] - before[name] for found in (first[0], expected))
+    assert wanted.abs().max() > 1e-3 and relative_rms(change, wanted) < 1e-2
+    assert sorted(item.name for item in (tmp_path / "ranks").iterdir()) == ["state0"]
 
 
 def check_weights(folder: Path, expected_folder: Path) -> None:
@@ -208,6 +224,23 @@ def test_command_line_ends_when_a_process_dies(inputs: tuple[Path, Path], tmp_pa
     assert not list(output.parent.iterdir())
 
 
+def test_torchrun_heals_as_one_process_does(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    ghosted = tmp_path / "ghosted"
+    app(fit_command(inputs, ghosted), standalone_mode=False)
+    command = ["heal", str(ghosted), "--dense", str(inputs[0]), "--calibration", str(inputs[1])]
+    command += ["--tokens", "2k", "--sequence-length", "32", "--json", "--output"]
+    first, second = run_command([*command, str(tmp_path / "shared")], tmp_path)
+    assert first[0] == 0, first[2]
+    assert json.loads(first[1])["healing"]["best_tokens"] > 0 and second[:2] == (0, "")
+    app([*command, str(tmp_path / "single")], standalone_mode=False)
+    assert not list(tmp_path.glob("*.heal"))
+    names = ("shared", "single", "ghosted")
+    found, expected, before = (load_file(tmp_path / n / "model.safetensors") for n in names)
+    assert any(not torch.equal(expected[key], before[key]) for key in expected)
+    for key, weight in expected.items():
+        assert relative_rms(found[key], weight) <= 1e-4, key
+
+
 def test_command_line_says_once_what_failed(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -219,4 +252,6 @@ def test_command_line_says_once_what_failed(inputs: tuple[Path, Path], tmp_path:
 def test_other_verbs_are_refused(tmp_path: Path) -> None:
     for status, _, err in run_command(["doctor"], tmp_path):
         assert status == 2
-        assert "only fit and select share their work" in " ".join(err.replace("│", " ").split())
+        assert "only fit, heal and select share their work" in " ".join(
+            err.replace("│", " ").split()
+        )

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from ghosted_fast.errors import ArgumentError, CalibrationError
-from ghosted_fast.grid import GridPlan, Variant, cells, corrected, refined, run_grid
+from ghosted_fast.grid import After, GridPlan, Variant, cells, corrected, healed, run_grid
 from ghosted_fast.grid import judge as judge_module
 from ghosted_fast.grid import run as grid_run
 from ghosted_fast.grid.state import STATE_FILE
 from ghosted_fast.measure.perplexity import perplexity, perplexity_from
-from ghosted_fast.options import GhostOptions, RunOptions
+from ghosted_fast.options import GhostOptions, HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.surgery.cut import prune_model
@@ -170,7 +170,7 @@ def test_variants_change_models_of_their_own(tmp_path: Path) -> None:
         for layer in smaller.model.layers:
             if getattr(layer, "ghost", None) is not None:
                 layer.ghost.weight.data.add_(0.3)
-        return 2
+        return After(corrections=2)
 
     variants = ["ghost", Variant("ghost + 2 corrections", "ghost", spoil), "ghost-paper"]
     found = run(tmp_path, criteria=["streamline"], recoveries=variants)
@@ -186,15 +186,14 @@ def test_variants_change_models_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_corrections_and_refinement_are_those_of_ghost_model(tmp_path: Path) -> None:
+def test_corrections_are_those_of_ghost_model(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    variants = ["ghost", corrected(), corrected(1), refined(2), refined(2, "ghost-paper")]
+    variants = ["ghost", corrected(), corrected(1)]
     found = run(tmp_path, model, criteria=["ghost"], recoveries=variants, remove=[2])
     rows = {row["recovery"]: row for row in found.rows}
     for name, kwargs in (
         ("ghost + corrections", {}),
         ("ghost + 1 corrections", {"corrections": 1}),
-        ("ghost refined, 2 steps", {"refine": 2}),
     ):
         removed = rows[name]["removed"]
         smaller, report = ghost_model(
@@ -210,8 +209,46 @@ def test_corrections_and_refinement_are_those_of_ghost_model(tmp_path: Path) -> 
         corrected(1, "replaceme")
     with pytest.raises(ArgumentError, match="corrections"):
         corrected(-1)
-    with pytest.raises(ArgumentError, match="steps >= 1"):
-        refined(0)
+
+
+@pytest.mark.slow
+def test_healing_is_that_of_ghost_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = HealOptions.__init__
+    monkeypatch.setattr(  # the text is short
+        HealOptions,
+        "__init__",
+        lambda self, **more: real(self, **{"tokens_per_step": 96, "held_out_tokens": 192, **more}),
+    )
+    model = tiny_model("llama")
+    names = ["ghost", "none", "replaceme"]
+    names += [healed(500, recovery) for recovery in names]
+    found = run(tmp_path, model, criteria=["streamline"], recoveries=names, remove=[2])
+    rows = {row["recovery"]: row for row in found.rows}
+    for recovery in ("none", "replaceme", "ghost"):
+        row = rows[f"{recovery} healed, 500 tokens"]
+        options = RunOptions(heal=HealOptions(tokens=500))
+        smaller, report = ghost_model(
+            model, calibration(), removed=row["removed"], recovery=recovery, run=options
+        )
+        assert report.healing is not None and row["removed"][0] > 0
+        assert row["healing"]["after"] == report.healing.after
+        assert recovery == "ghost" or report.healing.after < report.healing.before
+        # Layers below the gap were trained too: the dense states there do not serve.
+        exact = perplexity(smaller, TEXTS["first"]).value
+        assert row["perplexity"]["first"]["value"] == pytest.approx(exact, rel=1e-5)
+        assert not row["published"] and rows[recovery]["healing"] is None
+    table = (tmp_path / "results.md").read_text()
+    assert "| trained |" in table and "rank 32, 5" in table and "| nothing |" in table
+    with pytest.raises(ArgumentError, match="tokens >= 1"):
+        healed(0)
+    with pytest.raises(ArgumentError, match="expected a recovery out of"):
+        healed(5, "magic")
+
+
+def test_what_is_done_afterwards_says_what_it_did(tmp_path: Path) -> None:
+    old = Variant("ghost + 1", "ghost", lambda *_: 1)  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match=r"to return an After\(corrections=.*, got 1"):
+        run(tmp_path, criteria=["streamline"], recoveries=[old], remove=[1])
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from ghosted_fast.grid.table import Grid
 
 OF_CRITERION = {"ghost": 0.9, "streamline": 1.2, "shortgpt": 1.1}
 PUBLISHED = {"none": 3.0, "replaceme": 1.6, "ghost-paper": 1.5}
-OF_RECOVERY = {**PUBLISHED, "ghost": 1.0, "ghost refined": 0.8}
+OF_RECOVERY = {**PUBLISHED, "ghost": 1.0, "ghost healed": 0.8}
 
 
 def loss(value: float) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def test_summaries_are_geometric_means_of_excess() -> None:
     grid.rows.pop()
     found = {(item.criterion, item.recovery): item for item in summaries(grid)}
     ours = found["ghost", "ghost"]
-    assert ours.is_default and not found["ghost", "ghost refined"].is_default
+    assert ours.is_default and not found["ghost", "ghost healed"].is_default
     assert ours.to_best_published == pytest.approx(0.9 / (1.1 * 1.5))
     assert ours.to_paper == pytest.approx(0.9 / (1.2 * 1.5))
     assert found["shortgpt", "ghost-paper"].to_best_published == pytest.approx(1.0)

@@ -265,7 +265,7 @@ def test_auto_needs_text_to_judge_by(caplog: pytest.LogCaptureFixture) -> None:
 def test_pipeline_reports_and_keeps_the_given_model() -> None:
     dense = tiny_model("llama")
     plain = ghost_model(dense, text(), removed=[2, 3], run=RunOptions(corrections=0))
-    assert plain[1].corrections == [] and plain[1].refinement is None
+    assert plain[1].corrections == [] and plain[1].healing is None
     before = copy.deepcopy(dense.state_dict())
     ghosted, report = ghost_model(
         dense, iter(text()), removed=[2, 3], run=RunOptions(corrections=2)
@@ -273,7 +273,7 @@ def test_pipeline_reports_and_keeps_the_given_model() -> None:
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     assert len(report.corrections) == 2 and report.corrections[0].accepted
     assert report.to_dict()["corrections"][1]["after"] <= report.corrections[0].after
-    assert report.seconds["correct"] > 0 and report.seconds["refine"] == 0
+    assert report.seconds["correct"] > 0 and report.seconds["heal"] == 0
     by_hand = plain[0]
     correct_ghosts(by_hand, dense, text(), 2)
     assert all(torch.equal(a, b) for a, b in zip(weights(by_hand), weights(ghosted), strict=True))

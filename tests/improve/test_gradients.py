@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.improve.gradients import check_gradients
-from ghosted_fast.options import RunOptions
+from ghosted_fast.options import HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
@@ -78,4 +78,4 @@ def test_where_nobody_asked_for_corrections_there_is_a_warning(
     assert smaller.config.num_hidden_layers == 5 and report.corrections == []
     assert "ghosts are not corrected: expected a model that passes gradients back" in caplog.text
     with pytest.raises(UnsupportedModelError):
-        ghost_model(model, TEXTS, removed=[2], run=RunOptions(refine=1))
+        ghost_model(model, TEXTS, removed=[2], run=RunOptions(heal=HealOptions(rank=0)))

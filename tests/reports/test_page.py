@@ -81,6 +81,50 @@ def test_full_page() -> None:
     assert balance.open == []
 
 
+def healing(**given: Any) -> dict[str, Any]:
+    """Return what a report says of a healing, some of it otherwise."""
+    curve = [(0, 0.42), (10_000, 0.31), (20_000, 0.25), (30_000, 0.26)]
+    return {
+        "before": 0.42,
+        "after": 0.25,
+        "tokens": 30_000,
+        "best_tokens": 20_000,
+        "rank": 32,
+        "maps": 175,
+        "ghosts": 1,
+        "trained_parameters": 9_876_543,
+        "curve": [{"tokens": tokens, "divergence": value} for tokens, value in curve],
+        "ended": "tokens",
+        "seconds": 301.4,
+        **given,
+    }
+
+
+@pytest.mark.slow
+def test_page_says_what_was_trained() -> None:
+    assert "; nothing was trained." in render_report(full_report())
+    report = full_report() | {"healing": healing()}
+    report["seconds"]["heal"] = 301.4
+    page = render_report(report)
+    assert "nothing was trained" not in page and "49,152 tokens in 61.5 s" in page
+    assert (
+        "the ghost and factors of rank 32 of 175 linear maps (9,876,543 numbers) were trained on "
+        "30,000 tokens in 301 s (the state after 20,000 is kept): held-out divergence from the "
+        "dense model&#39;s predictions 0.4200 -&gt; 0.2500 nats"
+    ) in page
+    assert page.count("<svg") == 3 and "tokens learned from" in page and "30,000" in page
+    balance = Balance()
+    balance.feed(page)
+    assert balance.open == []
+    ids = re.findall(r'<svg.*?\bid="([^"]+)"', page, re.DOTALL)
+    assert len(set(ids)) == len(ids)
+    alone = render_report({"healing": healing(maps=0, rank=0, trained_parameters=331_776)})
+    assert "the ghost alone (331,776 numbers) was trained" in alone
+    useless = healing(ghosts=2, maps=0, best_tokens=0, after=0.42)
+    said = render_report({"healing": useless})
+    assert "the 2 ghosts alone" in said and "no step helped, and nothing was changed" in said
+
+
 @pytest.mark.slow
 def test_page_needs_nothing_else() -> None:
     page = render_report(full_report())

@@ -23,12 +23,13 @@ from ghosted_fast.fit import walk
 from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.grid import run_grid
 from ghosted_fast.models.families import decoder_layers
-from ghosted_fast.options import GhostOptions, RunOptions
+from ghosted_fast.options import GhostOptions, HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.selection.criteria import CRITERIA
 from ghosted_fast.selection.select import select_layers
 from ghosted_fast.statistics import interval
 from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.text import folds
 from ghosted_fast.text.batches import Batch
 
 
@@ -95,9 +96,9 @@ def choices() -> dict[str, tuple[list[int], list[float]]]:
 
 
 def checkpoints(folder: Path) -> None:
-    """Save models whose ghosts were fitted, corrected and refined, and one with a rival."""
+    """Save models whose ghosts were fitted and corrected, and one with a rival."""
     rank, model = distributed.index(), tiny_model("llama")
-    run = RunOptions(corrections=2, refine=3, refine_state=folder / f"state{rank}")
+    run = RunOptions(corrections=2)
     smaller, _ = ghost_model(model, text(9), removed=[1, 3, 4], run=run)
     patched, _ = ghost_model(model, text(9), 2, recovery="linearpatch-r", criterion="streamline")
     save_model(smaller, folder / "ghosted")
@@ -105,6 +106,20 @@ def checkpoints(folder: Path) -> None:
         dist.destroy_process_group()
     save_model(smaller, folder / f"ghosted{rank}")
     save_model(patched, folder / f"patched{rank}")
+
+
+def healing(folder: Path) -> tuple[dict[str, Tensor], list[float], bool]:
+    """Return the weights of a model that was fitted and healed, the judgements, and whether the
+    dense model is as it was."""
+    model, rank = tiny_model("llama"), distributed.index()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = HealOptions(rank=3, tokens_per_step=480, held_out_tokens=300, learning_rate=5e-3)
+    run = RunOptions(corrections=0, heal=options, heal_state=folder / f"state{rank}")
+    with patch.object(folds, "_PASS_TOKENS", 100):
+        smaller, report = ghost_model(model, text(24), removed=[2, 3], run=run)
+    assert report.healing is not None
+    unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return smaller.state_dict(), [point.divergence for point in report.healing.curve], unchanged
 
 
 def poisoned() -> None:

@@ -14,7 +14,7 @@ from ghosted_fast.cli._shared import values
 from ghosted_fast.cli._shared.verb import usage_error
 
 if TYPE_CHECKING:
-    from ghosted_fast.options import Bound, GhostOptions, HowMany
+    from ghosted_fast.options import Bound, GhostOptions, HealOptions, HowMany
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ class GhostArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class ImproveArgs:
-    """What is done to fitted ghosts."""
+    """What is done after the fit."""
 
     title: ClassVar = "After the fit"
     corrections: Annotated[
@@ -160,25 +160,29 @@ class ImproveArgs:
             "'auto': as many as help.",
         ),
     ] = "auto"
-    refine: Annotated[
-        int,
+    heal: Annotated[
+        int | None,
         typer.Option(
-            "--refine",
-            min=0,
-            help="Steps of training on the ghosts alone, after the corrections.",
+            "--heal",
+            parser=values.parse_token_count,
+            metavar="TOKENS",
+            help="Then train factors of all linear maps, and the ghosts, towards the dense model's "
+            "predictions, on so many tokens: '100k'.",
         ),
-    ] = 0
+    ] = None
+
+    def heal_options(self, seed: int) -> HealOptions | None:
+        """Return how the model is healed, None if it is not."""
+        from ghosted_fast.options import HealOptions
+
+        return None if self.heal is None else HealOptions(tokens=self.heal, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchArgs:
-    """Whether work is done, and how processes do it together."""
+class RanksArgs:
+    """How processes work together."""
 
     title: ClassVar = "This run"
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Only print the memory that the statistics would take."),
-    ] = False
     rank_timeout: Annotated[
         int,
         typer.Option(
@@ -187,3 +191,14 @@ class LaunchArgs:
             help="With torchrun: seconds to wait for the other processes before giving up.",
         ),
     ] = 1800
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchArgs(RanksArgs):
+    """Whether work is done, and how processes do it together."""
+
+    title: ClassVar = "This run"
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only print the memory that the statistics would take."),
+    ] = False

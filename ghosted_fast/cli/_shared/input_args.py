@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ghosted_fast.options import HealOptions
+
 TEXT = "a .jsonl or .parquet file, any other text file, or a hub data set"
 
 DtypeOption = Annotated[
@@ -131,17 +133,25 @@ class TextArgs:
 
         load_texts(spec, self.field, self.split)
 
-    def batches_of(self, tokenizer: Any, text: str | Iterable[str], tokens: int) -> list[Tensor]:
+    def batches_of(
+        self,
+        tokenizer: Any,
+        text: str | Iterable[str],
+        tokens: int,
+        fewest: int | None = None,
+    ) -> list[Tensor]:
         """Return the batches of a text: of one by its name, or of texts as they are."""
         from ghosted_fast.text.loading import load_texts, token_batches
 
         texts = load_texts(text, self.field, self.split) if isinstance(text, str) else text
-        return token_batches(tokenizer, texts, tokens, self.sequence_length, self.batch_size)
+        return token_batches(
+            tokenizer, texts, tokens, self.sequence_length, self.batch_size, fewest
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationArgs(TextArgs):
-    """The text to calibrate on."""
+class LearnedTextArgs(TextArgs):
+    """A text to learn from."""
 
     title: ClassVar = "Text to calibrate on"
     calibration: Annotated[
@@ -151,30 +161,53 @@ class CalibrationArgs(TextArgs):
             help=f"Text to calibrate on: {TEXT}; or 'self', text that the model itself generates.",
         ),
     ]
-    tokens: TokensOption = 49152
-
-    def __post_init__(self) -> None:
-        self.check_tokens(self.tokens, "--tokens")
 
     def check(self) -> None:
         """Raise, before a model is loaded, unless there is such a text."""
         if not self.from_model:
             self.check_there(self.calibration)
 
-    def load(self, dense: Any, tokenizer: Any, progress: bool = True) -> list[Tensor]:
+    def tokens_to_heal(self, options: HealOptions) -> int:
+        """Return how much text a healing needs, to learn from and to judge on."""
+        assert options.tokens is not None
+        return options.tokens + options.held_out_tokens + 2 * self.sequence_length
+
+    def read(
+        self,
+        dense: Any,
+        tokenizer: Any,
+        tokens: int,
+        fewest: int | None = None,
+        progress: bool = True,
+    ) -> list[Tensor]:
         """Return the batches of the text, or of what the model writes; those of rank 0."""
         from ghosted_fast import distributed
         from ghosted_fast.text.generation import generate_texts
 
         text: str | Iterable[str] = self.calibration
         if self.from_model:
-            text = generate_texts(dense, tokenizer, self.tokens, seed=self.seed, progress=progress)
-        return distributed.from_first(self.batches_of(tokenizer, text, self.tokens))
+            text = generate_texts(dense, tokenizer, tokens, seed=self.seed, progress=progress)
+        return distributed.from_first(self.batches_of(tokenizer, text, tokens, fewest))
 
     @property
     def from_model(self) -> bool:
         """Whether the model writes the text."""
         return self.calibration == "self"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationArgs(LearnedTextArgs):
+    """The text to calibrate on."""
+
+    title: ClassVar = LearnedTextArgs.title
+    tokens: TokensOption = 49152
+
+    def __post_init__(self) -> None:
+        self.check_tokens(self.tokens, "--tokens")
+
+    def load(self, dense: Any, tokenizer: Any, progress: bool = True) -> list[Tensor]:
+        """Return the batches of the text, or of what the model writes; those of rank 0."""
+        return self.read(dense, tokenizer, self.tokens, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)

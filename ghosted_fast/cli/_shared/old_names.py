@@ -18,6 +18,7 @@ _OPTIONS = {
         "--precision",
         "It is --precision now (how narrow the intervals are to be), and --seconds (how long)",
     ),
+    "--refine": ("--heal", "It is --heal now (how many tokens to train on: '100k')"),
     "--input": ("--features", "It is --features now: normed, or raw for what was hidden"),
 }
 _VALUES = {("--features", "hidden"): "raw"}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ghosted_fast.cli._shared.results import TextTable
-from ghosted_fast.facts import layers_as_text
+from ghosted_fast.facts import healing_text, layers_as_text
 from ghosted_fast.measure.models_table import ModelRow, ratio
 from ghosted_fast.measure.tasks import TaskScore
 from ghosted_fast.measure.throughput import Phase
@@ -132,20 +132,17 @@ def ghost_table(ghosts: Sequence[Mapping[str, Any]]) -> TextTable:
 
 
 def improvement_lines(facts: Mapping[str, Any]) -> list[str]:
-    """Return what corrections and refinement did, a line each, from a `GhostReport` as a dict."""
+    """Return what corrections and healing did, a line each, from a `GhostReport` as a dict."""
     lines = []
-    corrections, refinement = facts["corrections"], facts["refinement"]
+    corrections, healing = facts["corrections"], facts["healing"]
     if corrections:
         accepted = sum(item["accepted"] for item in corrections)
         lines.append(
             f"{accepted} of {len(corrections)} corrections: held-out divergence "
             f"{corrections[0]['before']:.4f} -> {corrections[-1]['after']:.4f}"
         )
-    if refinement is not None:
-        lines.append(
-            f"refinement, step {refinement['best_step']} of {refinement['steps']}: held-out "
-            f"divergence {refinement['before']:.4f} -> {refinement['after']:.4f}"
-        )
+    if healing is not None:
+        lines.append(f"healing: {healing_text(healing)}")
     return lines
 
 

@@ -6,6 +6,7 @@ Each `parse_*` is the `parser=` of an option: typer names the option in the erro
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, get_args
 
 import typer
@@ -17,6 +18,7 @@ FirstState = Literal["auto", "on", "off"]
 TokenWeight = Literal["inverse_energy", "capped", "uniform"]
 Quantized = Literal["int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+_TOKEN_UNITS = {"k": 10**3, "K": 10**3, "m": 10**6, "M": 10**6}
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -50,6 +52,28 @@ def parse_counts(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"expected numbers above 0 such as '3,5,7', got {text!r}")
     return tuple(int(part) for part in parts)
+
+
+def parse_token_count(text: str) -> int:
+    """Return the number of tokens that a text such as '100k', '1M' or '1_000_000' names.
+
+    Raises:
+        typer.BadParameter: It names no whole number above 0.
+    """
+    text = str(text)  # typer hands the default over as it is
+    number = text.strip()
+    factor = _TOKEN_UNITS.get(number[-1:], 1)
+    if factor > 1:
+        number = number[:-1]
+    try:
+        count = Decimal(number) * factor
+    except InvalidOperation:
+        count = Decimal(0)
+    if not count.is_finite() or count < 1 or count != count.to_integral_value():
+        raise typer.BadParameter(
+            f"expected a number of tokens such as '100k', '1M' or '1_000_000', got {text!r}"
+        )
+    return int(count)
 
 
 def parse_damping(text: str) -> float | Literal["auto"]:

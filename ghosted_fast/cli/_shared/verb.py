@@ -54,8 +54,8 @@ def verb(function: Callable[..., Result | None], shares: bool = False) -> Callab
         _log(debug, follows)
         if launch is not None and not shares:
             raise typer.BadParameter(
-                f"expected one process, got {launch.size}: only fit and select share their work, "
-                "start the others without torchrun"
+                f"expected one process, got {launch.size}: only fit, heal and select share their "
+                "work, start the others without torchrun"
             )
         arguments = grouped(values, groups)
         try:

@@ -1,0 +1,237 @@
+"""What healing trains: low-rank factors of linear maps, and ghosts; and how it is put back.
+
+A map W gets factors B [out, rank] and A [rank, in]: its output becomes W x + B (A x). The weights
+that a pruned model shares with the dense one are never written; folded, a map has a weight of its
+own, W + B A, rounded once.
+
+Source: Hu et al., "LoRA", arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ghosted_fast.errors import UnsupportedModelError
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.ghost_linear import GhostLinear
+
+_FOLDABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class MapFactors:
+    """The factors of one linear map.
+
+    Args:
+        name: The map's name in the model.
+        module: An `nn.Linear`, or what computes as one (a `Conv1D` of transformers has its weight
+            transposed).
+        rank: Columns of B and rows of A.
+        generator: Of A, whose entries are normal with variance 1 / in; B is zero.
+    """
+
+    def __init__(self, name: str, module: nn.Module, rank: int, generator: torch.Generator) -> None:
+        self.name, self.module = name, module
+        self.is_transposed = not isinstance(module, nn.Linear)
+        weight: Any = module.weight
+        rows, columns = _sizes(module)
+        drawn = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
+        self.a = drawn.to(weight.device).requires_grad_()
+        self.b = torch.zeros(rows, rank, device=weight.device).requires_grad_()
+
+    def added(self, x: Tensor) -> Tensor:
+        """Return B (A x), in the dtype of x [..., in]."""
+        return functional.linear(functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Give the map a weight of its own that holds the factors' product, rounded once."""
+        weight: Any = self.module.weight
+        change = self.b.double() @ self.a.double()
+        whole = weight.double() + (change.mT if self.is_transposed else change)
+        self.module.weight = nn.Parameter(
+            whole.to(weight.dtype), requires_grad=weight.requires_grad
+        )
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Return the sizes of a linear map's output and input."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    columns, rows = module.weight.shape
+    return rows, columns
+
+
+class Trained:
+    """All that is trained of a model: factors of its maps, and its ghosts.
+
+    Args:
+        model: The model with ghosts or without.
+        rank: Rank of the factors of the linear maps in its decoder layers; 0 for none, so that the
+            ghosts alone are trained.
+        seed: Of the factors.
+
+    Attributes:
+        factors: Of each map, in the order of the model's modules.
+        ghosts: The floating-point ghosts.
+
+    Raises:
+        UnsupportedModelError: There is nothing to train.
+    """
+
+    def __init__(self, model: nn.Module, rank: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        found = _linear_maps(model) if rank else []
+        self.factors = [MapFactors(name, module, rank, generator) for name, module in found]
+        self.ghosts = [
+            module
+            for module in model.modules()
+            if isinstance(module, GhostLinear) and module.quantization is None
+        ]
+        if not self.factors and not self.ghosts:
+            raise UnsupportedModelError(
+                "expected a model with ghosts or with linear maps in its decoder layers, got one "
+                "with neither: there is nothing that healing could train"
+            )
+        # A ghost's own parameters round at every use; steps are taken on these.
+        self._masters = [
+            parameter.detach().to(torch.float32, copy=True).requires_grad_()
+            for ghost in self.ghosts
+            for parameter in ghost_parameters(ghost)
+        ]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What steps are taken on, fp32: B and A of each map, weight and bias of each ghost."""
+        return [part for item in self.factors for part in (item.b, item.a)] + self._masters
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the model compute with what is trained; autograd reaches `parameters`."""
+        handles = [
+            item.module.register_forward_hook(
+                lambda _, args, output, item=item: output + item.added(args[0])
+            )
+            for item in self.factors
+        ]
+        masters = iter(self._masters)
+        originals: list[tuple[GhostLinear, str, Tensor]] = []
+        for ghost in self.ghosts:
+            for name, parameter in _named_parameters(ghost):
+                originals.append((ghost, name, parameter))
+                ghost._parameters[name] = _rounded(next(masters), parameter.dtype)
+        try:
+            yield
+        finally:
+            for ghost, name, parameter in originals:
+                ghost._parameters[name] = parameter  # type: ignore[assignment]
+                ghost.forget_packed()
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def write_ghosts(self) -> None:
+        """Round what was trained of the ghosts into their own parameters."""
+        masters = iter(self._masters)
+        for ghost in self.ghosts:
+            for parameter in ghost_parameters(ghost):
+                parameter.copy_(next(masters))
+            ghost.forget_packed()
+
+    def fold(self) -> None:
+        """Put all that was trained into the model's own weights."""
+        for item in self.factors:
+            item.fold()
+        self.write_ghosts()
+
+
+class _Rounding(torch.autograd.Function):
+    """A cast whose gradient stays in fp32's precision where it arrives in it."""
+
+    @staticmethod
+    def forward(_: Any, value: Tensor, dtype: torch.dtype) -> Tensor:
+        return value.to(dtype)
+
+    @staticmethod
+    def backward(_: Any, *gradients: Any) -> Any:
+        return gradients[0].float(), None
+
+
+def _rounded(master: Tensor, dtype: torch.dtype) -> Any:
+    return _Rounding.apply(master, dtype) if dtype != master.dtype else master
+
+
+def ghost_parameters(ghost: GhostLinear) -> list[Tensor]:
+    """Return what is trained of a ghost: its weight, and its bias where there is one."""
+    return [parameter for _, parameter in _named_parameters(ghost)]
+
+
+def _named_parameters(ghost: GhostLinear) -> list[tuple[str, Tensor]]:
+    found = [("weight", ghost.weight), ("bias", ghost.bias)]
+    return [(name, parameter) for name, parameter in found if parameter is not None]
+
+
+def _linear_maps(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the linear maps of the decoder layers, by their names in the model.
+
+    A map whose weight other modules use too, as tied weights are, is left out: a weight of its own
+    would untie it.
+    """
+    uses = Counter(
+        id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
+    )
+    names = {module: name for name, module in model.named_modules()}
+    maps: dict[nn.Module, str] = {}
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            weight = getattr(module, "weight", None)
+            known = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            if known and isinstance(weight, Tensor) and uses[id(weight)] < 2:
+                maps[module] = names[module]
+    return [(name, module) for module, name in maps.items()]
+
+
+def check_foldable(model: nn.Module) -> None:
+    """Raise unless factors of a model's linear maps can be trained, and folded into its weights.
+
+    Each map is given a row of zeros, to see whether it passes a gradient back.
+
+    Raises:
+        UnsupportedModelError: A map does not, or its weight is not floating point; the message
+            names the first such map.
+    """
+    for name, module in _linear_maps(model):
+        weight: Any = module.weight
+        if weight.dtype not in _FOLDABLE or weight.dim() != 2:
+            raise UnsupportedModelError(
+                f"expected floating-point weights to fold factors into, got {weight.dtype} in "
+                f"{name}: heal the model in bf16 and quantize it afterwards, or train the ghosts "
+                "alone (rank=0)"
+            )
+        if reason := _why_no_gradient(module):
+            raise UnsupportedModelError(
+                f"expected linear maps that pass gradients back, got {name}, a "
+                f"{type(module).__name__}, that does not ({reason}): load the model with plain "
+                "linear layers"
+            )
+
+
+def _why_no_gradient(module: Any) -> str:
+    """Return why a linear map passes no gradient back, "" if it does."""
+    _, columns = _sizes(module)
+    weight = module.weight
+    x = torch.zeros(1, columns, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    try:
+        with torch.enable_grad():
+            made = module(x)
+            torch.autograd.grad(made.sum(), x)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).split("\n")[0]
+    return ""

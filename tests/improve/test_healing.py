@@ -1,0 +1,378 @@
+"""Healing: it helps, repeats itself, goes on after it was killed, keeps the best and the dense."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.healed_models import SMALL, fitted, healed, same, text, weights
+from torch import Tensor, nn
+
+from ghosted_fast.errors import (
+    ArgumentError,
+    CalibrationError,
+    CheckpointError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
+from ghosted_fast.improve import healing
+from ghosted_fast.improve.healing import heal
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.structure import share_copy
+from ghosted_fast.options import HealOptions, RunOptions
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.surgery.cut import prune_model
+from ghosted_fast.testing import random_tokens, tiny_model
+
+
+def visible(model: Any) -> Any:
+    """Return a model whose layers all count: a tiny GPT-2 is nearly the identity."""
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__ == "Conv1D":
+                module.weight.mul_(12.0)
+    return model
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(random_tokens(2, 12, 77)).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_predictions_become_better_and_the_dense_model_stays(family: str) -> None:
+    dense = visible(tiny_model(family))
+    before, smaller = weights(dense), fitted(dense)
+    old = weights(smaller)
+    facts = healed(smaller, dense)
+    assert facts.after < 0.97 * facts.before and facts.best_tokens > 0
+    assert facts.ended == "tokens" and facts.maps > 0 and facts.ghosts == 1
+    assert facts.curve[0].divergence == facts.before and facts.curve[0].tokens == 0
+    assert facts.curve[-1].tokens == facts.tokens == 40 * 8 * 24 - 768
+    assert same(before, weights(dense))
+    # What is no linear map of a layer and no ghost is as it was.
+    new = weights(smaller)
+    changed = {name for name in new if not torch.equal(old[name], new[name])}
+    assert changed and all(new[name].dim() == 2 for name in changed if "ghost" not in name)
+    assert not any("embed" in name or "norm" in name or "lm_head" in name for name in changed)
+    # The report's figure is that of the model as it is now.
+    again = healed(smaller, dense, learning_rate=1e-12, tokens=400)
+    assert again.before == pytest.approx(facts.after, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_pruned_model_is_healed_too() -> None:
+    dense = tiny_model("llama")
+    smaller = prune_model(dense, [2, 3])
+    facts = healed(smaller, dense)
+    assert facts.ghosts == 0 and facts.maps == 4 * 7 and facts.after < 0.97 * facts.before
+    given = prune_model(dense, [2, 3])
+    assert not torch.equal(logits(given), logits(smaller))
+
+
+@pytest.mark.slow
+def test_rank_0_trains_the_ghosts_alone() -> None:
+    dense = tiny_model("llama")
+    smaller = fitted(dense, removed=(1, 3), bias=True, first_state="on")
+    old = weights(smaller)
+    facts = healed(smaller, dense, rank=0)
+    new = weights(smaller)
+    changed = {name for name in new if not torch.equal(old[name], new[name])}
+    assert facts.after < facts.before and facts.maps == 0 and facts.ghosts == 2
+    assert facts.trained_parameters == 2 * (32 * 32 + 32)
+    assert {name.rpartition("ghost.")[2] for name in changed} == {"weight", "bias"}
+    with pytest.raises(UnsupportedModelError, match="nothing that healing could train"):
+        healed(prune_model(dense, [1]), dense, rank=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_copies_of_ghosts_are_forgotten(dtype: torch.dtype) -> None:
+    dense = tiny_model("llama", dtype=dtype)
+    smaller = fitted(dense)
+    logits(smaller)  # packs
+    healed(smaller, dense)
+    (ghost,) = (module for module in smaller.modules() if isinstance(module, GhostLinear))
+    assert ghost._packed is None
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        found, wanted = ghost(x), share_copy(ghost)(x)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.slow
+def test_same_seed_same_bits_other_seed_others() -> None:
+    dense = tiny_model("llama")
+    found = []
+    for seed in (0, 0, 1):
+        smaller = fitted(dense)
+        healed(smaller, dense, seed=seed)
+        found.append(weights(smaller))
+    assert same(found[0], found[1]) and not same(found[0], found[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_killed_run_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    dense, path = tiny_model("llama", dtype=dtype), tmp_path / "new" / "state"
+    whole = fitted(dense)
+    expected = healed(whole, dense)
+    real, taken = healing.take_step, [0]
+
+    def step(*arguments: Any) -> None:
+        taken[0] += 1
+        if taken[0] == 9:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    killed = fitted(dense)
+    untouched = weights(killed)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(healing, "take_step", step)
+        healed(killed, dense, state=path)
+    assert same(untouched, weights(killed))
+    assert [item.name for item in path.parent.iterdir()] == ["state"]
+    steps: list[int] = []
+    monkeypatch.setattr(
+        healing, "take_step", lambda run, *rest: (steps.append(run.step), real(run, *rest))
+    )
+    resumed = fitted(dense)
+    facts = healed(resumed, dense, state=path)
+    assert steps[0] > 0 and steps == list(range(steps[0], 18))
+    assert same(weights(whole), weights(resumed)) and facts.curve == expected.curve
+    again = fitted(dense)
+    healed(again, dense, state=path)
+    assert steps[-1] == 17 and len(steps) == 18 - steps[0]
+    assert same(weights(whole), weights(again))
+
+
+@pytest.mark.slow
+def test_worse_steps_end_the_run_and_leave_the_model_as_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = tiny_model("llama")
+    smaller = fitted(dense)
+    old = weights(smaller)
+    facts = healed(smaller, dense, learning_rate=30.0, state=tmp_path / "state")
+    assert facts.ended == "worse" and facts.best_tokens == 0 and facts.after == facts.before
+    assert facts.tokens < 40 * 8 * 24 // 2 and same(old, weights(smaller))
+    kept, theirs = decoder_layers(smaller)[0], decoder_layers(dense)[0]
+    assert kept.mlp.up_proj.weight.data_ptr() == theirs.mlp.up_proj.weight.data_ptr()
+    assert "smaller learning_rate than 30" in caplog.text
+    again = healed(smaller, dense, learning_rate=30.0, state=tmp_path / "state")
+    assert again.ended == "worse" and again.tokens == facts.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps_before", [0, 9])
+def test_nan_gradients_end_the_run_with_the_best_state(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, steps_before: int
+) -> None:
+    dense = tiny_model("llama")
+    smaller, calls = fitted(dense), [0]
+    old = weights(smaller)
+    real = healing._Healing._gradients
+
+    def gradients(self: Any, chosen: Any) -> list[Tensor]:
+        found = real(self, chosen)
+        calls[0] += 1
+        if calls[0] > steps_before:
+            found[-1][0, 0] = math.nan
+        return found
+
+    monkeypatch.setattr(healing._Healing, "_gradients", gradients)
+    facts = healed(smaller, dense)
+    assert facts.ended == "nan" and calls[0] == steps_before + 1
+    assert "a gradient is NaN or infinite; the best state is kept" in caplog.text
+    assert all(math.isfinite(point.divergence) for point in facts.curve)
+    if steps_before:
+        assert facts.after < facts.before and not same(old, weights(smaller))
+    else:
+        assert facts.best_tokens == 0 and same(old, weights(smaller))
+    assert bool(torch.isfinite(logits(smaller)).all())
+
+
+def test_nan_before_the_first_step() -> None:
+    dense = tiny_model("llama")
+    smaller = fitted(dense)
+    with torch.no_grad():
+        smaller.lm_head.weight = nn.Parameter(torch.full_like(smaller.lm_head.weight, math.nan))
+    with pytest.raises(NonFiniteError, match="finite predictions before healing"):
+        healed(smaller, dense)
+
+
+@pytest.mark.slow
+def test_text_that_ends_early_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    dense = tiny_model("llama")
+    facts = healed(fitted(dense), dense, tokens=20_000)
+    there = 40 * 8 * 24 - 768
+    assert facts.ended == "text" and facts.tokens == there
+    assert f"the text ended after {there} of the 20000 tokens asked for" in caplog.text
+    half = next(point for point in facts.curve if point.tokens >= there / 2)
+    gain = 100 * (1 - facts.curve[-1].divergence / half.divergence)
+    assert f"the held-out divergence fell by {gain:.1f}%: give more text" in caplog.text
+    caplog.clear()
+    facts = healed(fitted(dense), dense, tokens=1536)
+    assert facts.ended == "tokens" and facts.tokens == 1536 and not caplog.text
+
+
+@pytest.mark.slow
+def test_no_sequence_is_read_twice_and_none_that_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_model("llama")
+    read: list[bytes] = []
+    real = healing._Healing._gradients
+
+    def gradients(self: Any, chosen: Any) -> list[Tensor]:
+        read.extend(item.input_ids.numpy().tobytes() for item in chosen)
+        return real(self, chosen)
+
+    monkeypatch.setattr(healing._Healing, "_gradients", gradients)
+    healed(fitted(dense), dense)
+    rows = [row.numpy().tobytes() for batch in text() for row in batch]
+    judges = [row for place, row in enumerate(rows) if place % 4 == 3][: 768 // 24]
+    assert len(set(read)) == len(read) == len(rows) - len(judges)
+    assert not set(read) & set(judges) and set(read) | set(judges) == set(rows)
+
+
+@pytest.mark.slow
+def test_minutes_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_model("llama")
+    now, real = [0.0], healing.exit_divergence
+
+    def compare(*arguments: Any) -> float:
+        now[0] += 1.0  # a second for each step, and for each judgement
+        return real(*arguments)
+
+    monkeypatch.setattr(healing, "exit_divergence", compare)
+    monkeypatch.setattr(healing.time, "perf_counter", lambda: now[0])
+    facts = healed(fitted(dense), dense, minutes=0.25)
+    assert facts.ended == "time" and 0 < facts.tokens < 40 * 8 * 24 - 768
+    assert 12 < facts.seconds <= 15
+    assert facts.curve[-1].tokens == facts.tokens and facts.best_tokens > 0
+
+
+@pytest.mark.slow
+def test_state_of_another_run(tmp_path: Path) -> None:
+    dense, path = tiny_model("llama"), tmp_path / "state"
+    healed(fitted(dense), dense, tokens=800, state=path)
+    for smaller, options in (
+        (fitted(dense), {"tokens": 900}),
+        (fitted(dense), {"tokens": 800, "rank": 3}),
+        (fitted(dense, bias=True), {"tokens": 800}),
+    ):
+        with pytest.raises(ArgumentError, match="holds another healing"):
+            healed(smaller, dense, state=path, **options)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not the state of a healing"):
+        healed(fitted(dense), dense, tokens=800, state=path)
+
+
+@pytest.mark.slow
+def test_weights_that_maps_share_stay_tied() -> None:
+    dense = tiny_model("llama")
+    layers = decoder_layers(dense)
+    layers[0].mlp.up_proj.weight = layers[5].mlp.up_proj.weight
+    dense.lm_head.weight = dense.model.embed_tokens.weight
+    smaller = prune_model(dense, [2, 3])
+    facts = healed(smaller, dense)
+    kept = decoder_layers(smaller)
+    assert facts.maps == 4 * 7 - 2 and facts.after < facts.before
+    assert kept[0].mlp.up_proj.weight is kept[3].mlp.up_proj.weight
+    assert smaller.lm_head.weight is smaller.model.embed_tokens.weight
+    assert torch.equal(smaller.lm_head.weight, dense.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rank", -1), ("learning_rate", 0.0), ("tokens", 0), ("minutes", 0.0), ("tokens_per_step", 0)],
+)
+def test_options_out_of_range(field: str, value: float) -> None:
+    with pytest.raises(ArgumentError, match=f"expected {field} >"):
+        HealOptions(**{field: value})  # type: ignore[arg-type]
+
+
+class Kernel(nn.Linear):
+    """A map whose kernel knows no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+def test_what_cannot_be_healed_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(healing.Exit, "states", work)
+    dense = tiny_model("llama")
+    smaller = fitted(dense)
+    with pytest.raises(CalibrationError, match="held-out tokens"):
+        heal(smaller, dense, text(1), HealOptions(**SMALL))
+    for other, message in (
+        (tiny_model("llama", 5), "expected the dense model"),
+        (tiny_model("llama", dtype=torch.bfloat16), "both models in one dtype, got .*float32"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            healed(smaller, other)
+    with pytest.raises(ArgumentError, match="expected the dense model"):
+        healed(dense, prune_model(dense, [1]))
+    quantized = fitted(dense)
+    for module in quantized.modules():
+        if isinstance(module, GhostLinear):
+            module.quantize()
+    with pytest.raises(ArgumentError, match="got int8: heal the model first"):
+        healed(quantized, dense)
+    kernel = fitted(dense)
+    decoder_layers(kernel)[1].mlp.down_proj.__class__ = Kernel
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj, a Kernel"):
+        healed(kernel, dense)
+    packed = prune_model(dense, [1])
+    packed.config.quantization_config = {"quant_method": "mxfp4"}
+    with pytest.raises(UnsupportedModelError, match=r"quantized by mxfp4.*rank=0"):
+        healed(packed, dense)
+    float8 = prune_model(dense, [1])
+    weight = decoder_layers(float8)[0].mlp.up_proj.weight
+    decoder_layers(float8)[0].mlp.up_proj.weight = nn.Parameter(
+        weight.detach().to(torch.float8_e4m3fn), requires_grad=False
+    )
+    with pytest.raises(UnsupportedModelError, match=r"float8_e4m3fn in .*0\.mlp\.up_proj"):
+        healed(float8, dense)
+
+
+@pytest.mark.slow
+def test_pipeline_heals_after_the_corrections(tmp_path: Path) -> None:
+    dense, path = tiny_model("llama"), tmp_path / "state"
+    before = weights(dense)
+    run = RunOptions(corrections=1, heal=HealOptions(**SMALL), heal_state=path)
+    smaller, report = ghost_model(dense, text(), removed=[1, 3], run=run)
+    assert report.healing is not None and path.is_file() and same(before, weights(dense))
+    assert report.corrections and report.healing.after < report.healing.before
+    assert report.to_dict()["healing"]["curve"][0]["tokens"] == 0
+    assert report.seconds["heal"] > 0
+    (kept,) = smaller.config.ghost["report"]["healed"]
+    assert kept["after"] == report.healing.after and "curve" not in kept
+    by_hand, _ = ghost_model(dense, text(), removed=[1, 3], run=RunOptions(corrections=1))
+    healed(by_hand, dense)
+    assert same(weights(by_hand), weights(smaller))
+    _, report = ghost_model(
+        dense, text(), removed=[1, 3], recovery="none", run=RunOptions(heal=run.heal)
+    )
+    assert report.healing is not None and report.healing.ghosts == 0
+    in_place = RunOptions(corrections=1, heal=run.heal, inplace=True)
+    same_model, _ = ghost_model(dense, text(), removed=[1, 3], run=in_place)
+    assert same_model is dense and same(weights(dense), weights(smaller))
+
+
+def test_pipeline_refuses_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_model("llama")
+    decoder_layers(dense)[1].mlp.down_proj.__class__ = Kernel
+    monkeypatch.setattr("ghosted_fast.pipeline.choose_layers", None)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj, a Kernel"):
+        ghost_model(dense, text(), removed=[1], run=RunOptions(heal=HealOptions(**SMALL)))
