@@ -14,9 +14,10 @@ import ghosted_fast
 from ghosted_fast.cli.app import app
 
 PACKAGE = Path(ghosted_fast.__file__).parent
-# Options of the whole program, of pip and of torchrun.
+# Options of the whole program, of pip, of torchrun and of vLLM.
 OTHERS = {"--help", "--version", "--nproc-per-node", "--upgrade", "--no-build-isolation"}
 OTHERS |= {"--no-deps", "--no-cache-dir", "--only-binary", "--quiet", "--dest", "--no-binary"}
+OTHERS |= {"--compilation-config"}
 OTHERS |= {
     "--disable-pip-version-check",
     "--python-version",

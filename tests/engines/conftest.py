@@ -54,6 +54,7 @@ def smollm2() -> Callable[..., tuple[Any, Path, Any]]:
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Save a model and run it in vLLM, until the test ends."""
+    pytest.importorskip("vllm")
     from support.tiny_engines import byte_tokenizer
     from support.vllm_engine import Vllm
 

@@ -22,7 +22,6 @@ def test_every_architecture_is_tried() -> None:
 
 @pytest.mark.parametrize(("architecture", "case"), CASES, ids=IDS)
 def test_families(serve: Callable[..., Any], architecture: str, case: Case) -> None:
-    pytest.importorskip("vllm")
     from support.vllm_engine import PROMPT, check
 
     model = ghosted(case.model(), case.removed, **case.ghosts)

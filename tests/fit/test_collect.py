@@ -146,7 +146,7 @@ def test_non_finite_activations_name_boundary_and_batch(position: int) -> None:
 
     def poison(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
         nonlocal seen
-        seen += 1
+        seen += output.shape[1] == 24  # of the text, not of a look at what layers return
         if seen == 3:
             output = output.clone()
             output[1, position] = float("nan")

@@ -66,7 +66,7 @@ def test_full_page() -> None:
         "4 of 30 layers removed, 3, 14-16",
         "49,152 tokens in 61.5 s",
         "29.08",
-        "1.20\u00d7",
+        "1.20x ± 0.01",
         "134.5 M",
         "3.0e+06",
         "&lt;b&gt;Because&lt;/b&gt;.",
