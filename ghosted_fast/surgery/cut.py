@@ -20,6 +20,7 @@ from ghosted_fast.models.built_whole import (
     number_layers,
     text_config_of,
 )
+from ghosted_fast.models.contract import Contract
 from ghosted_fast.models.cut_config import computed_lists, cut_config, lists_changed, read_again
 from ghosted_fast.models.decoder import Decoder, model_name
 from ghosted_fast.models.families import (
@@ -273,6 +274,20 @@ def adopt_removal(model: Any, removed: Iterable[int], boundaries: Iterable[int])
     attach_report(config, {"model": name, "recovery": IMPORTED})
 
 
+def _contract_of(model: Any) -> Contract:
+    """Return what a model's layers take from one another, nothing where it cannot run here.
+
+    A model whose kernels are missing on this machine can still be cut, saved and run elsewhere.
+    """
+    decoder = Decoder.of(model)
+    try:
+        return decoder.contract
+    except UnsupportedModelError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        return Contract([None] * decoder.num_layers, frozenset(), {})
+
+
 def _place_ghosts(
     model: Any, intervals: list[tuple[int, int]], ghosts: Sequence[GhostLinear | None] | None
 ) -> list[tuple[int, str, GhostLinear]]:
@@ -285,7 +300,7 @@ def _place_ghosts(
             f"got {len(ghosts)}"
         )
     layers, width = decoder_layers(model), hidden_size(model)
-    contract = Decoder.of(model).contract
+    contract = _contract_of(model)
     placed: list[tuple[int, str, GhostLinear]] = []
     dropped = 0
     for (start, stop), ghost in zip(intervals, ghosts, strict=True):
