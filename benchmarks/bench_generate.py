@@ -196,6 +196,7 @@ def main() -> None:
         "batch_size": options.batch_size,
         "precision": options.precision,
         "seconds": options.seconds,
+        "interruptible": False,
     }
     console = Console(highlight=False, soft_wrap=True)
     roofs = measure_roofs()

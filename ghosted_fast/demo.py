@@ -154,6 +154,7 @@ def run_demo(
         "prompt_length": _SEQUENCE_LENGTH,
         "new_tokens": 16 if quick else 32,
         "seconds": 1.0 if quick else 35.0,
+        "interruptible": False,
     }
     run = RunOptions(progress=progress)
     rows: list[ModelRow] = []

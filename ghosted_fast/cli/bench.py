@@ -80,18 +80,26 @@ def bench(
 
     shown: list[TextTable | str] = []
     records: list[dict[str, Any]] = []
+    interrupted = False
     if engine == "transformers":
         opened, _ = models.open()
     for settings in speed.settings():
-        if engine == "vllm":
-            from ghosted_fast.serving.vllm.speed import compare_in_vllm
+        try:
+            if engine == "vllm":
+                from ghosted_fast.serving.vllm.speed import compare_in_vllm
 
-            rows = compare_in_vllm(models.model, models.dtype, settings)
-        else:
-            rows = compare_models(opened, speed=asdict(settings), progress=True)
+                rows = compare_in_vllm(models.model, models.dtype, settings)
+            else:
+                rows = compare_models(opened, speed=asdict(settings), progress=True)
+        except KeyboardInterrupt:
+            if not records:
+                raise
+            interrupted = True
+            break
         records += [row.to_dict() for row in rows]
         shown += ["", model_table(rows), "", deployment_table(rows), *speed_lines(rows)]
-        if any(row.throughput and row.throughput.ended == "interrupted" for row in rows):
+        interrupted = any(row.throughput and row.throughput.ended == "interrupted" for row in rows)
+        if interrupted:
             break
     data = {"models": records, "machine": machine_facts(), "engine": engine}
-    return Result(data, shown[1:])
+    return Result(data, shown[1:], interrupted=interrupted)

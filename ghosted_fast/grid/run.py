@@ -217,6 +217,7 @@ def _measure(state: GridState, fitting: Fitting, shape: Shape, speed: Mapping[st
         "dense": fitting.decoder.model,
         **{label: built for label, (_, built) in stand_ins.items()},
     }
-    found = compare_throughput(models, **speed, progress=fitting.run.progress)
+    # What is put here stays: Ctrl-C leaves nothing half known.
+    found = compare_throughput(models, **speed, progress=fitting.run.progress, interruptible=False)
     for label, (key, _) in stand_ins.items():
         state.put(*key, record={"model": found[label].to_dict()})

@@ -78,11 +78,11 @@ def compare_throughput(
     *,
     seed: int = 0,
     progress: bool = False,
+    interruptible: bool = True,
 ) -> dict[str, Throughput]:
     """Measure several models by turns, until it is known how fast they are relative to the first.
 
-    All models' caches are in memory at the same time. Ctrl-C ends the measurement, and what is
-    known by then is returned.
+    All models' caches are in memory at the same time.
 
     Args:
         models: The models by name; the others are compared with the first.
@@ -93,6 +93,8 @@ def compare_throughput(
         seconds: When to stop at the latest, once every model has been measured twice.
         seed: Of the order of models, and of the prompts.
         progress: Show a progress bar on stderr.
+        interruptible: Whether Ctrl-C ends the measurement alone, and what is known by then is
+            returned; else it is raised, for work that goes on with the figures.
 
     Returns:
         The speed of each model, by name.
@@ -109,7 +111,7 @@ def compare_throughput(
             runs[name] = Run(model, settings, seed)
         bar = stack.enter_context(progress_bar("speed", progress, of=_BAR_STEPS, share=True))
         watch, began = Watch(), time.perf_counter()
-        prefill, decode, ended = _rounds(runs, settings, seed, bar, began)
+        prefill, decode, ended = _rounds(runs, settings, seed, bar, began, interruptible)
         facts = {name: run.facts for name, run in runs.items()}
         return throughputs_of(prefill, decode, settings, ended, watch.conditions(), facts)
 
@@ -128,7 +130,12 @@ def _check(models: Mapping[str, Any], settings: SpeedSettings) -> None:
 
 
 def _rounds(
-    runs: Mapping[str, Run], settings: SpeedSettings, seed: int, bar: Any, began: float
+    runs: Mapping[str, Run],
+    settings: SpeedSettings,
+    seed: int,
+    bar: Any,
+    began: float,
+    interruptible: bool,
 ) -> tuple[Rounds, Rounds, Ended]:
     """Run pairs of rounds of both phases until both are known, or the time is spent."""
     prefill = Rounds(list(runs), settings.precision, seed)
@@ -159,7 +166,7 @@ def _rounds(
             if spent >= 1.0 and decode.pairs:
                 return prefill, decode, "time"
     except KeyboardInterrupt:
-        if not decode.pairs:
+        if not (interruptible and decode.pairs):
             raise
         return prefill, decode, "interrupted"
     raise AssertionError("pairs do not end")

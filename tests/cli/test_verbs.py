@@ -14,6 +14,7 @@ from support.tiny_text import save_tiny_model
 from typer.testing import CliRunner
 
 from ghosted_fast.cli.app import app
+from ghosted_fast.measure.speed import Run
 from ghosted_fast.models.families import num_layers
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.selection.criteria import CRITERIA
@@ -194,6 +195,31 @@ def test_bench_of_two_names(model_folder: Path, tmp_path: Path) -> None:
     assert set(found[1]["throughput"]["relative"]) == {found[0]["name"]}
     shown = run(*command, "--new-tokens", "2", "--seconds", "0.2")
     assert re.search(r"not told apart|\dx", shown)
+
+
+@pytest.mark.parametrize("when", ["while it is measured", "before anything of it is known"])
+def test_ctrl_c_ends_bench_with_what_is_known(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    method = "decode" if when == "while it is measured" else "warm_up"
+    pairs: list[int] = []
+    work = getattr(Run, method)
+
+    def interrupted(self: Run, *arguments: int) -> float:
+        if self._settings.batch_size == 2:
+            pairs.append(1)
+            if method == "warm_up" or len(pairs) > 4:
+                raise KeyboardInterrupt
+        return float(work(self, *arguments))
+
+    monkeypatch.setattr(Run, method, interrupted)
+    command = ["bench", "--model", model_folder, "--prompt-length", "8", "--new-tokens", "4"]
+    command += ["--seconds", "0.2", *[word for size in "123" for word in ("--batch-size", size)]]
+    result = CliRunner().invoke(app, [str(argument) for argument in [*command, "--json"]])
+    assert result.exit_code == 130
+    found = [row["throughput"] for row in json.loads(result.stdout)["models"]]
+    known = [(item["settings"]["batch_size"], item["ended"] == "interrupted") for item in found]
+    assert known == ([(1, False), (2, True)] if method == "decode" else [(1, False)])
 
 
 def test_doctor() -> None:

@@ -104,6 +104,9 @@ def test_what_is_known_when_interrupted(
     calls = itertools.count(5)
     with pytest.raises(KeyboardInterrupt):  # nothing is known yet
         compare_throughput(fakes, 16, 8)
+    calls = itertools.count()
+    with pytest.raises(KeyboardInterrupt):
+        compare_throughput(fakes, 16, 8, interruptible=False)
 
 
 def test_engines_give_both_phases_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from ghosted_fast.errors import ArgumentError, BudgetError
 from ghosted_fast.measure.perplexity import perplexity
+from ghosted_fast.measure.speed import Run
 from ghosted_fast.models.families import num_layers
 from ghosted_fast.options import GhostOptions, PerplexityBound, RunOptions, SpeedBound
 from ghosted_fast.pipeline import ghost_model
@@ -170,3 +172,18 @@ def test_the_estimate_counts_the_bytes_of_a_step(tied: bool) -> None:
 def test_the_speed_of_a_real_run_is_a_ratio() -> None:
     model = tiny_model("llama")
     assert how_many.decode_speedup(model, model) == pytest.approx(1.0, abs=0.9)
+
+
+def test_ctrl_c_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of a speed by then decides nothing."""
+    calls = itertools.count()
+
+    def interrupted(self: Run, steps: int) -> float:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(Run, "decode", interrupted)
+    model = tiny_model("llama")
+    with pytest.raises(KeyboardInterrupt):
+        how_many.decode_speedup(model, model)
