@@ -29,8 +29,8 @@ class Conditions:
         seconds: How long it was.
         stolen: Share of all processors' time that the machine's host gave to others.
         others: Share of it that other processes of this system worked.
-        limited: Share of the time in which the container's limit held this system back.
-        throttled: How often a processor slowed down since it was too hot.
+        limited: Share of the time in which the container's limit held this system back, at most 1.
+        throttled: How often the processor slowed down since it was too hot.
         joules: Energy of the processors' packages.
     """
 
@@ -73,16 +73,20 @@ class Watch:
             if name in before and after[name] >= before[name]
         }
         ticks, seconds = spent.get("ticks"), spent["seconds"]
-        stolen = others = None
-        if ticks:
+        stolen = others = limited = None
+        if ticks and "steal" in spent:
             stolen = spent["steal"] / ticks
+        if ticks and "busy" in spent:
             others = max(spent["busy"] - spent["own"], 0.0) / ticks
+        if "limited" in spent:
+            # Linux adds up the time that each processor waited.
+            limited = min(spent["limited"] / max(seconds, 1e-9), 1.0)
         throttled = spent.get("throttled")
         return Conditions(
             seconds=seconds,
             stolen=stolen,
             others=others,
-            limited=None if "limited" not in spent else spent["limited"] / max(seconds, 1e-9),
+            limited=limited,
             throttled=None if throttled is None else int(throttled),
             joules=spent.get("joules"),
         )
@@ -107,7 +111,7 @@ def _counters() -> Mapping[str, float]:
             found["limited"] = int(value) / 1e6
     counts = _numbers("/sys/devices/system/cpu", "cpu*/thermal_throttle/package_throttle_count")
     if counts:
-        found["throttled"] = sum(counts)
+        found["throttled"] = max(counts)  # each processor of a package counts the same events
     energy = joules(torch.device("cpu"))
     if energy is not None:
         found["joules"] = energy

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 _ZONES = Path("/sys/class/powercap")
-_PATTERN = "intel-rapl:[0-9]/energy_uj"
+# A zone beside the packages, "psys", counts the whole machine, and them once more.
+_ZONE, _PACKAGE = "intel-rapl:[0-9]*", "package"
 
 
 def joules(device: torch.device) -> float | None:
@@ -25,9 +26,10 @@ def joules(device: torch.device) -> float | None:
     if device.type != "cpu":
         return None
     readings = []
-    for path in sorted(_ZONES.glob(_PATTERN)):
+    for zone in sorted(_ZONES.glob(_ZONE)):
         with contextlib.suppress(OSError, ValueError):
-            readings.append(int(path.read_text(encoding="ascii")) / 1e6)
+            if (zone / "name").read_text(encoding="ascii").startswith(_PACKAGE):
+                readings.append(int((zone / "energy_uj").read_text(encoding="ascii")) / 1e6)
     return sum(readings) if readings else None
 
 

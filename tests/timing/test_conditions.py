@@ -56,24 +56,43 @@ def test_what_the_system_does_not_tell_is_unknown(monkeypatch: pytest.MonkeyPatc
 def test_a_counter_that_began_anew_is_unknown(counters: dict[str, float]) -> None:
     counters["joules"] = 100.0
     watch = Watch()
-    counters["joules"] = 3.0
-    assert watch.conditions().joules is None
+    counters |= {"seconds": 110.0, "ticks": 2000.0, "joules": 3.0, "steal": 9.0}
+    found = watch.conditions()
+    assert found.joules is found.stolen is None  # the host's own may go back a little
+    assert found.others == 0.0
+    counters["busy"] = 499.0
+    assert watch.conditions().others is None
+
+
+def test_what_several_processors_waited_is_no_more_than_all(counters: dict[str, float]) -> None:
+    counters["limited"] = 0.0
+    watch = Watch()
+    counters |= {"seconds": 110.0, "limited": 45.0}
+    assert watch.conditions().limited == 1.0
 
 
 def test_the_files_of_linux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    zone = tmp_path / "intel-rapl:0"
-    zone.mkdir()
-    (zone / "energy_uj").write_text("2500000\n")
-    (tmp_path / "intel-rapl:0:0").mkdir()
-    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("9\n")  # a part of the package
+    zones = [("0", "package-0", 2500000), ("0:0", "core", 9), ("1", "psys", 7000000)]
+    for place, name, count in [*zones, ("12", "package-1", 500000)]:
+        zone = tmp_path / f"intel-rapl:{place}"
+        zone.mkdir()
+        (zone / "name").write_text(f"{name}\n")
+        (zone / "energy_uj").write_text(f"{count}\n")
+    for core in (0, 1):
+        folder = tmp_path / f"cpu{core}" / "thermal_throttle"
+        folder.mkdir(parents=True)
+        (folder / "package_throttle_count").write_text("4\n")
     texts = {
         "/proc/stat": "cpu  10 20 30 400 5 6 7 8 9 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n",
         "/sys/fs/cgroup/cpu.stat": "usage_usec 12\nthrottled_usec 1500000\n",
     }
     read = conditions._text
     monkeypatch.setattr(conditions, "_text", lambda path: texts.get(path) or read(path))
+    numbers = conditions._numbers
+    monkeypatch.setattr(conditions, "_numbers", lambda _, pattern: numbers(str(tmp_path), pattern))
     monkeypatch.setattr(energy, "_ZONES", tmp_path)
     found = conditions._counters()
     assert (found["ticks"], found["steal"], found["busy"]) == (486, 8, 73)
     assert found["limited"] == pytest.approx(1.5)
-    assert found["joules"] == pytest.approx(2.5)
+    assert found["joules"] == pytest.approx(3.0)
+    assert found["throttled"] == 4
