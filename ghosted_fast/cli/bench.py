@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
-from ghosted_fast.cli._shared import values
 from ghosted_fast.cli._shared.input_args import ModelsArgs
+from ghosted_fast.cli._shared.precision_args import PrecisionArgs
 from ghosted_fast.cli._shared.results import Result, TextTable
-from ghosted_fast.cli._shared.verb import usage_error
 
 if TYPE_CHECKING:
     from ghosted_fast.measure.throughput import SpeedSettings
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedArgs:
-    """What is measured, and how precisely."""
+    """What is measured."""
 
     title: ClassVar = "What is measured"
     prompt_length: Annotated[
@@ -32,37 +31,20 @@ class SpeedArgs:
     batch_size: Annotated[
         list[int], typer.Option("--batch-size", min=1, help="Prompts at a time; repeat it.")
     ] = field(default_factory=lambda: [1])
-    precision: Annotated[
-        float,
-        typer.Option(
-            "--precision",
-            parser=values.parse_precision,
-            metavar="SHARE",
-            help="Half of the interval of a ratio to the first model at which it is known, "
-            "such as 0.5%.",
-        ),
-    ] = 0.02
-    seconds: Annotated[
-        float,
-        typer.Option("--seconds", help="When to stop at the latest, of each length and size."),
-    ] = 60.0
 
-    def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise usage_error(f"expected seconds above 0, got {self.seconds:g}", "--seconds")
-
-    def settings(self) -> Iterator[SpeedSettings]:
+    def settings(self, effort: PrecisionArgs) -> Iterator[SpeedSettings]:
         """Yield the settings of every length and size."""
         from ghosted_fast.measure.throughput import SpeedSettings
 
         for length in dict.fromkeys(self.prompt_length):
             for size in dict.fromkeys(self.batch_size):
-                yield SpeedSettings(length, self.new_tokens, size, self.precision, self.seconds)
+                yield SpeedSettings(length, self.new_tokens, size, effort.precision, effort.seconds)
 
 
 def bench(
     models: ModelsArgs,
     speed: SpeedArgs,
+    effort: PrecisionArgs,
     engine: Annotated[
         Literal["transformers", "vllm"],
         typer.Option("--engine", help="What runs the models; vllm takes saved folders."),
@@ -83,7 +65,7 @@ def bench(
     interrupted = False
     if engine == "transformers":
         opened, _ = models.open()
-    for settings in speed.settings():
+    for settings in speed.settings(effort):
         try:
             if engine == "vllm":
                 from ghosted_fast.serving.vllm.speed import compare_in_vllm

@@ -11,6 +11,7 @@ import typer
 
 from ghosted_fast.cli._shared import values
 from ghosted_fast.cli._shared.input_args import OverwriteOption
+from ghosted_fast.cli._shared.precision_args import PrecisionArgs, SecondsOption
 from ghosted_fast.cli._shared.results import Result, TextTable
 from ghosted_fast.cli._shared.verb import usage_error
 
@@ -122,27 +123,12 @@ class CaseArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EffortArgs:
+class EffortArgs(PrecisionArgs):
     """How precisely, and how long."""
 
-    title: ClassVar = "How precisely"
-    precision: Annotated[
-        float,
-        typer.Option(
-            "--precision",
-            parser=values.parse_precision,
-            metavar="SHARE",
-            help="Half of the interval of a ratio at which it is known, such as 0.5%.",
-        ),
-    ] = 0.02
-    seconds: Annotated[
-        float, typer.Option("--seconds", help="When to stop at the latest, of each case.")
-    ] = 10.0
+    title: ClassVar = PrecisionArgs.title
+    seconds: SecondsOption = 10.0
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")] = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.seconds < float("inf"):
-            raise usage_error(f"expected seconds above 0, got {self.seconds:g}", "--seconds")
 
     def effort(self) -> Effort:
         """Return what the runner takes."""

@@ -177,6 +177,7 @@ def test_what_bench_refuses(model_folder: Path) -> None:
     command = ["bench", "--model", model_folder]
     assert "It is --precision now" in fail(2, *command, "--repeats", "3")
     assert "a share between 0 and 1 such as '2%'" in fail(2, *command, "--precision", "200%")
+    assert "expected seconds above 0, got 0" in fail(2, *command, "--seconds", "0")
     assert "--new-tokens" in fail(2, *command, "--new-tokens", "1")
 
 

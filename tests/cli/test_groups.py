@@ -15,15 +15,18 @@ from typer.testing import CliRunner
 import ghosted_fast.cli
 from ghosted_fast.assets.questions import PREFIX, SETS
 from ghosted_fast.cli._shared import fit_args, input_args, output_args
+from ghosted_fast.cli._shared.precision_args import PrecisionArgs
 from ghosted_fast.cli._shared.results import Result
 from ghosted_fast.cli._shared.verb import options_of, verb
 from ghosted_fast.cli.app import app
+from ghosted_fast.cli.bench import SpeedArgs
 from ghosted_fast.cli.bench_ops import CaseArgs, EffortArgs, FilesArgs
 from ghosted_fast.cli.demo import DemoArgs
 from ghosted_fast.cli.fit import RecoveryArgs
 from ghosted_fast.cli.grid import ComparedArgs, FolderArgs, JudgedArgs
 from ghosted_fast.cli.heal import HealArgs, PairArgs
 from ghosted_fast.demo import DemoOptions
+from ghosted_fast.measure.throughput import SpeedSettings
 from ghosted_fast.options import (
     Count,
     GhostOptions,
@@ -47,7 +50,7 @@ GROUPS = {
     "grid": [input_args.ModelArgs, input_args.CalibrationArgs, ComparedArgs, JudgedArgs,
              fit_args.GhostArgs, FolderArgs],
     "eval": [input_args.ModelsArgs, input_args.TextArgs, input_args.TaskArgs],
-    "bench": [input_args.ModelsArgs],
+    "bench": [input_args.ModelsArgs, SpeedArgs, PrecisionArgs],
     "bench-ops": [CaseArgs, EffortArgs, FilesArgs],
 }  # fmt: skip
 
@@ -182,6 +185,7 @@ def test_what_the_library_takes() -> None:
 
 def test_defaults_are_those_of_the_library() -> None:
     run, ghost = RunOptions(), GhostOptions()
+    assert list(SpeedArgs().settings(PrecisionArgs())) == [SpeedSettings()]
     assert fit_args.SelectionArgs().beam == run.beam
     assert fit_args.ImproveArgs() == fit_args.ImproveArgs(corrections=run.corrections, heal=None)
     for item in fields(fit_args.GhostArgs):
