@@ -25,17 +25,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rule, *rows))
 
 
-def layers_as_text(layers: Sequence[int]) -> str:
-    """Return layers as `13-15, 17`, both ends of a run included."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
 def measured_ratio(record: Mapping[str, Any] | float | None) -> str:
     """Return a ratio of speeds as `1.22x ± 0.01`, from an `Estimate` as JSON has it.
 

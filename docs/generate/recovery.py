@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from docs.generate.markdown import layers_as_text, measured_ratio, ratio, table
+from docs.generate.markdown import measured_ratio, ratio, table
 from docs.generate.results import (
     OUR_CLOSED_FORM,
     OUR_CRITERION,
@@ -15,6 +15,7 @@ from docs.generate.results import (
     newest_rows,
     studies,
 )
+from ghosted_fast.facts import layers_as_text
 
 HEADLINE_COUNT = 5
 

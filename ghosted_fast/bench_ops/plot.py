@@ -52,8 +52,9 @@ def roofline_svg(run: Run) -> str:
         axes = figure.add_subplot()
         axes.set_xscale("log")
         axes.set_yscale("log")
+        roofs = {kind: median(values) for kind, values in run.roofs.items()}
         intensities = [_intensity(row) for row in run.rows]
-        _draw_roofs(axes, _typical_roofs(run), min(intensities) / 2, 2 * max(intensities))
+        _draw_roofs(axes, roofs, min(intensities) / 2, 2 * max(intensities))
         shown: set[str] = set()
         for row in run.rows:
             label = f"{row.operator}, {'ours' if row.is_ours else 'rivals'}"
@@ -85,14 +86,6 @@ def roofline_svg(run: Run) -> str:
 
 def _intensity(row: Any) -> float:
     return float(sum(row.flops.values()) / row.num_bytes)
-
-
-def _typical_roofs(run: Run) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for case in run.cases:
-        for kind, value in case.roofs.items():
-            found.setdefault(kind, []).append(float(value))
-    return {kind: median(values) for kind, values in found.items()}
 
 
 def _draw_roofs(axes: Any, roofs: Mapping[str, float], low: float, high: float) -> None:

@@ -32,8 +32,8 @@ def tables(run: Run) -> Iterator[Table]:
         if where == "cpu":
             where = f"{threads} thread{'s' * (threads > 1)}"
         lines = [_cells(row)[: len(columns)] for row in found]
-        for before, line, row, last in zip(found, lines[1:], found[1:], found, strict=False):
-            if row.shape == before.shape and row.dtype == last.dtype:
+        for before, row, line in zip(found, found[1:], lines[1:], strict=False):
+            if (row.shape, row.dtype) == (before.shape, before.dtype):
                 line[:2] = ["", ""]
         yield f"{operator}, {where}", columns, lines
 
@@ -96,12 +96,8 @@ def notes(run: Run) -> list[str]:
 
 
 def _roof_line(run: Run) -> str:
-    found: dict[str, list[float]] = {}
-    for case in run.cases:
-        for kind, value in case.roofs.items():
-            found.setdefault(kind, []).append(float(value))
     parts = []
-    for kind, values in found.items():
+    for kind, values in run.roofs.items():
         unit = "GB/s" if kind == MEMORY else "GF/s"
         low, high = f"{min(values):,.0f}", f"{max(values):,.0f}"
         parts.append(f"{kind} {low if low == high else f'{low} to {high}'} {unit}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ghosted_fast.timing.conditions import Conditions
@@ -24,9 +24,8 @@ class Row:
         flops: Flops that it must do at least, by kind.
         roof_share: The least time that the machine allows over this one's, in the same rounds.
         roof_limit: Which limit that is.
-        ratios: How many times as fast as each other variant it is; under "best rival" the rival of
-            the lowest time.
-        best_rival: Which one that is; None where there is no rival.
+        ratios: How many times as fast as each other variant it is.
+        best_rival: The rival of the lowest time; None where there is none.
         one_thread: How many times as fast as on one thread it is; None where that was not measured.
         note: What is to be said of how it was timed; mostly nothing.
     """
@@ -75,12 +74,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
-        found = {item.name: getattr(self, item.name) for item in fields(self)}
-        found["flops"] = dict(self.flops)
-        found["ratios"] = {name: ratio.to_dict() for name, ratio in self.ratios.items()}
-        for name in ("ms", "roof_share", "one_thread"):
-            found[name] = None if found[name] is None else found[name].to_dict()
-        return {**found, "gbps": self.gbps.to_dict(), "gflops": self.gflops.to_dict()}
+        return {**asdict(self), "gbps": self.gbps.to_dict(), "gflops": self.gflops.to_dict()}
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Row:
@@ -115,14 +109,7 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        return {
-            "rows": [row.to_dict() for row in self.rows],
-            "roofs": {name: value.to_dict() for name, value in self.roofs.items()},
-            "left_out": dict(self.left_out),
-            "pairs": self.pairs,
-            "settled": self.settled,
-            "conditions": self.conditions.to_dict(),
-        }
+        return {**asdict(self), "rows": [row.to_dict() for row in self.rows]}
 
 
 @dataclass
@@ -152,15 +139,16 @@ class Run:
         """The rows of all cases."""
         return (row for case in self.cases for row in case.rows)
 
+    @property
+    def roofs(self) -> dict[str, list[float]]:
+        """What each limit gave, case by case; see `Measured`."""
+        found: dict[str, list[float]] = {}
+        for case in self.cases:
+            for kind, value in case.roofs.items():
+                found.setdefault(kind, []).append(float(value))
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        return {
-            "format": FORMAT,
-            "machine": dict(self.machine),
-            "settings": dict(self.settings),
-            "date": self.date,
-            "roof_source": self.roof_source,
-            "complete": self.complete,
-            "conditions": None if self.conditions is None else self.conditions.to_dict(),
-            "cases": [case.to_dict() for case in self.cases],
-        }
+        cases = [case.to_dict() for case in self.cases]
+        return {"format": FORMAT, **asdict(self), "cases": cases}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from ghosted_fast.bench_ops.cases import Case, Plan, Setting, Variant
@@ -20,7 +19,7 @@ from ghosted_fast.bench_ops.roofs import MEMORY, Roofs, roofs_of
 from ghosted_fast.bench_ops.rows import Measured, Row, Run
 from ghosted_fast.bench_ops.timers import Timed, Timer, timer_for
 from ghosted_fast.errors import ArgumentError, BackendError, GateError
-from ghosted_fast.measure.system import machine_facts
+from ghosted_fast.measure.system import free_memory, machine_facts
 from ghosted_fast.ops.backends import BACKENDS, backend_status
 from ghosted_fast.text.progress import progress_bar
 from ghosted_fast.timing.conditions import Watch
@@ -63,7 +62,7 @@ def check_plans(plans: Sequence[Plan], setting: Setting) -> None:
     if setting.backend != "auto":
         _check_backend(plans, setting)
     largest = max(plans, key=lambda plan: plan.memory(setting))
-    needed, there = largest.memory(setting), _free_memory(setting.device)
+    needed, there = largest.memory(setting), free_memory(setting.device)
     if needed > there:
         raise ArgumentError(
             f"{largest}: expected about {needed / 2**30:.1f} GiB of free memory, got "
@@ -80,12 +79,6 @@ def _check_backend(plans: Sequence[Plan], setting: Setting) -> None:
     for plan in plans:
         if reason := plan.refusal(setting):
             raise BackendError(f"backend {name!r} does not serve {plan}: {reason}")
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def machine_of(setting: Setting) -> dict[str, str]:

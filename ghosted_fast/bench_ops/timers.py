@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ghosted_fast.timing.stopwatch import LONG_ENOUGH, Stopwatch, calls_per_sample, warm_sample
+from ghosted_fast.timing.stopwatch import calls_per_sample, warm_sample
 
 # Calls that take longer than this warm up by themselves, in seconds.
 _LONG_CALL = 0.1
@@ -92,7 +92,7 @@ class CudaTimer:
         if graph is None:
             count = calls_per_sample(seconds)
             return Timed(lambda: self._sample(run, count), f"no CUDA graph: {refusal}")
-        replays = calls_per_sample(self._sample(graph.replay, 1), LONG_ENOUGH)
+        replays = calls_per_sample(self._sample(graph.replay, 1))
         return Timed(lambda: self._sample(graph.replay, replays) / calls)
 
     def _warm_up(self, run: Callable[[], object]) -> None:
@@ -137,9 +137,4 @@ class CudaTimer:
     def _sample(self, run: Callable[[], object], count: int) -> float:
         """Return the seconds of a call between events, after an untimed one."""
         run()
-        stopwatch = Stopwatch(self._device)
-        stopwatch.mark()
-        for _ in range(count):
-            run()
-        stopwatch.mark()
-        return stopwatch.seconds()[0] / count
+        return warm_sample(run, self._device, count, warm_up=False)

@@ -6,11 +6,11 @@ import platform
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
-import psutil
 import torch
 
 from ghosted_fast import distributed
 from ghosted_fast.errors import CalibrationError
+from ghosted_fast.measure.system import free_memory
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.statistics.sample import Interval
@@ -68,10 +68,6 @@ def default_memory_budget(device: torch.device) -> int:
 
     In a process group it is the least that any rank has, where those of one machine share.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    found = distributed.gather(((platform.node(), str(device)), free))
+    found = distributed.gather(((platform.node(), str(device)), free_memory(device)))
     places = [place for place, _ in found]
     return min(free // places.count(place) for place, free in found) // 2

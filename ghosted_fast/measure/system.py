@@ -8,6 +8,7 @@ import platform
 import re
 from pathlib import Path
 
+import psutil
 import torch
 
 from ghosted_fast.ops import backend_status
@@ -72,6 +73,13 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free: of a CUDA device its own, else those of the system."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
 
 def package_versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 
 # A sample should last so long, in seconds: far above what the clock resolves and what the system
 # takes away for a moment.
-LONG_ENOUGH = 5e-3
+_LONG_ENOUGH = 5e-3
 # Untimed runs before a sample take as long as reading a last-level cache from memory twice.
 _WARM_UP = 2e-3
 
@@ -71,6 +71,6 @@ def warm_sample(
     return stopwatch.seconds()[0] / calls
 
 
-def calls_per_sample(seconds: float, long_enough: float = LONG_ENOUGH) -> int:
+def calls_per_sample(seconds: float) -> int:
     """Return how many calls of so many seconds make a sample that is long enough."""
-    return max(1, round(long_enough / max(seconds, 1e-9)))
+    return max(1, round(_LONG_ENOUGH / max(seconds, 1e-9)))

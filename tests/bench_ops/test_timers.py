@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from ghosted_fast.bench_ops import timers
 from ghosted_fast.bench_ops.timers import CudaTimer, ProcessorTimer, timer_for
 from ghosted_fast.timing import stopwatch
 
@@ -130,7 +129,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         def seconds(self) -> list[float]:
             return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
-    monkeypatch.setattr(timers, "Stopwatch", FakeWatch)
+    monkeypatch.setattr(stopwatch, "Stopwatch", FakeWatch)
     return fake
 
 
