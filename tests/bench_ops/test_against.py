@@ -127,6 +127,17 @@ def test_less_than_the_precision_is_no_loss(
     assert changes(read_earlier(saved(before, tmp_path)), after)[0].verdict == "loss"
 
 
+@pytest.mark.parametrize("coarse", ["before", "after"])
+def test_the_coarser_precision_of_the_two_holds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, coarse: str
+) -> None:
+    before = Machine(machine()).full_run(monkeypatch)
+    after = Machine(machine(ghosted_fast=1.03)).full_run(monkeypatch)
+    (before if coarse == "before" else after).settings = {"precision": 0.05}
+    found = changes(read_earlier(saved(before, tmp_path)), after)
+    assert found[0].now.high < found[0].before.low and found[0].verdict == "no change seen"
+
+
 def test_intervals_that_overlap_are_no_loss(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -53,6 +53,15 @@ def test_a_table_for_each_operator(run: Run) -> None:
     assert lines[2][-1] == "-"
 
 
+def test_each_dtype_is_named_once(run: Run) -> None:
+    (case,) = run.cases
+    rows = [dataclasses.replace(row, dtype="bfloat16") for row in case.rows]
+    run.cases.append(dataclasses.replace(case, rows=rows))
+    ((_, _, lines),) = report.tables(run)
+    named = [(index, line[:2]) for index, line in enumerate(lines) if line[0]]
+    assert named == [(0, ["d=8 rows=1", "float32"]), (4, ["d=8 rows=1", "bfloat16"])]
+
+
 def test_with_more_threads_there_is_a_column(run: Run) -> None:
     found = with_rows(run, threads=2, one_thread=Estimate(1.9, 1.88, 1.91, 20))
     ((title, columns, lines),) = report.tables(found)

@@ -76,6 +76,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--precision", "200%"], 2, "a share between 0 and 1 such as '2%', got '200%'"),
         (["--seconds", "0"], 2, "expected seconds above 0, got 0"),
         (["--seconds", "nan"], 2, "expected seconds above 0, got nan"),
+        (["--seconds", "inf"], 2, "expected seconds above 0, got inf"),
         (["--plot", "p.png"], 2, "expected a name in .svg, got 'p.png'"),
         (["--output", "o", "--csv", "c"], 2, "expected it or single files, got --csv"),
         (["--csv", "f", "--json-file", "f"], 2, "expected a file of its own, got 'f' again"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -21,7 +20,6 @@ from ghosted_fast.grid import judge as judge_module
 from ghosted_fast.grid import run as grid_run
 from ghosted_fast.grid.state import STATE_FILE
 from ghosted_fast.measure.perplexity import perplexity, perplexity_from
-from ghosted_fast.measure.speed import Run
 from ghosted_fast.options import GhostOptions, HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.recovery import RECOVERIES
@@ -251,24 +249,6 @@ def test_what_is_done_afterwards_says_what_it_did(tmp_path: Path) -> None:
     old = Variant("ghost + 1", "ghost", lambda *_: 1)  # type: ignore[arg-type, return-value]
     with pytest.raises(TypeError, match=r"to return an After\(corrections=.*, got 1"):
         run(tmp_path, criteria=["streamline"], recoveries=[old], remove=[1])
-
-
-@pytest.mark.slow
-def test_a_speed_that_was_interrupted_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = itertools.count()
-
-    def interrupted(self: Run, steps: int) -> float:
-        if next(calls) == 30:
-            raise KeyboardInterrupt
-        return 1.0
-
-    monkeypatch.setattr(Run, "decode", interrupted)
-    speed = {"prompt_length": 4, "new_tokens": 2, "seconds": 5}
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, criteria=["streamline"], recoveries=["none"], remove=[1], speed=speed)
-    assert '"key": ["speed"' not in (tmp_path / STATE_FILE).read_text()
 
 
 @pytest.mark.slow

@@ -169,6 +169,18 @@ def test_bytes_of_weights_and_cache() -> None:
     assert run.facts.weight_bytes == sum(weights.values())
 
 
+def test_joules_are_shared_by_the_tokens_of_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading is 3 J above the last; a counter that began anew counts for nothing."""
+    readings = iter([10.0, 13.0, 16.0, 19.0, 22.0, 1.0])
+    monkeypatch.setattr(speed, "joules", lambda device: next(readings))
+    run = Run(tiny_model("llama", 2).eval(), SpeedSettings(4, 6, batch_size=2))
+    with torch.inference_mode():
+        run.prefill()
+        for _ in range(3):
+            run.decode(2)
+    assert (run.facts.joules, run.facts.joule_tokens) == (6.0, 2 * 2 * 2)
+
+
 def test_short_samples_leave_no_step_out() -> None:
     """From four steps on the first is a warm-up."""
     run = Run(tiny_model("llama", 2).eval(), SpeedSettings(4, 8))
