@@ -120,7 +120,7 @@ test-engines: wheel .venv-engines/.installed assets
 	.venv-engines/bin/pytest tests/engines
 
 # vLLM for the processor. Its requirement of torch's CPU build is met beforehand, so that pip does
-# not choose another, and those of sound and pictures are left out.
+# not choose another; those of sound are left out, and torchvision is installed without its own.
 .venv-vllm/.installed: constraints.txt $(wildcard tests/engines/vllm_*.py)
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"

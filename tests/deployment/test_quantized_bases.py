@@ -55,7 +55,7 @@ import sys
 import torch, ghosted_fast
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-from ghosted_fast.testing import random_tokens, relative_rms
+from ghosted_fast.testing import random_tokens
 for folder in map(Path, sys.argv[1:]):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():

@@ -12,7 +12,7 @@ from ghosted_fast._env import cache_folder
 
 pytest.importorskip("vllm")
 from support.vllm_engine import PROMPT, Vllm, check
-from support.vllm_families import GPT, LLAMA4, LOCAL_EXPERTS
+from support.vllm_families import DEEPSEEK, GPT, HEADS, LLAMA4, LOCAL_EXPERTS
 
 
 def test_prefixes_and_parts_of_prompts(serve: Callable[..., Vllm]) -> None:
@@ -54,7 +54,7 @@ def test_smollm2(serve: Callable[..., Vllm], smollm2: Any) -> None:
 
 
 def test_families_without_a_place_are_refused(serve: Callable[..., Vllm]) -> None:
-    model = ghosted(engine_model("stablelm"), (3,))
+    model = ghosted(engine_model("stablelm", **HEADS), (3,))
     with pytest.raises(Exception, match=r"StableLm\w+ cannot be served by vLLM: .*not tried"):
         serve(model, max_model_len=64)
 
@@ -68,21 +68,24 @@ def test_a_state_for_first_tokens_needs_positions(serve: Callable[..., Vllm]) ->
 @pytest.mark.parametrize(
     ("family", "removed", "sizes", "said"),
     [
-        ("gpt_oss", (3,), {"sliding_window": 16}, "layer 3 to be of the kind sliding_attention"),
+        (
+            "gpt_oss",
+            (3,),
+            {**LOCAL_EXPERTS, "sliding_window": 16},
+            "layer 3 to be of the kind sliding_attention",
+        ),
         (
             "llama4_text",
             (3,),
             {**LLAMA4, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 2},
             "builds other layers than those that are left",
         ),
-        ("deepseek_v3", (0,), {"first_k_dense_replace": 1}, "from their places in the dense model"),
+        ("deepseek_v3", (0,), DEEPSEEK, "from their places in the dense model"),
     ],
 )
 def test_layers_that_vllm_builds_otherwise_are_refused(
     serve: Callable[..., Vllm], family: str, removed: tuple[int, ...], sizes: Any, said: str
 ) -> None:
-    if family == "gpt_oss":
-        sizes = {**sizes, **LOCAL_EXPERTS}
     model = ghosted(engine_model(family, **sizes), removed)
     with pytest.raises(Exception, match=f"cannot be served by vLLM.*{said}"):
         serve(model)

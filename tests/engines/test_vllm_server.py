@@ -18,6 +18,7 @@ from ghosted_fast.checkpoint.save import save_model
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
+# Ends the wait for a server that never answers; no speed is measured.
 START_SECONDS = 420
 MODEL = ghosted(engine_model(), (3,), first_state=True)
 

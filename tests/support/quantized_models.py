@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    CompressedTensorsConfig,
     FineGrainedFP8Config,
     GptOssConfig,
     GptOssForCausalLM,
@@ -53,8 +54,10 @@ def torchao_model(folder: Path, kind: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings).eval()
 
 
-def compressed_model(folder: Path, form: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a model that was saved by compressed-tensors."""
+def compressed_model(
+    folder: Path, form: str, dtype: torch.dtype = torch.float32, **loading: Any
+) -> Any:
+    """Return a model that was saved by compressed-tensors, loaded with some arguments."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -87,7 +90,7 @@ def compressed_model(folder: Path, form: str, dtype: torch.dtype = torch.float32
     ModelCompressor.from_pretrained_model(model, quantization_format=form).compress_model(model)
     model.save_pretrained(folder)
     _set(folder, settings.model_dump(mode="json"))
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, **loading).eval()
 
 
 def fp8_folder(folder: Path) -> Path:
@@ -160,6 +163,14 @@ QUANTIZED: dict[str, Callable[[Path], Any]] = {
     },
     "pack-quantized-bf16": lambda f: compressed_model(f, "pack-quantized", torch.bfloat16),
     "int-quantized-bf16": lambda f: compressed_model(f, "int-quantized", torch.bfloat16),
+    **{
+        f"unpacked-{kind}": lambda folder, kind=kind: compressed_model(
+            folder,
+            f"{kind}-quantized",
+            quantization_config=CompressedTensorsConfig(dequantize=True),
+        )
+        for kind in ("int", "float")
+    },
     "fp8": lambda f: AutoModelForCausalLM.from_pretrained(
         fp8_folder(f), quantization_config=FineGrainedFP8Config(dequantize=True)
     ).eval(),

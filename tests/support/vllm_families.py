@@ -43,6 +43,18 @@ HALF_MROPE = {
     "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2]}
 }
 LLAMA4 = {**LOCAL_EXPERTS, "num_experts_per_tok": 1, "attention_chunk_size": 128}
+DEEPSEEK = {
+    **ROUTED_EXPERTS,
+    "topk_method": "noaux_tc",  # as in the models' own files
+    "scoring_func": "sigmoid",
+    "num_attention_heads": 2,
+    "head_dim": 64,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
 # vLLM 0.32's rotation for processors is wrong where heads have a dimension of their own (dense
 # models too); without its own operators it takes torch's.
 PLAIN_OPERATORS = {"compilation_config": {"custom_ops": ["none"]}}
@@ -158,22 +170,7 @@ CASES: tuple[tuple[str, Case], ...] = (
     ("Glm4MoeForCausalLM", Case("glm4_moe", sizes=ROUTED_EXPERTS)),
     (
         "DeepseekV3ForCausalLM",
-        Case(
-            "deepseek_v3",
-            sizes={
-                **ROUTED_EXPERTS,
-                "topk_method": "noaux_tc",  # as in the models' own files
-                "scoring_func": "sigmoid",
-                "num_attention_heads": 2,
-                "head_dim": 64,
-                "q_lora_rank": 32,
-                "kv_lora_rank": 512,
-                "qk_rope_head_dim": 64,
-                "qk_nope_head_dim": 32,
-                "v_head_dim": 32,
-            },
-            engine=PLAIN_OPERATORS,
-        ),
+        Case("deepseek_v3", sizes=DEEPSEEK, engine=PLAIN_OPERATORS),
     ),
     ("Ministral3ForCausalLM", Case("ministral3", sizes=HEADS)),
     (
