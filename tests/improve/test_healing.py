@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.tiny_models import tiny_causal
 from support.healed_models import SMALL, fitted, healed, same, text, weights
 from torch import Tensor, nn
 
@@ -296,6 +297,20 @@ def test_weights_that_maps_share_stay_tied() -> None:
 def test_options_out_of_range(field: str, value: float) -> None:
     with pytest.raises(ArgumentError, match=f"expected {field} >"):
         HealOptions(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "phimoe"])
+def test_routers_built_on_a_linear_map_are_left_alone(family: str) -> None:
+    dense = tiny_causal(family)
+    smaller = prune_model(dense, [2])
+    layers = decoder_layers(smaller)
+    routers = [item for item in layers.modules() if type(item).__name__.endswith("Router")]
+    maps = [item for item in layers.modules() if isinstance(item, nn.Linear)]
+    assert routers and all(isinstance(item, nn.Linear) for item in routers)
+    old = [item.weight.detach().clone() for item in routers]
+    facts = healed(smaller, dense, text(8), held_out_tokens=300, learning_rate=3e-3)
+    assert facts.maps == len(maps) - len(routers) and facts.after < facts.before
+    assert all(torch.equal(was, item.weight) for was, item in zip(old, routers, strict=True))
 
 
 class Kernel(nn.Linear):
