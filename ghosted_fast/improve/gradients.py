@@ -121,7 +121,8 @@ def _holds_weights(module: nn.Module) -> bool:
 
 
 def _has_gradient(tensor: Tensor) -> bool:
-    return tensor.requires_grad and type(tensor.grad_fn).__name__ != _NO_GRADIENT
+    maker = tensor.grad_fn
+    return tensor.requires_grad and (maker is None or not maker.name().endswith(_NO_GRADIENT))
 
 
 def _tensors(value: Any) -> list[Tensor]:
