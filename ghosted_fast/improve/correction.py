@@ -297,7 +297,7 @@ def _local_model(
         divergence.set_parameters(point)
         base = divergence.logits(states)
         value += divergence_sum(dense, base, mask)
-        for rows in row_slices(base, mask):
+        for rows in row_slices(mask, base.shape[-1]):
             here = fp32_rows(base, rows)
             q = here.softmax(-1)
             away = q - fp32_rows(dense, rows).softmax(-1)

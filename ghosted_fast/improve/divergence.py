@@ -339,14 +339,14 @@ def _watched(
             handle.remove()
 
 
-def row_slices(logits: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-    """Return the indices of the attended rows, in slices whose fp32 copy stays small.
+def row_slices(attention_mask: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+    """Return the indices of attended rows, in slices of little memory.
 
     Args:
-        logits: [batch, length, vocabulary].
         attention_mask: [batch, length]; 0 marks padding, whose logits may be anything.
+        vocabulary: How many logits a row has.
     """
-    step = max(1, _SLICE_ELEMENTS // logits.shape[-1])
+    step = max(1, _SLICE_ELEMENTS // vocabulary)
     return attention_mask.flatten().nonzero()[:, 0].split(step)
 
 
@@ -364,6 +364,22 @@ def sum_of(values: Tensor) -> float:
     return float(values.sum(-1).double().sum())
 
 
+def rows_divergence(
+    dense: Tensor, smaller: Tensor, wants_gradient: bool
+) -> tuple[float, Tensor | None]:
+    """Return the sum over rows of KL(dense || smaller), nats, and its gradient.
+
+    Args:
+        dense: Logits [rows, vocabulary].
+        smaller: Likewise.
+        wants_gradient: Whether the gradient by the smaller model's logits is wanted, which is
+            softmax(smaller) - softmax(dense), fp32.
+    """
+    log_p, log_q = dense.float().log_softmax(-1), smaller.float().log_softmax(-1)
+    p = log_p.exp()
+    return sum_of(p * (log_p - log_q)), log_q.exp() - p if wants_gradient else None
+
+
 def divergence_sum(
     dense: Tensor, ghosted: Tensor, attention_mask: Tensor, gradient: Tensor | None = None
 ) -> float:
@@ -377,11 +393,11 @@ def divergence_sum(
             ghosted logits, softmax(ghosted) - softmax(dense).
     """
     found = 0.0
-    for rows in row_slices(dense, attention_mask):
-        log_p = fp32_rows(dense, rows).log_softmax(-1)
-        log_q = fp32_rows(ghosted, rows).log_softmax(-1)
-        p = log_p.exp()
-        found += sum_of(p * (log_p - log_q))
-        if gradient is not None:
-            gradient.view(-1, gradient.shape[-1])[rows] = (log_q.exp() - p).to(gradient.dtype)
+    for rows in row_slices(attention_mask, dense.shape[-1]):
+        part, away = rows_divergence(
+            fp32_rows(dense, rows), fp32_rows(ghosted, rows), gradient is not None
+        )
+        found += part
+        if gradient is not None and away is not None:
+            gradient.view(-1, gradient.shape[-1])[rows] = away.to(gradient.dtype)
     return found

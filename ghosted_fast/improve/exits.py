@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghosted_fast.improve.divergence import sum_of
+from ghosted_fast.improve.divergence import row_slices, rows_divergence
 from ghosted_fast.models.boundaries import starting_at, visit_boundaries
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import num_layers
 from ghosted_fast.text.batches import Batch
-
-# fp32 logits held at once: 16 MiB.
-_SLICE_ELEMENTS = 1 << 22
 
 
 class Exit:
@@ -72,20 +69,17 @@ def exit_divergence(
         gradient: Zeros like the states; if given, it gets the gradient of the sum by them.
     """
     found = 0.0
-    step = max(1, _SLICE_ELEMENTS // dense.vocabulary)
     ours, theirs = states.detach().flatten(0, 1), dense_states.flatten(0, 1)
-    for rows in counted.flatten().nonzero()[:, 0].split(step):
+    for rows in row_slices(counted, dense.vocabulary):
         with torch.no_grad():
-            log_p = dense.logits(theirs[rows]).float().log_softmax(-1)
+            expected = dense.logits(theirs[rows])
         chosen = ours[rows]
         with torch.set_grad_enabled(gradient is not None):
             chosen.requires_grad_(gradient is not None)
             logits = smaller.logits(chosen)
-        log_q = logits.detach().float().log_softmax(-1)
-        p = log_p.exp()
-        found += sum_of(p * (log_p - log_q))
-        if gradient is not None:
-            away = (log_q.exp() - p).to(logits.dtype)
-            (back,) = torch.autograd.grad(logits, chosen, away)
+        part, away = rows_divergence(expected, logits.detach(), gradient is not None)
+        found += part
+        if gradient is not None and away is not None:
+            (back,) = torch.autograd.grad(logits, chosen, away.to(logits.dtype))
             gradient.view(-1, gradient.shape[-1])[rows] = back
     return found

@@ -193,9 +193,30 @@ def _linear_maps(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for module in layer.modules():
             weight = getattr(module, "weight", None)
             known = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            if known and isinstance(weight, Tensor) and uses[id(weight)] < 2:
+            alone = isinstance(weight, Tensor) and uses[id(weight)] < 2
+            if known and alone and _maps_rows(module):
                 maps[module] = names[module]
     return [(name, module) for module, name in maps.items()]
+
+
+@torch.no_grad()
+def _maps_rows(module: Any) -> bool:
+    """Return whether a module's output is W x.
+
+    Some families build a router on `nn.Linear`, which returns its choices too, or a map of groups.
+    """
+    if type(module).forward is nn.Linear.forward or module.weight.dtype not in _FOLDABLE:
+        return True
+    try:
+        made = module(_row_of_zeros(module))
+    except Exception:  # whatever the family's own code asks for
+        return False
+    return isinstance(made, Tensor) and made.shape == (1, _sizes(module)[0])
+
+
+def _row_of_zeros(module: Any) -> Tensor:
+    """Return one input of a linear map, in the dtype and on the device of its weight."""
+    return module.weight.new_zeros(1, _sizes(module)[1])
 
 
 def check_foldable(model: nn.Module) -> None:
@@ -225,13 +246,10 @@ def check_foldable(model: nn.Module) -> None:
 
 def _why_no_gradient(module: Any) -> str:
     """Return why a linear map passes no gradient back, "" if it does."""
-    _, columns = _sizes(module)
-    weight = module.weight
-    x = torch.zeros(1, columns, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    x = _row_of_zeros(module).requires_grad_()
     try:
         with torch.enable_grad():
-            made = module(x)
-            torch.autograd.grad(made.sum(), x)
-    except (RuntimeError, NotImplementedError) as error:
+            torch.autograd.grad(module(x).sum(), x)
+    except RuntimeError as error:
         return str(error).split("\n")[0]
     return ""

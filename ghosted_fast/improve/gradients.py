@@ -94,7 +94,7 @@ def check_gradients(model: Any) -> None:
         with kernels_with_gradients(model), evaluating(model), torch.enable_grad():
             logits = model(plain_tokens(model), use_cache=False)[0]
             logits.float().square().mean().backward()
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise UnsupportedModelError(_refusal(kind, str(error).split("\n")[0])) from error
     finally:
         for handle in (*handles, embedded):
@@ -121,7 +121,8 @@ def _holds_weights(module: nn.Module) -> bool:
 
 
 def _has_gradient(tensor: Tensor) -> bool:
-    return tensor.requires_grad and type(tensor.grad_fn).__name__ != _NO_GRADIENT
+    maker = tensor.grad_fn
+    return tensor.requires_grad and (maker is None or not maker.name().endswith(_NO_GRADIENT))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -182,7 +182,7 @@ def starting_at(model: Any, boundary: int, hidden: Tensor) -> Iterator[None]:
         hidden: The states [batch, length, hidden_size].
     """
     decoder = Decoder.of(model)
-    if not decoder.uses_layers_below:
+    if boundary == decoder.num_layers or not decoder.uses_layers_below:
         with leaving_out(decoder, [(0, boundary, lambda _: hidden)]):
             yield
         return

@@ -13,8 +13,10 @@ from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.surgery.proof import check_computed_alike
 
-# Layers that cannot be removed alone, and others that can, by the list that holds them.
-_ALONE: WeakKeyDictionary[nn.ModuleList, dict[nn.Module, str | None]] = WeakKeyDictionary()
+# Layers that cannot be removed alone, and others that can, by the list that holds them. None of
+# them is kept alive by it, so that layers that are cut in place are let go.
+_Alone = WeakKeyDictionary[nn.Module, str | None]
+_ALONE: WeakKeyDictionary[nn.ModuleList, _Alone] = WeakKeyDictionary()
 
 
 def check_removable(model: object, removed: Iterable[int]) -> None:
@@ -50,7 +52,7 @@ def check_removable(model: object, removed: Iterable[int]) -> None:
 
 def _why_not_alone(decoder: Decoder, layer: int) -> str | None:
     """Return why a layer cannot be removed even alone, None if it can; tried once."""
-    known = _ALONE.setdefault(decoder.layers, {})
+    known = _ALONE.setdefault(decoder.layers, _Alone())
     module = decoder.layers[layer]
     if module not in known:
         try:

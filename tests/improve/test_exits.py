@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families.tiny_models import tiny_causal
 
-from ghosted_fast.improve import exits
+from ghosted_fast.improve import divergence
 from ghosted_fast.improve.divergence import divergence_sum
 from ghosted_fast.improve.exits import Exit, exit_divergence
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms, tiny_model
@@ -74,11 +77,25 @@ def test_scales_behind_the_head_count(family: str) -> None:
     assert relative_rms(unscaled[counted], expected[counted]) > 0.5
 
 
+def test_no_layer_runs_where_the_last_ones_use_keys_of_earlier_ones() -> None:
+    model, given, run = tiny_causal("gemma4_text"), batch(), []
+    assert Decoder.of(model).uses_layers_below
+    with torch.no_grad():
+        expected = model(given.input_ids, attention_mask=given.attention_mask).logits
+        end = Exit(model)
+        states = end.states(given)
+        for layer in decoder_layers(model):
+            layer.register_forward_hook(lambda *_: run.append(1))
+        found = end.logits(states.flatten(0, 1)).view_as(expected)
+    counted = given.attention_mask.bool()
+    assert not run and relative_rms(found[counted], expected[counted]) < 1e-5
+
+
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
 def test_divergence_and_gradient_are_those_of_whole_logits(
     monkeypatch: pytest.MonkeyPatch, rows_at_once: int
 ) -> None:
-    monkeypatch.setattr(exits, "_SLICE_ELEMENTS", rows_at_once * 97)
+    monkeypatch.setattr(divergence, "_SLICE_ELEMENTS", rows_at_once * 97)
     dense, other, given = tiny_model("gemma2"), tiny_model("gemma2", seed=1), batch()
     counted = given.attention_mask.bool()
     ends = Exit(dense), Exit(other)

@@ -14,6 +14,10 @@ from ghosted_fast.options import HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
+# An operator without a gradient, as those that extensions in C++ register.
+LIBRARY = torch.library.Library("tests_of_gradients", "DEF")
+LIBRARY.define("linear(Tensor x, Tensor weight) -> Tensor")
+LIBRARY.impl("linear", lambda x, weight: x.detach() @ weight.detach().T, "CPU")
 TEXTS = [random_tokens(4, 32, seed) for seed in range(8)]
 
 
@@ -23,6 +27,14 @@ class Kernel(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             return super().forward(x)
+
+
+class ZerosKernel(nn.Linear):
+    """A layer whose kernel is such an operator: torch passes zeros back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = torch.ops.tests_of_gradients.linear(x, self.weight)
+        return made
 
 
 class FailingKernel(nn.Linear):
@@ -44,7 +56,11 @@ def quantized(kernel: type[nn.Module] | None = None) -> Any:
 
 @pytest.mark.parametrize(
     ("kernel", "reason"),
-    [(Kernel, r"4\.mlp\.down_proj passes none"), (FailingKernel, "no backward")],
+    [
+        (Kernel, r"4\.mlp\.down_proj passes none"),
+        (ZerosKernel, r"4\.mlp\.down_proj passes none"),
+        (FailingKernel, "no backward"),
+    ],
 )
 def test_corrections_are_refused_beforehand(kernel: type[nn.Module], reason: str) -> None:
     model = quantized(kernel)

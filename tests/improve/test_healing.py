@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.tiny_models import tiny_causal
 from support.healed_models import SMALL, fitted, healed, same, text, weights
 from torch import Tensor, nn
 
@@ -242,20 +243,39 @@ def test_no_sequence_is_read_twice_and_none_that_judges(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_minutes_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seconds_per_step", [1.0, 3.0])
+def test_minutes_end_the_run(monkeypatch: pytest.MonkeyPatch, seconds_per_step: float) -> None:
     dense = tiny_model("llama")
     now, real = [0.0], healing.exit_divergence
 
     def compare(*arguments: Any) -> float:
-        now[0] += 1.0  # a second for each step, and for each judgement
+        wants_gradient = len(arguments) > 5  # a step; each judgement takes a second
+        now[0] += seconds_per_step if wants_gradient else 1.0
         return real(*arguments)
 
     monkeypatch.setattr(healing, "exit_divergence", compare)
     monkeypatch.setattr(healing.time, "perf_counter", lambda: now[0])
     facts = healed(fitted(dense), dense, minutes=0.25)
     assert facts.ended == "time" and 0 < facts.tokens < 40 * 8 * 24 - 768
-    assert 12 < facts.seconds <= 15
+    assert 13 - seconds_per_step < facts.seconds <= 15
     assert facts.curve[-1].tokens == facts.tokens and facts.best_tokens > 0
+
+
+@pytest.mark.slow
+def test_best_state_is_kept_where_later_ones_are_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_model("llama")
+    smaller = fitted(dense)
+    judged: list[Tensor] = []
+
+    def judge(_: Any, point: list[Tensor]) -> float:
+        judged.append(point[0].clone())
+        return abs(len(judged) - 4) + 10.0  # lowest at the fourth
+
+    monkeypatch.setattr(healing._Healing, "_judge", judge)
+    facts = healed(smaller, dense, rank=0)
+    (ghost,) = (module for module in smaller.modules() if isinstance(module, GhostLinear))
+    assert facts.after == 10.0 and 0 < facts.best_tokens < facts.tokens and len(judged) > 4
+    assert torch.equal(ghost.weight, judged[3]) and not torch.equal(judged[3], judged[-1])
 
 
 @pytest.mark.slow
@@ -296,6 +316,20 @@ def test_weights_that_maps_share_stay_tied() -> None:
 def test_options_out_of_range(field: str, value: float) -> None:
     with pytest.raises(ArgumentError, match=f"expected {field} >"):
         HealOptions(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "phimoe"])
+def test_routers_built_on_a_linear_map_are_left_alone(family: str) -> None:
+    dense = tiny_causal(family)
+    smaller = prune_model(dense, [2])
+    layers = decoder_layers(smaller)
+    routers = [item for item in layers.modules() if type(item).__name__.endswith("Router")]
+    maps = [item for item in layers.modules() if isinstance(item, nn.Linear)]
+    assert routers and all(isinstance(item, nn.Linear) for item in routers)
+    old = [item.weight.detach().clone() for item in routers]
+    facts = healed(smaller, dense, text(8), held_out_tokens=300, learning_rate=3e-3)
+    assert facts.maps == len(maps) - len(routers) and facts.after < facts.before
+    assert all(torch.equal(was, item.weight) for was, item in zip(old, routers, strict=True))
 
 
 class Kernel(nn.Linear):

@@ -25,6 +25,7 @@ from ghosted_fast.errors import ArgumentError, UnsupportedModelError
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.surgery.cut import prune_model, remove_layers, removed_intervals, share_copy
+from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms, tiny_config, tiny_model
 
 
@@ -372,3 +373,21 @@ def test_compiles_as_one_graph(family: str, backend: str) -> None:
         expected = model(tokens, attention_mask=mask, use_cache=False).logits
         actual = compiled(tokens, attention_mask=mask, use_cache=False).logits
     assert relative_rms(actual, expected) < 1e-5
+
+
+def test_a_model_whose_kernels_are_missing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, tokens = tiny_model("llama", NUM_LAYERS), random_tokens(2, 9, 1)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ImportError("no such kernel here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(decoder_layers(dense)[0].mlp), "forward", fail)
+        with pytest.raises(UnsupportedModelError, match="no such kernel here"):
+            check_removable(dense, REMOVED)
+        smaller = remove_layers(dense, REMOVED, random_ghosts())
+        patch.setattr(type(decoder_layers(dense)[0].mlp), "forward", lambda *_: 1 / 0)
+        with pytest.raises(UnsupportedModelError, match="ZeroDivisionError"):
+            remove_layers(dense, REMOVED, random_ghosts())
+    expected = remove_layers(dense, REMOVED, random_ghosts())
+    assert torch.equal(logits(smaller, tokens), logits(expected, tokens))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,16 @@ def _with_a_layer_that_looks_back() -> Any:
     model.model.layers[2].register_forward_hook(lambda *io: seen.append(io[2].clone()))
     model.model.layers[4].register_forward_hook(lambda *io: io[2] + (seen.pop() if seen else 0.0))
     return model
+
+
+def test_layers_that_were_tried_alone_are_let_go() -> None:
+    model = _with_a_layer_that_looks_back()
+    with pytest.raises(UnsupportedModelError):
+        check_removable(model, [2, 3])
+    layer = weakref.ref(model.model.layers[3])
+    prune_model(model, [3], inplace=True)
+    gc.collect()
+    assert layer() is None
 
 
 def test_layers_that_count_tokens_stay() -> None:
