@@ -67,6 +67,11 @@ class Rounds:
             taken[name].append(sample(name))
         for name, seconds in taken.items():
             self._samples[name] += seconds
+        if self.pairs >= self._next_look:
+            narrow = self.half_width <= self.precision
+            self._settled = self._settled or (narrow and self._was_narrow)
+            self._was_narrow = narrow
+            self._next_look = math.ceil(self.pairs * _GROWTH)
 
     def seconds(self, name: str) -> Estimate:
         """Return the seconds of a sample of a variant.
@@ -115,10 +120,6 @@ class Rounds:
     @property
     def is_settled(self) -> bool:
         """Whether the ratios were as precise as asked at two looks in a row."""
-        if self.pairs >= self._next_look and not self._settled:
-            narrow = self.half_width <= self.precision
-            self._settled, self._was_narrow = narrow and self._was_narrow, narrow
-            self._next_look = math.ceil(self.pairs * _GROWTH)
         return self._settled
 
     @property

@@ -137,6 +137,16 @@ def test_a_stop_needs_two_narrow_looks() -> None:
     assert told == sorted(told)
 
 
+def test_looks_are_taken_whoever_asks() -> None:
+    """Two series that are asked about at different times stop at the same pair."""
+    asked, silent = Rounds(["a", "b"]), Rounds(["a", "b"])
+    for pair in range(1, 12):
+        for rounds in (asked, silent):
+            rounds.run_pair(lambda name: 1.0)
+        assert asked.is_settled == (pair >= 11)
+    assert silent.is_settled
+
+
 def test_rounds_end_when_the_time_is_spent() -> None:
     machine = Machine(3)
     told: list[float] = []
