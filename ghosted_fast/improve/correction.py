@@ -37,7 +37,6 @@ from ghosted_fast.errors import check_above, check_at_least
 from ghosted_fast.facts import CorrectionFacts
 from ghosted_fast.improve.divergence import (
     Divergence,
-    GhostSlope,
     States,
     divergence_sum,
     fp32_rows,
@@ -45,6 +44,7 @@ from ghosted_fast.improve.divergence import (
     sum_of,
 )
 from ghosted_fast.improve.gradients import uses_gradients
+from ghosted_fast.improve.slopes import GhostSlope
 from ghosted_fast.ops.reference import mirror_lower
 from ghosted_fast.options import Corrections, check_corrections
 from ghosted_fast.statistics.solve import mean_diagonal, solve_equations
