@@ -43,7 +43,7 @@ def evaluate(models: ModelsArgs, text: MeasuredTextArgs, tasks: TaskArgs) -> Res
     opened, tokenizer = models.open()
     batches = None
     if text.evaluation is not None:
-        batches = text.batches_of(tokenizer, text.evaluation, text.tokens)
+        batches = text.batches_of(tokenizer, text.evaluation, text.tokens, text.sequence_length)
     rows = compare_models(opened, batches, progress=True, seed=text.seed)
     records = [row.to_dict() for row in rows]
     tables = [model_table(rows)]

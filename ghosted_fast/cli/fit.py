@@ -229,7 +229,7 @@ def _text(
     tokens = calibration.tokens
     if healing is not None:
         tokens = max(tokens, calibration.tokens_to_heal(healing))
-    return calibration.read(dense, tokenizer, tokens, calibration.tokens, progress)
+    return calibration.read(dense, tokenizer, tokens, calibration.fewest(dense), progress)
 
 
 def _heal(

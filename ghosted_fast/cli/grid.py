@@ -133,9 +133,11 @@ class JudgedArgs(TaskArgs):
         found = {}
         for name, spec in zip(names, self.evaluation, strict=True):
             try:
-                found[name] = text.batches_of(tokenizer, spec, self.evaluation_tokens)
+                found[name] = text.batches_of(
+                    tokenizer, spec, self.evaluation_tokens, text.sequence_length
+                )
             except SourceError as error:
-                raise SourceError(f"evaluation text {spec!r}: {error}") from error
+                raise SourceError(f"evaluation {error}") from error
         return found
 
 

@@ -11,10 +11,8 @@ import torch
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
 from ghosted_fast.models.auto_classes import WITH_PICTURES, auto_classes
 from ghosted_fast.models.built_whole import text_config_of
+from ghosted_fast.text.files import first_line
 from ghosted_fast.text.loading import is_hub_id
-from ghosted_fast.text.readers import (
-    first_line,
-)
 
 _DTYPES = {
     "float32": torch.float32,

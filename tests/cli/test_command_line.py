@@ -247,10 +247,10 @@ def test_too_little_text(model_folder: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the cat sat")
     command = ["eval", "--model", model_folder, "--evaluation", short]
-    assert "expected 5120 tokens of text for 10 rows of 512, got 3" in fail(1, *command)
+    assert "expected 512 tokens of text for 1 rows of 512, got 3" in fail(1, *command)
     command = ["grid", "--model", model_folder, "--calibration", short, "--evaluation", short]
     message = fail(1, *command, "--remove", 2, "--output", tmp_path / "grid")
-    assert f"evaluation text {str(short)!r}: expected 5120 tokens" in message
+    assert f"evaluation text {str(short)!r}: expected 512 tokens" in message
     assert not (tmp_path / "grid").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
 from ghosted_fast.models.loading import auto_class, locate_model, resolve_dtype
-from ghosted_fast.text.readers import first_line
+from ghosted_fast.text.files import first_line
 
 KINDS = ("int8", "nf4")
 _PACKAGES = ("bitsandbytes", "accelerate")
