@@ -40,6 +40,7 @@ def evaluate(models: ModelsArgs, text: MeasuredTextArgs, tasks: TaskArgs) -> Res
     names = tasks.names()
     if text.evaluation is not None:
         text.check_there(text.evaluation)
+    models.check(0 if text.evaluation is None else text.sequence_length)
     opened, tokenizer = models.open()
     batches = None
     if text.evaluation is not None:

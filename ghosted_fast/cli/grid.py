@@ -169,6 +169,7 @@ def grid(
     The ghost comes with and without corrections; --heal adds every recovery after training.
     Writes results.json, results.md and the page index.html into the output folder.
     """
+    from ghosted_fast.checkpoint.save import check_place
     from ghosted_fast.cli._shared.loading import check_layers
     from ghosted_fast.grid import GridPlan, run_grid
     from ghosted_fast.grid.outputs import check_outputs, full_table
@@ -180,9 +181,12 @@ def grid(
     tasks = judged.names()
     calibration.check()
     judged.check(calibration)
+    check_place(folder.output)
+    counts = [Count(count) for count in compared.counts]
+    model.check(calibration.sequence_length, *counts)
     dense, tokenizer = model.open()
-    for count in compared.counts:
-        check_layers(dense, Count(count))
+    for count in counts:
+        check_layers(dense, count)
     evaluations = judged.load(calibration, tokenizer)
     found = run_grid(
         dense,

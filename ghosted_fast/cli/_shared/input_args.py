@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ghosted_fast.options import HealOptions
+    from ghosted_fast.options import HealOptions, HowMany
 
 TEXT = "a .jsonl, .json, .csv or .parquet file, any other text file, a folder, or a hub data set"
 
@@ -48,6 +48,13 @@ EvaluationOption = Annotated[
         help=f"Text to measure perplexity on: {TEXT}.",
     ),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with a model; only where you trust who wrote it.",
+    ),
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is already there.")
 ]
@@ -61,12 +68,24 @@ class ModelArgs:
     model: ModelOption
     dtype: DtypeOption = "auto"
     device: DeviceOption = "auto"
+    trust_remote_code: TrustOption = False
 
     def open(self) -> tuple[Any, Any]:
         """Return the model, on its device, and its tokenizer."""
         from ghosted_fast.cli._shared.loading import open_model
 
-        return open_model(self.model, self.dtype, self.device)
+        return open_model(self.model, self.dtype, self.device, self.trust_remote_code)
+
+    def check(self, sequence_length: int, *wanted: HowMany) -> None:
+        """Raise, before any weight is read, unless the model can do what is asked.
+
+        Args:
+            sequence_length: Of the text.
+            wanted: The layers that are to go.
+        """
+        from ghosted_fast.cli._shared.loading import check_ahead
+
+        check_ahead(self.model, self.device, self.trust_remote_code, sequence_length, *wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +103,20 @@ class ModelsArgs:
     ]
     dtype: DtypeOption = "auto"
     device: DeviceOption = "auto"
+    trust_remote_code: TrustOption = False
 
     def open(self) -> tuple[dict[str, Any], Any]:
         """Return the models by short, distinct names, and the tokenizer of the first."""
         from ghosted_fast.cli._shared.loading import open_models
 
-        return open_models(self.model, self.dtype, self.device)
+        return open_models(self.model, self.dtype, self.device, self.trust_remote_code)
+
+    def check(self, sequence_length: int = 0) -> None:
+        """Raise, before any weight is read, unless there are such models."""
+        from ghosted_fast.cli._shared.loading import check_ahead
+
+        for spec in self.model:
+            check_ahead(spec, self.device, self.trust_remote_code, sequence_length)
 
 
 @dataclass(frozen=True, kw_only=True)
