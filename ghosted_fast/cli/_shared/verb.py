@@ -22,10 +22,12 @@ from ghosted_fast.cli._shared.failures import (
     line_of,
 )
 from ghosted_fast.cli._shared.results import Result, show
+from ghosted_fast.cli._shared.values import MOST, MOST_SEED
 from ghosted_fast.errors import RankError, RanksLostError
 
 # What a shell says of a program that SIGINT has ended.
 _INTERRUPTED = 130
+_MOST_THREADS = 4096
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")
 ]
@@ -65,6 +67,7 @@ def verb(function: Callable[..., Result | None], shares: bool = False) -> Callab
                 f"expected one process, got {launch.size}: only fit, heal and select share their "
                 "work, start the others without torchrun"
             )
+        _check_sizes({**values, "threads": threads})
         arguments = grouped(values, groups)
         try:
             # torchrun waits for its processes, and ends those that do not end by themselves.
@@ -126,6 +129,20 @@ def _log(debug: bool, follows: bool) -> None:
     )
     if follows:
         _env.silence_bars()
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Raise for a number that is a slip of the hand.
+
+    Raises:
+        typer.BadParameter: It is larger than any that means something.
+    """
+    for name, value in values.items():
+        most = {"seed": MOST_SEED, "threads": _MOST_THREADS}.get(name, MOST)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int) and number > most:
+                raise usage_error(f"expected at most {most}, got {number}",
+                                  f"--{name.replace('_', '-')}")  # fmt: skip
 
 
 def _expanded(own: inspect.Signature, groups: Mapping[str, Any]) -> list[inspect.Parameter]:
