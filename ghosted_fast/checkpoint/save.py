@@ -14,7 +14,7 @@ from ghosted_fast.checkpoint.model_card import CARD, is_ours, write_card
 from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.errors import ArgumentError, GhostedFastError, OutputError
 from ghosted_fast.models.quantized.packing import packed_again
-from ghosted_fast.text.files import first_line
+from ghosted_fast.text.files import first_line, is_readable_name
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
@@ -24,6 +24,8 @@ def check_place(path: str | os.PathLike[str]) -> None:
         OutputError: A part of the path is a file, or there is no right or no room.
     """
     try:
+        if not is_readable_name(str(path)):
+            raise ValueError("a name that is not UTF-8")
         place = _existing(Path(path).absolute().parent)
         with tempfile.NamedTemporaryFile(prefix=f".{Path(path).name}.", dir=place):
             pass
@@ -69,7 +71,8 @@ def rewrite_facts(config: Any, folder: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryDirectory(prefix=".facts.", dir=folder) as fresh:
         config.save_pretrained(fresh)
         (Path(fresh) / "config.json").replace(Path(folder) / "config.json")
-    write_card(config, Path(folder))
+    if is_ghosted(config):
+        write_card(config, Path(folder))
 
 
 def _existing(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from ghosted_fast.models.auto_classes import WITH_PICTURES, auto_classes
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.gguf_header import read_gguf_header
 from ghosted_fast.models.hub import hub_options, near_paths
-from ghosted_fast.text.files import first_line
+from ghosted_fast.text.files import first_line, is_readable_name
 from ghosted_fast.text.loading import is_hub_id
 
 _DTYPES = {
@@ -242,6 +242,11 @@ def locate_model(spec: str, gguf_file: str | None) -> tuple[str, str | None]:
         SourceError: There is no such file, folder or hub id.
     """
     path = Path(spec).expanduser()
+    if not is_readable_name(spec):
+        raise SourceError(
+            f"expected a model's name in UTF-8, got {spec!r}, which tokenizers and safetensors "
+            "cannot open: rename it"
+        )
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise SourceError(

@@ -234,3 +234,11 @@ def first_line(error: BaseException) -> str:
     """Return what an error says, without the pages that some libraries add."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def is_readable_name(name: str) -> bool:
+    """Return whether every library can open a file of a name: it is UTF-8, without a NUL."""
+    try:
+        return b"\x00" not in name.encode()
+    except UnicodeEncodeError:
+        return False

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ghosted_fast.errors import GhostedFastError
+from ghosted_fast.errors import GhostedFastError, OutputError
 
 # What a shell says of a program that a signal has ended.
 _SIGNALLED = 128
@@ -41,6 +41,21 @@ def line_of(error: BaseException, verb: str, values: Mapping[str, Any]) -> str:
     return f"expected {verb} to finish on {given or 'what was given'}, got {got}: {advice}"
 
 
+def check_working_folder() -> None:
+    """Raise unless the working folder is still there: without it torch does not even load.
+
+    Raises:
+        OutputError: It was removed.
+    """
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError as error:
+        raise OutputError(
+            f"expected a working folder, got one that was removed ({error.strerror}): go to "
+            "another (cd) and start again"
+        ) from error
+
+
 @contextlib.contextmanager
 def ending_on_terminate() -> Iterator[None]:
     """Let SIGTERM end the work as Ctrl-C does, so that nothing half written is left."""
@@ -60,7 +75,9 @@ def ending_on_terminate() -> Iterator[None]:
 
 
 def escape_odd_names() -> None:
-    """Let stdout and stderr show what their encoding does not have as escapes."""
+    """Let stdout and stderr show what their encoding does not have as escapes; be there at all."""
+    if sys.stdout is None:
+        sys.stdout = io.TextIOWrapper(io.BytesIO())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

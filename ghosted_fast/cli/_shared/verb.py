@@ -16,6 +16,7 @@ import typer
 
 from ghosted_fast import _env
 from ghosted_fast.cli._shared.failures import (
+    check_working_folder,
     ending_on_terminate,
     escape_odd_names,
     leave_stdout,
@@ -72,6 +73,7 @@ def verb(function: Callable[..., Result | None], shares: bool = False) -> Callab
         try:
             # torchrun waits for its processes, and ends those that do not end by themselves.
             with ending_on_terminate() if launch is None else nullcontext():
+                check_working_folder()
                 if threads is not None:
                     import torch
 
