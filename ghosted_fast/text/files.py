@@ -150,7 +150,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except UnicodeError as error:
         raise SourceError(
-            f"{name} is not UTF-8 text: {error}; convert it first (iconv -f WINDOWS-1252 -t UTF-8)"
+            f"{name} is not UTF-8 text: expected UTF-8, got {error}; convert it first (iconv -f "
+            "WINDOWS-1252 -t UTF-8)"
         ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise SourceError(

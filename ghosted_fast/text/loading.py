@@ -76,8 +76,8 @@ def load_texts(
     hub_id, _, configuration = name.partition(":")
     if name.lower().endswith(_TEXT_SUFFIXES) or not is_hub_id(hub_id, _TEXT_SUFFIXES):
         raise SourceError(
-            f"there is no file {name!r}; expected a file or a folder of text, or a hub data set: "
-            "check the path"
+            f"there is no file {name!r}: expected a file or a folder of text, or a hub data set, "
+            "got a name of none; check the path"
         )
     records = hub_records(hub_id, configuration or None, split)
     return in_pieces(texts_of(records, field, name, tokenizer))

@@ -86,7 +86,9 @@ def texts_of(
         if not isinstance(record.get(field), str):
             raise SourceError(
                 f"record {number} of {name!r} has no text in field {field!r}; "
-                f"its fields are {_fields(record)}: name another (--field), or leave the record out"
+                f"its fields are {_fields(record)}: expected a string there, got "
+                f"{type(record.get(field)).__name__}; name another (--field), or leave the record "
+                "out"
             )
         yield record[field]
 
@@ -102,12 +104,12 @@ def _conversation(
 ) -> list[dict[str, str]]:
     try:
         if not is_chat(record, field):
-            raise ValueError(f"its fields are {_fields(record)}")
+            raise ValueError(f"the fields are {_fields(record)}")
         return messages_of(record, field)
     except ValueError as error:
         raise SourceError(
-            f"record {number} of {name!r} has no conversation as the first has: {error}; expected "
-            "messages with role and content, correct the record or leave it out"
+            f"record {number} of {name!r} has no conversation as the first has: expected messages "
+            f"with role and content, got a record where {error}; correct it or leave it out"
         ) from error
 
 
@@ -120,7 +122,7 @@ def _text_field(record: Mapping[str, Any], name: str) -> str:
         return strings[0]
     raise SourceError(
         f"which field of {name!r} holds the text? its fields are {_fields(record)}; name one "
-        "(--field)"
+        f"(--field): expected one field with a string, got {len(strings)}"
     )
 
 

@@ -69,7 +69,7 @@ def _decoded(text: str, place: str, path: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SourceError(
-            f"{place} of {str(path)!r} is not JSON: {first_line(error)}; expected one JSON object, "
+            f"{place} of {str(path)!r} is not JSON: expected one object, got {first_line(error)}; "
             "correct it or leave it out"
         ) from error
 
@@ -78,8 +78,8 @@ def _checked(value: Any, place: str, path: Path) -> Record:
     if isinstance(value, dict | str):
         return value
     raise SourceError(
-        f"{place} of {str(path)!r} must be a JSON object; got {type(value).__name__}: "
-        'write {"text": ...}'
+        f"{place} of {str(path)!r} must be a JSON object; got {type(value).__name__}, expected "
+        '{"text": ...}: write it so'
     )
 
 
@@ -180,8 +180,8 @@ class _Values:
     def broken(self, number: int, why: str) -> SourceError:
         """Return the error for a value that is not JSON."""
         return SourceError(
-            f"record {number} of {str(self._path)!r} is not JSON: {why}; expected a list of "
-            "objects, or an object a line: correct it"
+            f"record {number} of {str(self._path)!r} is not JSON: expected a list of objects, or "
+            f"an object a line, got {why}; correct it"
         )
 
     def _more(self) -> bool:
@@ -204,8 +204,9 @@ def _csv_rows(path: Path) -> Iterator[Record]:
         for row in _rows(rows, path):
             if len(row) > len(names):
                 raise SourceError(
-                    f"line {rows.line_num} of {str(path)!r} has {len(row)} values; expected the "
-                    f"{len(names)} of the first line: put texts that hold {delimiter!r} in quotes"
+                    f"expected {len(names)} values, as in the first line, in line "
+                    f"{rows.line_num} of {str(path)!r}, got {len(row)}: put texts that hold "
+                    f"{delimiter!r} in quotes"
                 )
             if row:
                 yield dict(zip(names, row, strict=False))
@@ -224,8 +225,9 @@ def _rows(rows: Any, path: Path) -> Iterator[list[str]]:
                 row = next(rows, None)
         except csv.Error as error:
             raise SourceError(
-                f"line {rows.line_num} of {str(path)!r} is not CSV: {first_line(error)}; expected "
-                "values in quotes where they hold commas, quotes or ends of lines: correct it"
+                f"line {rows.line_num} of {str(path)!r} is not CSV: expected values in quotes "
+                f"where they hold commas, quotes or ends of lines, got {first_line(error)}; "
+                "correct it"
             ) from error
         if row is None:
             return
@@ -282,8 +284,8 @@ def _arrow_errors(pyarrow: Any, path: Path, kind: str) -> Iterator[None]:
         if isinstance(error, SourceError):
             raise
         raise SourceError(
-            f"cannot read {str(path)!r} as {kind}: {first_line(error)}; expected a whole {kind} "
-            "file, copy it again"
+            f"cannot read {str(path)!r} as {kind}: expected a whole {kind} file, got "
+            f"{first_line(error)}; copy it again"
         ) from error
 
 
