@@ -140,8 +140,8 @@ class GhostedModel(Derived):
             model, info = super().from_pretrained(where, *args, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:
             raise CheckpointError(
-                f"the weights in {str(where)!r} cannot be read ({error}): the file is damaged or "
-                "incomplete, copy or save it again"
+                f"the weights in {str(where)!r} cannot be read: expected a whole file, got "
+                f"{error}; it is damaged or incomplete, copy or save it again"
             ) from error
         _check_loaded(model, info, where, any_size)
         return (model, info) if wants_info else model

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from ghosted_fast.errors import ArgumentError, GhostedFastError, MissingExtraError, SourceError
+from ghosted_fast.errors import (
+    ArgumentError,
+    CheckpointError,
+    GhostedFastError,
+    MissingExtraError,
+    SourceError,
+)
 from ghosted_fast.models.auto_classes import WITH_PICTURES, auto_classes
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.gguf_header import read_gguf_header
@@ -109,16 +115,21 @@ def loading(spec: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (GhostedFastError, MemoryError):
+    except GhostedFastError as error:
+        if str(spec) in str(error) or not isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot load the model {str(spec)!r}: {error}") from error
+    except MemoryError:
         raise
     except Exception as error:  # transformers', safetensors', torch's, gguf's, and the system's
-        said = first_line(error)
+        said = f"expected a whole model, got {first_line(error)}"
         advice = "check that its files are whole, or copy or download it again"
         if "trust_remote_code" in str(error):
-            said = "it needs code that comes with it"
+            said = "expected a class that transformers has, got one of code that comes with it"
             advice = "if you trust that code, pass --trust-remote-code (trust_remote_code=True)"
-        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise SourceError(f"cannot load the model {str(spec)!r}: {kind}{said}; {advice}") from error
+        elif not isinstance(error, OSError | ValueError):
+            said += f" ({type(error).__name__})"
+        raise SourceError(f"cannot load the model {str(spec)!r}: {said}; {advice}") from error
 
 
 def source_options(name: str, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -264,7 +275,10 @@ def locate_model(spec: str, gguf_file: str | None) -> tuple[str, str | None]:
             if candidates
             else ("neither config.json nor a .gguf file")
         )
-        raise SourceError(f"the folder {spec!r} holds {held}")
+        raise SourceError(
+            f"the folder {spec!r} holds {held}: expected config.json or one .gguf file, got "
+            f"{len(candidates)} of these; give the folder or file of a model"
+        )
     if not is_hub_id(spec, (".gguf",)):
         raise SourceError(
             f"there is no folder or file {spec!r}{near_paths(path)}; expected an existing path, or "
