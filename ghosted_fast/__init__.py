@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from ghosted_fast._as_ours import raising_ours
 from ghosted_fast.checkpoint._import_hook import install_hook
 
 if TYPE_CHECKING:
@@ -125,6 +127,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if isinstance(value, FunctionType) and _HOMES[name] != "ops":
+        value = raising_ours(value)
     globals()[name] = value
     return value
 
