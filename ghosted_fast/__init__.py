@@ -16,8 +16,8 @@ import importlib.metadata
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from ghosted_fast._as_ours import raising_ours
 from ghosted_fast.checkpoint._import_hook import install_hook
+from ghosted_fast.errors import raising_ours
 
 if TYPE_CHECKING:
     from ghosted_fast.assets.downloads import fetch_demo_assets as fetch_demo_assets

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ghosted_fast.errors import NonFiniteError, UnsupportedModelError
 from ghosted_fast.facts import layers_as_text, named_layers, runs_of
 from ghosted_fast.models.built_whole import text_config_of
-from ghosted_fast.models.usable import check_finite_logits, check_in_memory
+from ghosted_fast.models.checked.usable import check_finite_logits, check_in_memory
 
 _LENGTH = 4
 

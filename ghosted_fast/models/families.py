@@ -14,8 +14,8 @@ from torch import nn
 
 from ghosted_fast.errors import UnknownFamilyError, UnsupportedModelError
 from ghosted_fast.models.built_whole import text_config_of
+from ghosted_fast.models.checked.usable import check_unwrapped
 from ghosted_fast.models.structure import find_layers, language_model_of
-from ghosted_fast.models.usable import check_unwrapped
 from ghosted_fast.models.versions import check_transformers
 
 GHOSTED_PREFIX = "ghosted_"

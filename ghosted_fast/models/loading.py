@@ -20,10 +20,10 @@ from ghosted_fast.errors import (
 )
 from ghosted_fast.models.auto_classes import WITH_PICTURES, auto_classes
 from ghosted_fast.models.built_whole import text_config_of
+from ghosted_fast.models.checked.gguf_header import read_gguf_header
+from ghosted_fast.models.checked.hub import hub_options, near_paths
+from ghosted_fast.models.checked.usable import repair_generation
 from ghosted_fast.models.families import GHOSTED_PREFIX
-from ghosted_fast.models.gguf_header import read_gguf_header
-from ghosted_fast.models.hub import hub_options, near_paths
-from ghosted_fast.models.usable import repair_generation
 from ghosted_fast.text.files import first_line, is_readable_name
 from ghosted_fast.text.loading import is_hub_id
 
