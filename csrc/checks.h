@@ -37,8 +37,30 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
+// That all of a tensor lies in its storage: one that was resized, or whose data was let go, does
+// not, and reading it ends the process.
+inline void check_storage(const char* op, const char* name, const Tensor& tensor) {
+  int64_t last = tensor.storage_offset(), bytes = 0;
+  const int64_t dim = tensor.dim();
+  for (int64_t i = 0; i < dim; ++i) {
+    int64_t reach = 0;
+    if (tensor.size(i) == 0) return;
+    if (__builtin_mul_overflow(tensor.size(i) - 1, tensor.stride(i), &reach) ||
+        __builtin_add_overflow(last, reach, &last)) {
+      last = INT64_MAX / 16;
+      break;
+    }
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  if (last >= bytes / static_cast<int64_t>(tensor.element_size())) {
+    fail(op, name, " with all of its numbers in memory, got a storage of ", bytes,
+         " bytes for shape ", shape_of(tensor), "; load or copy it anew");
+  }
+}
+
 inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
   if (!tensor.is_cpu()) fail(op, name, " on cpu, got another device; move it there");
+  check_storage(op, name, tensor);
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {

@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
+#include <utility>
+
 #include "checks.h"
 
 namespace ghosted_fast {
@@ -17,6 +20,43 @@ struct GramCall {
 inline void check_device_of_x(const char* name, const Tensor& tensor, const Tensor& x) {
   if (tensor.is_cpu() != x.is_cpu() || tensor.get_device_index() != x.get_device_index()) {
     fail(kGramUpdate, name, " on the device of x, got another device; move it there");
+  }
+  check_storage(kGramUpdate, name, tensor);
+}
+
+struct Span {
+  const char* name;
+  const char* begin;
+  const char* end;
+};
+
+// The memory of a tensor that passed check_storage.
+inline Span span_of(const char* name, const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  const int64_t count = tensor.numel() == 0 ? 0 : last + 1;
+  return {name, begin, begin + count * static_cast<int64_t>(tensor.element_size())};
+}
+
+// That no sum is written over what is read, or over another sum.
+inline void check_apart(std::initializer_list<std::pair<const char*, const OptionalTensor*>> read,
+                        std::initializer_list<std::pair<const char*, const OptionalTensor*>> sums) {
+  std::array<Span, 6> seen{};
+  size_t count = 0;
+  for (const auto& [name, tensor] : read) {
+    if (*tensor) seen[count++] = span_of(name, **tensor);
+  }
+  for (const auto& [name, tensor] : sums) {
+    if (!*tensor) continue;
+    const Span own = span_of(name, **tensor);
+    for (size_t i = 0; i < count; ++i) {
+      if (own.begin < seen[i].end && seen[i].begin < own.end) {
+        fail(kGramUpdate, name, " in memory of its own, got some of that of ", seen[i].name,
+             "; pass another tensor");
+      }
+    }
+    seen[count++] = own;
   }
 }
 
@@ -77,6 +117,9 @@ inline GramCall gram_call(const Tensor& x, const OptionalTensor& y,
   args.gram = gram_sums("gram", gram, x, args.hidden_size, args.hidden_size);
   args.cross = gram_sums("cross", cross, x, args.hidden_size, args.num_outputs);
   args.moments = gram_sums("moments", moments, x, 3, args.hidden_size);
+  const OptionalTensor rows = x;
+  check_apart({{"x", &rows}, {"y", &y}, {"token_weight", &token_weight}},
+              {{"gram", &gram}, {"cross", &cross}, {"moments", &moments}});
   return call;
 }
 

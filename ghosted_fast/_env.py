@@ -48,6 +48,11 @@ def native_disabled() -> bool:
     return os.environ.get("GHOSTED_FAST_NATIVE", "1") == "0"
 
 
+def verifies_all() -> bool:
+    """Return whether `GHOSTED_FAST_VERIFY=1` asks to check every weight of a ghosted folder."""
+    return os.environ.get("GHOSTED_FAST_VERIFY", "0") == "1"
+
+
 def compiler() -> str | None:
     """Return the C++ compiler that the user has named: `CXX`."""
     return os.environ.get("CXX")

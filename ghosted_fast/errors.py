@@ -51,6 +51,14 @@ class SourceError(GhostedFastError, ValueError):
     """A model or a text was named that cannot be read."""
 
 
+class OutputError(GhostedFastError, OSError):
+    """A model or a report cannot be written: no room, no right, or the place is taken."""
+
+
+class ForeignError(GhostedFastError, RuntimeError):
+    """A library that was called failed in a way that has no error here; it is the cause."""
+
+
 class BudgetError(GhostedFastError, ValueError):
     """A bound on quality or speed cannot be kept; the message holds the best that was reached."""
 

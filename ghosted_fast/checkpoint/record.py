@@ -10,6 +10,8 @@ from ghosted_fast.models.families import GHOSTED_PREFIX, decoder_layers
 # A model that is built of its cut configuration; one that is built whole, layers taken out of it.
 FORMAT, FORMAT_WHOLE = 1, 2
 
+# Families have 1e-5 or 1e-6; what is larger is damage.
+_LARGEST_EPSILON = 1e-2
 _RECORD_KEYS = {"layer", "side", "bias", "norm_eps", "first_state", "quantization"}
 
 
@@ -30,11 +32,12 @@ def removal_record(config: Any, count: int) -> tuple[int, list[int]]:
     return count, []
 
 
-def check_record(record: Any, *counts: int) -> None:
+def check_record(record: Any, model_type: str, *counts: int) -> None:
     """Raise unless a saved record describes ghosts that this version can build.
 
     Args:
         record: The `ghost` field of a configuration; None for no ghosts.
+        model_type: The dense family of the configuration.
         counts: Numbers of layers that the configuration names, of which one must be the model's.
 
     Raises:
@@ -57,23 +60,33 @@ def check_record(record: Any, *counts: int) -> None:
     num_layers = _kept(removed, dense)
     consistent = (
         num_layers in counts
+        and record.get("family", model_type) == model_type
         and (record["format"] == FORMAT or _builds_whole(record))
         and isinstance(ghosts, list)
         and all(
             isinstance(ghost, dict)
             and set(ghost) == _RECORD_KEYS
+            and type(ghost["layer"]) is int
             and ghost["layer"] in range(num_layers)
             and ghost["side"] in ("input", "output")
             and ghost["quantization"] in (None, "int8")
+            and type(ghost["bias"]) is type(ghost["first_state"]) is bool
+            and _is_epsilon(ghost["norm_eps"])
             for ghost in ghosts
         )
     )
     if not consistent:
         described = " or ".join(map(str, sorted(set(counts))))
         raise CheckpointError(
-            f"the configuration's ghost field does not fit a model of {described} layers: "
+            f"the configuration's ghost field does not fit a {model_type} model of {described} "
+            f"layers: expected a record of such ghosts, got "
             f"{record!r}. The saved configuration is damaged or was edited: save the model again."
         )
+
+
+def _is_epsilon(value: Any) -> bool:
+    """Return whether a value is the epsilon of a normed ghost, or None for one that is not."""
+    return value is None or (type(value) is float and 0.0 < value <= _LARGEST_EPSILON)
 
 
 def _kept(removed: Any, dense: Any) -> int:

@@ -4,16 +4,84 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from ghosted_fast import distributed
 from ghosted_fast._atomic_files import atomic_folder
 from ghosted_fast.checkpoint.alignment import align_weights
-from ghosted_fast.checkpoint.model_card import CARD, is_ours
+from ghosted_fast.checkpoint.model_card import CARD, is_ours, write_card
 from ghosted_fast.checkpoint.record import is_ghosted
-from ghosted_fast.errors import ArgumentError
+from ghosted_fast.errors import ArgumentError, GhostedFastError, OutputError
 from ghosted_fast.models.quantized.packing import packed_again
+from ghosted_fast.text.files import first_line, is_readable_name
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raise unless something can be written under a name: where it will be, or a folder of its own.
+
+    Raises:
+        OutputError: A part of the path is a file, or there is no right or no room.
+    """
+    try:
+        if not is_readable_name(str(path)):
+            raise ValueError("a name that is not UTF-8")
+        place = _existing(Path(path).absolute().parent)
+        with tempfile.NamedTemporaryFile(prefix=f".{Path(path).name}.", dir=place):
+            pass
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"expected a place to write {str(path)!r} to, got {why}: name another, or make room "
+            "and rights there"
+        ) from error
+
+
+def check_room(path: str | os.PathLike[str], needed: int) -> None:
+    """Raise unless there is room for a model.
+
+    Args:
+        path: Where it will be written.
+        needed: Bytes that it takes.
+
+    Raises:
+        OutputError: There is less.
+    """
+    free = shutil.disk_usage(_existing(Path(path).absolute().parent)).free
+    if free < needed:
+        raise OutputError(
+            f"expected {_size(needed)} of room to write {str(path)!r}, got {_size(free)}: free "
+            "some, or name another place"
+        )
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the bytes of a model's weights, each counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr() or id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def rewrite_facts(config: Any, folder: str | os.PathLike[str]) -> None:
+    """Write the configuration and the model card of a saved model anew, each whole or not at all.
+
+    Args:
+        config: The configuration of what the folder holds, with other facts in its report.
+        folder: The folder.
+    """
+    with tempfile.TemporaryDirectory(prefix=".facts.", dir=folder) as fresh:
+        config.save_pretrained(fresh)
+        (Path(fresh) / "config.json").replace(Path(folder) / "config.json")
+    if is_ghosted(config):
+        write_card(config, Path(folder))
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
 
 
 def save_model(
@@ -38,7 +106,9 @@ def save_model(
         The folder.
 
     Raises:
-        ArgumentError: The folder exists and `overwrite` is False, or a file has its name.
+        ArgumentError: The folder exists and `overwrite` is False, a file has its name, or it holds
+            something that is no model.
+        OutputError: It cannot be written: no room, or no right. What was there is as it was.
     """
     target = Path(folder)
     if not distributed.is_writer():
@@ -49,6 +119,25 @@ def save_model(
         raise ArgumentError(
             f"the folder {str(target)!r} exists: choose another, or pass overwrite=True"
         )
+    if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise ArgumentError(
+            f"expected a model's folder to replace, got {str(target)!r}, which holds other files: "
+            "name another"
+        )
+    check_place(target)
+    check_room(target, weight_bytes(model))
+    try:
+        return _save(model, target, tokenizer)
+    except (GhostedFastError, MemoryError):
+        raise
+    except Exception as error:  # the system's, and those that safetensors and tokenizers make of it
+        raise OutputError(
+            f"expected to write the model to {str(target)!r}, got {first_line(error)}: nothing was "
+            "changed there; check the room, the rights and that the model can be saved"
+        ) from error
+
+
+def _save(model: Any, target: Path, tokenizer: Any) -> Path:
     with atomic_folder(target) as workspace:
         fresh = workspace / "new"
         saved = model if is_ghosted(model.config) else packed_again(model)

@@ -11,9 +11,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from ghosted_fast import distributed
+from ghosted_fast import _env, distributed
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.checkpoint.alignment import align_weights
+from ghosted_fast.checkpoint.digests import check_digests, write_digests
 from ghosted_fast.checkpoint.model_card import own_card_kept, put_card_back, write_card
 from ghosted_fast.checkpoint.record import (
     FORMAT,
@@ -40,6 +41,7 @@ from ghosted_fast.models.families import (
     hidden_size,
     layers_path,
 )
+from ghosted_fast.models.ghosted_layers import ghosts_of
 from ghosted_fast.models.quantized.packing import packed_again
 from ghosted_fast.models.runtime_classes import (
     Derived,
@@ -81,6 +83,7 @@ def become_ghosted_class(
         "format": FORMAT if whole is None else FORMAT_WHOLE,
         "removed": removed,
         "num_hidden_layers": num_hidden_layers,
+        "family": config.model_type.removeprefix(GHOSTED_PREFIX),
         "layers": layers_path(model),
         "ghosts": [],
         **(whole or {}),
@@ -126,6 +129,10 @@ class GhostedModel(Derived):
         from safetensors import SafetensorError
 
         where = pretrained_model_name_or_path
+        folder = Path(str(where)) / (kwargs.get("subfolder") or "")
+        record = getattr(kwargs.get("config"), "ghost", None)
+        if folder.is_dir() and record is not None:
+            check_digests(folder, record, every=_env.verifies_all())
         wants_info = kwargs.pop("output_loading_info", False)
         any_size = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -133,8 +140,8 @@ class GhostedModel(Derived):
             model, info = super().from_pretrained(where, *args, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:
             raise CheckpointError(
-                f"the weights in {str(where)!r} cannot be read ({error}): the file is damaged or "
-                "incomplete, copy or save it again"
+                f"the weights in {str(where)!r} cannot be read: expected a whole file, got "
+                f"{error}; it is damaged or incomplete, copy or save it again"
             ) from error
         _check_loaded(model, info, where, any_size)
         return (model, info) if wants_info else model
@@ -159,9 +166,13 @@ class GhostedModel(Derived):
         if not (is_main_process and distributed.is_writer()) or folder.is_file():
             return save(*args, **kwargs)
         _write_companions(self, folder)
+        # A folder to which an adapter alone is saved holds no weights of the model.
+        self.config.ghost["digests"] = not getattr(self, "_hf_peft_config_loaded", False)  # type: ignore[attr-defined]
         with own_card_kept(folder):
             found = save(*args, **kwargs)
         align_weights(folder)
+        if self.config.ghost.get("digests"):  # type: ignore[attr-defined]
+            write_digests(folder)
         return found
 
     @classmethod
@@ -220,10 +231,13 @@ def _check_loaded(model: Any, info: dict[str, Any], where: Any, any_size: bool) 
     resized = sorted(key for key, *_ in info["mismatched_keys"] if not any_size or of_a_layer(key))
     if missing or stray or resized:
         raise CheckpointError(
-            f"the saved model in {str(where)!r} is incomplete or was edited: "
-            f"missing weights {_shorten(missing)}, weights without a place {_shorten(stray)}, "
-            f"weights of another shape {_shorten(resized)}. Save the ghosted model again."
+            f"the saved model in {str(where)!r} is incomplete or was edited: expected every weight "
+            f"once, got missing weights {_shorten(missing)}, weights without a place "
+            f"{_shorten(stray)}, weights of another shape {_shorten(resized)}. Save the ghosted "
+            "model again."
         )
+    for index, side, ghost in ghosts_of(layers):
+        ghost.check_values(f"the ghost at the {side} of layer {index} in {str(where)!r}")
 
 
 def _shorten(names: list[str]) -> str:
@@ -238,7 +252,7 @@ def _ghosted_config_class(base: Any) -> type:
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         base.__post_init__(self, **kwargs)
-        check_record(self.ghost, *counts_of(text_config_of(self)).values())
+        check_record(self.ghost, base.model_type, *counts_of(text_config_of(self)).values())
         restore_values(self)
         register_models(type(self))
 

@@ -40,10 +40,11 @@ def evaluate(models: ModelsArgs, text: MeasuredTextArgs, tasks: TaskArgs) -> Res
     names = tasks.names()
     if text.evaluation is not None:
         text.check_there(text.evaluation)
+    models.check(0 if text.evaluation is None else text.sequence_length)
     opened, tokenizer = models.open()
     batches = None
     if text.evaluation is not None:
-        batches = text.batches_of(tokenizer, text.evaluation, text.tokens)
+        batches = text.batches_of(tokenizer, text.evaluation, text.tokens, text.sequence_length)
     rows = compare_models(opened, batches, progress=True, seed=text.seed)
     records = [row.to_dict() for row in rows]
     tables = [model_table(rows)]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ghosted_fast.cli._shared.input_args import OverwriteOption
+from ghosted_fast.cli._shared.input_args import OverwriteOption, TrustOption
 from ghosted_fast.cli._shared.results import Result
 from ghosted_fast.cli._shared.verb import usage_error
 
@@ -40,6 +40,7 @@ def export(
             "--tokenizer", help="gguf: a GGUF file of the dense model, whose tokenizer is taken."
         ),
     ] = None,
+    trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
 ) -> Result:
     """Write a ghosted model for llama.cpp or ONNX Runtime GenAI.
@@ -63,8 +64,8 @@ def export(
     from ghosted_fast.cli._shared.loading import check_new
     from ghosted_fast.models.loading import load_model
 
-    check_new(output, overwrite)
-    loaded, own = load_model(model, "float32")
+    check_new(output, overwrite, model, tokenizer)
+    loaded, own = load_model(model, "float32", trust_remote_code=trust_remote_code)
     if to == "gguf":
         from ghosted_fast.export.gguf import export_gguf
 

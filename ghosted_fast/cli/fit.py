@@ -74,12 +74,12 @@ class FitCalibrationArgs(CalibrationArgs):
         ),
     ] = None
 
-    def check_model(self, spec: str) -> None:
+    def check_model(self, model: ModelArgs) -> None:
         """Raise, before any work, unless the model can be quantized as it is asked for."""
         from ghosted_fast.models.quantized.loading import check_quantizable
 
         if self.calibrate_in is not None:
-            check_quantizable(spec, self.calibrate_in)
+            check_quantizable(model.model, self.calibrate_in, model.trust_remote_code)
 
     def open(self, model: ModelArgs) -> tuple[Any, Any]:
         """Return the model to calibrate in, on its device, and its tokenizer."""
@@ -87,7 +87,9 @@ class FitCalibrationArgs(CalibrationArgs):
 
         if self.calibrate_in is None:
             return model.open()
-        return open_quantized(model.model, self.calibrate_in, model.dtype, model.device)
+        return open_quantized(
+            model.model, self.calibrate_in, model.dtype, model.device, model.trust_remote_code
+        )
 
 
 def fit(
@@ -106,8 +108,9 @@ def fit(
     """
     _check_together(calibration, how_many, recovery, output, launch)
 
+    from ghosted_fast.checkpoint.save import check_room
     from ghosted_fast.cli._shared.launch import process_group
-    from ghosted_fast.cli._shared.loading import check_layers
+    from ghosted_fast.cli._shared.loading import check_layers, least_bytes
     from ghosted_fast.improve.healing import check_healable
     from ghosted_fast.models.loading import load_processor
     from ghosted_fast.options import RunOptions
@@ -118,19 +121,16 @@ def fit(
     options = ghosts.options(recovery.sequential)
     healing = recovery.heal_options(calibration.seed)
     with process_group(launch.rank_timeout, model.device) as first:
-        if not launch.dry_run:
-            if first:
-                output.check()
-            calibration.check()
-            evaluation.check(calibration)
-        calibration.check_model(model.model)
+        _check_ahead(model, calibration, how_many, evaluation, output if first else None, launch)
         dense, tokenizer = calibration.open(model)
-        beside = load_processor(model.model) or tokenizer
+        beside = load_processor(model.model, model.trust_remote_code) or tokenizer
         check_layers(dense, how_many.how_many())
         if healing is not None and calibration.calibrate_in is None:
             check_healable(dense, healing)
         if launch.dry_run:
             return _memory(dense, how_many, options)
+        if first:
+            check_room(output.folder, least_bytes(dense, how_many.how_many()))
         held_out = evaluation.load(calibration, tokenizer) if first else None
         text = _text(calibration, healing, dense, tokenizer, first)
         smaller, found = ghost_model(
@@ -194,6 +194,29 @@ def _check_together(
     _check_calibrated_in(calibration, how_many, recovery)
 
 
+def _check_ahead(
+    model: ModelArgs,
+    calibration: FitCalibrationArgs,
+    how_many: HowManyArgs,
+    evaluation: EvaluationArgs,
+    output: OutputArgs | None,
+    launch: LaunchArgs,
+) -> None:
+    """Raise, before any weight is read, if what is named cannot be used.
+
+    Raises:
+        GhostedFastError: It cannot; a dry run reads no text and writes nothing.
+    """
+    length = 0 if launch.dry_run else calibration.sequence_length
+    if not launch.dry_run:
+        if output is not None:
+            output.check(model.model, calibration.calibration, evaluation.evaluation)
+        calibration.check()
+        evaluation.check(calibration)
+    model.check(length, how_many.how_many())
+    calibration.check_model(model)
+
+
 def _check_calibrated_in(
     calibration: FitCalibrationArgs, how_many: HowManyArgs, recovery: RecoveryArgs
 ) -> None:
@@ -229,7 +252,7 @@ def _text(
     tokens = calibration.tokens
     if healing is not None:
         tokens = max(tokens, calibration.tokens_to_heal(healing))
-    return calibration.read(dense, tokenizer, tokens, calibration.tokens, progress)
+    return calibration.read(dense, tokenizer, tokens, calibration.fewest(dense), progress)
 
 
 def _heal(
@@ -293,7 +316,8 @@ def _measure(
     dense: Any, smaller: Any, kind: str, facts: dict[str, Any], batches: Any, seed: int
 ) -> TextTable:
     """Measure dense, pruned and finished model, and add what was found to facts and checkpoint."""
-    from ghosted_fast.checkpoint.model_card import attach_report, write_card
+    from ghosted_fast.checkpoint.model_card import attach_report
+    from ghosted_fast.checkpoint.save import rewrite_facts
     from ghosted_fast.cli._shared.tables import model_table
     from ghosted_fast.measure.models_table import compare_models
     from ghosted_fast.surgery.cut import prune_model
@@ -304,6 +328,5 @@ def _measure(
     rows = compare_models(models, batches, progress=True, seed=seed)
     facts["models"] = [row.to_dict() for row in rows]
     if attach_report(smaller.config, facts):
-        smaller.config.save_pretrained(facts["output"])
-        write_card(smaller.config, facts["output"])
+        rewrite_facts(smaller.config, facts["output"])
     return model_table(rows)

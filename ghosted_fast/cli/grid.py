@@ -133,9 +133,11 @@ class JudgedArgs(TaskArgs):
         found = {}
         for name, spec in zip(names, self.evaluation, strict=True):
             try:
-                found[name] = text.batches_of(tokenizer, spec, self.evaluation_tokens)
+                found[name] = text.batches_of(
+                    tokenizer, spec, self.evaluation_tokens, text.sequence_length
+                )
             except SourceError as error:
-                raise SourceError(f"evaluation text {spec!r}: {error}") from error
+                raise SourceError(f"evaluation {error}") from error
         return found
 
 
@@ -167,6 +169,7 @@ def grid(
     The ghost comes with and without corrections; --heal adds every recovery after training.
     Writes results.json, results.md and the page index.html into the output folder.
     """
+    from ghosted_fast.checkpoint.save import check_place
     from ghosted_fast.cli._shared.loading import check_layers
     from ghosted_fast.grid import GridPlan, run_grid
     from ghosted_fast.grid.outputs import check_outputs, full_table
@@ -178,9 +181,12 @@ def grid(
     tasks = judged.names()
     calibration.check()
     judged.check(calibration)
+    check_place(folder.output)
+    counts = [Count(count) for count in compared.counts]
+    model.check(calibration.sequence_length, *counts)
     dense, tokenizer = model.open()
-    for count in compared.counts:
-        check_layers(dense, Count(count))
+    for count in counts:
+        check_layers(dense, count)
     evaluations = judged.load(calibration, tokenizer)
     found = run_grid(
         dense,

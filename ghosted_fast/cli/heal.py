@@ -10,7 +10,12 @@ import typer
 
 from ghosted_fast.cli._shared import values
 from ghosted_fast.cli._shared.fit_args import RanksArgs
-from ghosted_fast.cli._shared.input_args import DeviceOption, DtypeOption, LearnedTextArgs
+from ghosted_fast.cli._shared.input_args import (
+    DeviceOption,
+    DtypeOption,
+    LearnedTextArgs,
+    TrustOption,
+)
 from ghosted_fast.cli._shared.output_args import NewFolderArgs, heal_state
 from ghosted_fast.cli._shared.results import Result, TextTable
 from ghosted_fast.cli._shared.verb import usage_error
@@ -32,6 +37,14 @@ class PairArgs:
     ]
     dtype: DtypeOption = "auto"
     device: DeviceOption = "auto"
+    trust_remote_code: TrustOption = False
+
+    def check(self, sequence_length: int) -> None:
+        """Raise, before any weight is read, unless there are such models."""
+        from ghosted_fast.cli._shared.loading import check_ahead
+
+        for spec in (self.folder, self.dense):
+            check_ahead(spec, self.device, self.trust_remote_code, sequence_length)
 
     def open(self) -> tuple[Any, Any, Any]:
         """Return both models, which share what is equal in them, and the folder's tokenizer.
@@ -44,8 +57,9 @@ class PairArgs:
         from ghosted_fast.improve.pairs import check_pair, check_same_dtype
         from ghosted_fast.models.structure import share_equal_weights
 
-        smaller, tokenizer = open_model(self.folder, self.dtype, self.device)
-        dense, _ = open_model(self.dense, self.dtype, self.device)
+        how = self.dtype, self.device, self.trust_remote_code
+        smaller, tokenizer = open_model(self.folder, *how)
+        dense, _ = open_model(self.dense, *how)
         check_pair(smaller, dense)
         check_same_dtype(smaller, dense)
         if not share_equal_weights(smaller, dense):
@@ -138,10 +152,11 @@ def heal_folder(
     options = training.options(text.seed)
     with process_group(ranks.rank_timeout, pair.device) as first:
         if first:
-            output.check()
+            output.check(pair.folder, pair.dense, text.calibration)
         if training.adapter:
             check_adapter(output.output, options.rank, output.overwrite)
         text.check()
+        pair.check(text.sequence_length)
         smaller, dense, tokenizer = pair.open()
         check_healable(smaller, options, training.adapter)
         batches = text.read(
@@ -162,7 +177,7 @@ def heal_folder(
         facts = _facts(pair, smaller, dense, text, healed) | {"output": str(output.output)}
         if first and not training.adapter:
             attach_healing(smaller.config, healed, facts["calibration"])
-            beside = load_processor(pair.folder) or tokenizer
+            beside = load_processor(pair.folder, pair.trust_remote_code) or tokenizer
             save_model(smaller, output.output, beside, output.overwrite)
         if first:
             state.unlink(missing_ok=True)

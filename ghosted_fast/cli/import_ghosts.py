@@ -9,7 +9,12 @@ from typing import Annotated, ClassVar, Literal
 import typer
 
 from ghosted_fast.cli._shared import values
-from ghosted_fast.cli._shared.input_args import DtypeOption, ModelOption, OverwriteOption
+from ghosted_fast.cli._shared.input_args import (
+    DtypeOption,
+    ModelOption,
+    OverwriteOption,
+    TrustOption,
+)
 from ghosted_fast.cli._shared.results import Result
 
 
@@ -51,23 +56,27 @@ class TargetArgs:
     ]
     output: Annotated[Path, typer.Option("--output", help="The folder to write.")]
     dtype: DtypeOption = "auto"
+    trust_remote_code: TrustOption = False
     overwrite: OverwriteOption = False
 
 
 def import_operators(args: OperatorArgs, target: TargetArgs) -> Result:
     """Remove layers and put operators that another code has fitted in their place."""
     from ghosted_fast.checkpoint.save import save_model
-    from ghosted_fast.cli._shared.loading import check_new
+    from ghosted_fast.cli._shared.loading import check_ahead, check_new
     from ghosted_fast.facts import layers_as_text
     from ghosted_fast.models.loading import load_model, load_processor
+    from ghosted_fast.options import Layers
     from ghosted_fast.surgery.adopt.from_operators import import_ghosts
     from ghosted_fast.surgery.adopt.operator_files import read_operators
     from ghosted_fast.surgery.adopt.readings import Reading
 
-    check_new(target.output, target.overwrite)
+    check_new(target.output, target.overwrite, target.model, args.operators)
     tensors = read_operators(args.operators)
-    dense, tokenizer = load_model(target.model, target.dtype)
-    beside = load_processor(target.model) or tokenizer
+    trust = target.trust_remote_code
+    check_ahead(target.model, "cpu", trust, 0, Layers(target.removed))
+    dense, tokenizer = load_model(target.model, target.dtype, trust_remote_code=trust)
+    beside = load_processor(target.model, trust) or tokenizer
     smaller, found = import_ghosts(
         dense, tensors, target.removed, form=args.form, layout=args.layout
     )

@@ -40,6 +40,7 @@ def select(
     with process_group(launch.rank_timeout, model.device) as first:
         if not launch.dry_run:
             calibration.check()
+        model.check(0 if launch.dry_run else calibration.sequence_length, count)
         dense, tokenizer = model.open()
         check_layers(dense, count)
         if launch.dry_run:

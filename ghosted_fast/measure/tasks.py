@@ -24,7 +24,7 @@ from ghosted_fast.assets.downloads import fetch_questions
 from ghosted_fast.assets.questions import PREFIX, SETS, write_tasks
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError, check_at_least
 from ghosted_fast.models.decoder import evaluating
-from ghosted_fast.text.readers import first_line
+from ghosted_fast.text.files import first_line
 
 LOCAL_TASKS = tuple(PREFIX + name for name in SETS)
 # Where a task has several metrics, the first of these that it has is reported.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghosted_fast.errors import ArgumentError
+from ghosted_fast.errors import ArgumentError, CheckpointError
 from ghosted_fast.ops import ghost_apply
 from ghosted_fast.ops.compiled import extension
 from ghosted_fast.ops.packing import PACKED_DTYPES, pack_weight
@@ -139,6 +139,30 @@ class GhostLinear(nn.Module):
         if packed is None or not packed.stands_for(weight):
             packed = self._packed = _Packed(weight)
         return packed.weight
+
+    def check_values(self, name: str) -> None:
+        """Raise unless all numbers are such as a ghost can have.
+
+        Args:
+            name: What the message calls the ghost.
+
+        Raises:
+            CheckpointError: One is NaN or infinite, or a scale is not above 0.
+        """
+        tensors = {"weight": self.weight, "bias": self.bias, "first_state": self.first_state}
+        for part, tensor in {**tensors, "scale": self.scale}.items():
+            if tensor is None or tensor.is_meta or not tensor.is_floating_point():
+                continue
+            good = torch.isfinite(tensor)
+            if part == "scale":
+                good &= tensor > 0.0
+            if not bool(good.all()):
+                expected = "finite numbers above 0" if part == "scale" else "finite numbers"
+                got = tensor.detach().flatten()[(~good).flatten()][0].item()
+                raise CheckpointError(
+                    f"expected {expected} in the {part} of {name}, got {got}: the file is damaged, "
+                    "copy or save the model again"
+                )
 
     def forget_packed(self) -> None:
         """Drop the packed copy of the weight; the next use on the processor makes a new one."""

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
+from ghosted_fast.errors import (
+    ArgumentError,
+    CheckpointError,
+    GhostedFastError,
+    MissingExtraError,
+    SourceError,
+)
 from ghosted_fast.models.auto_classes import WITH_PICTURES, auto_classes
 from ghosted_fast.models.built_whole import text_config_of
+from ghosted_fast.models.gguf_header import read_gguf_header
+from ghosted_fast.models.hub import hub_options, near_paths
+from ghosted_fast.text.files import first_line, is_readable_name
 from ghosted_fast.text.loading import is_hub_id
-from ghosted_fast.text.readers import (
-    first_line,
-)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -43,7 +51,10 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def load_model(
-    spec: str | Path, dtype: str | torch.dtype | None = None, gguf_file: str | None = None
+    spec: str | Path,
+    dtype: str | torch.dtype | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a language model and its tokenizer, in evaluation mode.
 
@@ -54,64 +65,165 @@ def load_model(
         dtype: Weights' dtype, by name ("bfloat16", "bf16", ...) or as torch has it; `None` or
             "auto" keeps the checkpoint's own.
         gguf_file: Name of the GGUF file inside `spec`, where `spec` is a folder or a hub id.
+        trust_remote_code: Whether code that comes with the model may run. Without it, a model that
+            needs such code is refused.
 
     Returns:
         The model (`transformers.PreTrainedModel`) and the tokenizer.
 
     Raises:
-        SourceError: There is no such file, folder or hub model, or it cannot be loaded.
+        SourceError: There is no such file, folder or hub model, it cannot be loaded, or weights of
+            it are missing.
+        CheckpointError: A ghosted folder or a GGUF file is damaged.
         MissingExtraError: A GGUF file was named and package gguf or accelerate is absent.
         ArgumentError: The dtype is unknown.
     """
     wanted = resolve_dtype(dtype)
     name, gguf_file = locate_model(str(spec), gguf_file)
+    options: dict[str, Any] = {}
     if gguf_file is not None:
         _require_gguf()
-    from transformers import AutoTokenizer
-
-    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = auto_class(name, options).from_pretrained(
-            name, dtype=wanted or "auto", **options, **_unpacked(gguf_file)
+        options = {"gguf_file": gguf_file}
+        if (Path(name) / gguf_file).is_file():
+            read_gguf_header(Path(name) / gguf_file)
+    options |= source_options(name, trust_remote_code)
+    tokenizer = load_tokenizer(name, spec, options)
+    config = None if gguf_file is not None else read_config(name, trust_remote_code)
+    with loading(spec):
+        model, info = auto_class(config).from_pretrained(
+            name,
+            dtype=wanted or "auto",
+            output_loading_info=True,
+            **options,
+            **_unpacked(gguf_file),
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"cannot load the model {str(spec)!r}: {first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise SourceError(
+            f"expected all weights in {str(spec)!r}, got none for {', '.join(missing[:4])}"
+            f"{', ...' * (len(missing) > 4)} ({len(missing)} missing): they would be random; copy "
+            "or download the model again"
+        )
     return model.eval(), tokenizer
 
 
-def load_processor(spec: str | Path) -> Any:
+@contextmanager
+def loading(spec: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a model is loaded into the library's errors.
+
+    Raises:
+        SourceError: The model cannot be loaded; the message names it.
+    """
+    try:
+        yield
+    except GhostedFastError as error:
+        if str(spec) in str(error) or not isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot load the model {str(spec)!r}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers', safetensors', torch's, gguf's, and the system's
+        said = f"expected a whole model, got {first_line(error)}"
+        advice = "check that its files are whole, or copy or download it again"
+        if "trust_remote_code" in str(error):
+            said = "expected a class that transformers has, got one of code that comes with it"
+            advice = "if you trust that code, pass --trust-remote-code (trust_remote_code=True)"
+        elif not isinstance(error, OSError | ValueError):
+            said += f" ({type(error).__name__})"
+        raise SourceError(f"cannot load the model {str(spec)!r}: {said}; {advice}") from error
+
+
+def source_options(name: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return the options with which transformers loads what belongs to a model.
+
+    Args:
+        name: A hub id or a local folder.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        SourceError: It is a hub id, of which nothing is here, and the hub does not answer.
+    """
+    asked = {} if Path(name).is_dir() else hub_options(name)
+    return {**asked, "trust_remote_code": trust_remote_code}
+
+
+def read_config(name: str, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a model.
+
+    Args:
+        name: A hub id or a local folder.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        SourceError: It cannot be read.
+    """
+    from transformers import AutoConfig
+
+    options = source_options(name, trust_remote_code)
+    with loading(name):
+        return AutoConfig.from_pretrained(name, **options)
+
+
+def load_tokenizer(name: str, spec: str | Path, options: dict[str, Any]) -> Any:
+    """Return a model's tokenizer.
+
+    Args:
+        name: A hub id or a local folder.
+        spec: What the user calls it.
+        options: See `source_options`; and `gguf_file`.
+
+    Raises:
+        SourceError: There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # tokenizers' own are plain ones
+        if "trust_remote_code" in str(error):
+            with loading(spec):
+                raise
+        raise SourceError(
+            f"cannot load the model {str(spec)!r}: expected a tokenizer beside its weights, got "
+            f"none that can be read ({first_line(error)}); copy the tokenizer's files of the model "
+            "that it was made of into the folder"
+        ) from error
+
+
+def load_processor(spec: str | Path, trust_remote_code: bool = False) -> Any:
     """Return the processor of a model that reads pictures or sound too, None where it has none.
 
     It is saved in the place of the tokenizer, which it holds.
 
     Args:
         spec: A hub id or a local folder, as `load_model` takes it.
+        trust_remote_code: Whether code that comes with the model may run.
     """
     name, gguf_file = locate_model(str(spec), None)
     if gguf_file is not None:
         return None
-    from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+    from transformers import AutoProcessor, ProcessorMixin
 
-    config = AutoConfig.from_pretrained(name)
+    config = read_config(name, trust_remote_code)
     if text_config_of(config) is config:
         return None
     try:
-        processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError):  # a folder without its files
+        processor = AutoProcessor.from_pretrained(name, **source_options(name, trust_remote_code))
+    except Exception:  # a folder without its files, or without the packages that they need
         return None
     return processor if isinstance(processor, ProcessorMixin) else None
 
 
-def auto_class(name: str, options: dict[str, Any]) -> Any:
-    """Return the auto class of a checkpoint: that for pictures and text where it reads both."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def auto_class(config: Any) -> Any:
+    """Return the auto class of a checkpoint: that for pictures and text where it reads both.
 
-    if not options:
-        config = AutoConfig.from_pretrained(name)
-        if text_config_of(config) is not config:
-            found = {auto.__name__: auto for auto in auto_classes(type(config))}
-            return next((found[n] for n in WITH_PICTURES if n in found), AutoModelForCausalLM)
+    Args:
+        config: Its configuration, None for one of text alone.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if config is not None and text_config_of(config) is not config:
+        found = {auto.__name__: auto for auto in auto_classes(type(config))}
+        return next((found[n] for n in WITH_PICTURES if n in found), AutoModelForCausalLM)
     return AutoModelForCausalLM
 
 
@@ -141,6 +253,11 @@ def locate_model(spec: str, gguf_file: str | None) -> tuple[str, str | None]:
         SourceError: There is no such file, folder or hub id.
     """
     path = Path(spec).expanduser()
+    if not is_readable_name(spec):
+        raise SourceError(
+            f"expected a model's name in UTF-8, got {spec!r}, which tokenizers and safetensors "
+            "cannot open: rename it"
+        )
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise SourceError(
@@ -158,11 +275,14 @@ def locate_model(spec: str, gguf_file: str | None) -> tuple[str, str | None]:
             if candidates
             else ("neither config.json nor a .gguf file")
         )
-        raise SourceError(f"the folder {spec!r} holds {held}")
+        raise SourceError(
+            f"the folder {spec!r} holds {held}: expected config.json or one .gguf file, got "
+            f"{len(candidates)} of these; give the folder or file of a model"
+        )
     if not is_hub_id(spec, (".gguf",)):
         raise SourceError(
-            f"there is no folder or file {spec!r}; give an existing path, or a hub id such as "
-            "'HuggingFaceTB/SmolLM2-135M-Instruct'"
+            f"there is no folder or file {spec!r}{near_paths(path)}; expected an existing path, or "
+            "a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct': check the name"
         )
     return spec, gguf_file
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.ops.packing import PACKED_DTYPES, packed_shape
@@ -96,9 +97,12 @@ class GramOperands(NamedTuple):
                         f"{op}: expected a contiguous {name}, got strides {list(output.stride())}; "
                         f"pass {name}.contiguous()"
                     )
+        read: dict[str, Tensor | None] = {"x": x, "y": y, "token_weight": token_weight}
+        sums: dict[str, Tensor | None] = {"gram": gram, "cross": cross, "moments": moments}
         _check_device(
-            op, x, y=y, token_weight=token_weight, gram=gram, cross=cross, moments=moments
+            op, x, **{name: item for name, item in {**read, **sums}.items() if name != "x"}
         )
+        _check_apart(op, read, sums)
 
 
 class GhostOperands(NamedTuple):
@@ -177,7 +181,7 @@ class SolveOperands(NamedTuple):
             raise ArgumentError(
                 f"{op}: expected cross of shape [{gram.shape[0]}, outputs], got {list(cross.shape)}"
             )
-        _check_device(op, gram, cross=cross)
+        _check_device(op, gram, "gram", cross=cross)
         if not 0.0 <= damping < float("inf"):
             raise ArgumentError(f"{op}: expected a finite damping >= 0, got {damping}")
 
@@ -202,12 +206,54 @@ def _check_shape(op: str, name: str, tensor: Tensor, shape: list[int]) -> None:
         raise ArgumentError(f"{op}: expected {name} of shape {shape}, got {list(tensor.shape)}")
 
 
-def _check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+def _check_device(op: str, x: Tensor, name_of_x: str = "x", /, **others: Tensor | None) -> None:
+    _check_storage(op, name_of_x, x)
     for name, tensor in others.items():
+        if tensor is not None:
+            _check_storage(op, name, tensor)
         if tensor is not None and tensor.device != x.device:
             raise ArgumentError(
                 f"{op}: expected {name} on {x.device}, got {tensor.device}; move it there"
             )
+
+
+def _check_storage(op: str, name: str, tensor: Tensor) -> None:
+    """Raise unless all of a tensor lies in its storage; those that stand for others are trusted."""
+    if torch.compiler.is_compiling():
+        return
+    if type(tensor) not in (Tensor, Parameter) or tensor.device.type != "cpu" or not tensor.numel():
+        return
+    reach = sum((n - 1) * k for n, k in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
+    held = tensor.untyped_storage().nbytes()
+    if held < needed:
+        raise ArgumentError(
+            f"{op}: expected {name} with all of its numbers in memory, got a storage of {held} "
+            f"bytes for shape {list(tensor.shape)}; load or copy it anew"
+        )
+
+
+def _check_apart(op: str, read: dict[str, Tensor | None], sums: dict[str, Tensor | None]) -> None:
+    """Raise if a sum would be written over what is read, or over another sum."""
+    if torch.compiler.is_compiling():
+        return
+    seen: dict[str, tuple[int, int]] = {}
+    for name, tensor in {**read, **sums}.items():
+        if tensor is None or type(tensor) not in (Tensor, Parameter):
+            continue
+        if tensor.is_meta or not tensor.numel():
+            continue
+        reach = sum((n - 1) * k for n, k in zip(tensor.shape, tensor.stride(), strict=True))
+        begin = tensor.data_ptr()
+        end = begin + (reach + 1) * tensor.element_size()
+        if name in sums:
+            for other, (first, last) in seen.items():
+                if begin < last and first < end:
+                    raise ArgumentError(
+                        f"{op}: expected {name} in memory of its own, got some of that of {other}; "
+                        "pass another tensor"
+                    )
+        seen[name] = begin, end
 
 
 def _check_packed(op: str, weight: Tensor, hidden_size: int) -> None:

@@ -156,6 +156,8 @@ def test_record_in_the_configuration(saved: Path) -> None:
         "removed": REMOVED,
         "num_hidden_layers": NUM_LAYERS,
         "layers": "layers",
+        "family": "llama",
+        "digests": True,
         "ghosts": [
             {**plain, "layer": 0, "side": "input", "bias": True, "first_state": True},
             {**plain, "layer": 0, "side": "output", "norm_eps": 1e-5, "first_state": True},

@@ -246,11 +246,21 @@ def test_a_page_that_cannot_be_made_is_told_before_the_model_is_loaded(
 def test_too_little_text(model_folder: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the cat sat")
-    command = ["eval", "--model", model_folder, "--evaluation", short]
-    assert "expected 5120 tokens of text for 10 rows of 512, got 3" in fail(1, *command)
-    command = ["grid", "--model", model_folder, "--calibration", short, "--evaluation", short]
+    command = ["eval", "--model", model_folder, "--evaluation", short, "--sequence-length", 32]
+    assert "expected 32 tokens of text for 1 rows of 32, got 3" in fail(1, *command)
+    command = [
+        "grid",
+        "--model",
+        model_folder,
+        "--calibration",
+        short,
+        "--evaluation",
+        short,
+        "--sequence-length",
+        32,
+    ]
     message = fail(1, *command, "--remove", 2, "--output", tmp_path / "grid")
-    assert f"evaluation text {str(short)!r}: expected 5120 tokens" in message
+    assert f"evaluation text {str(short)!r}: expected 32 tokens" in message
     assert not (tmp_path / "grid").exists()
 
 

@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_told_before_text_is_read(
         raise AssertionError("the model wrote text")
 
     monkeypatch.setattr("ghosted_fast.text.generation.generate_texts", generate)
-    rest = ["--calibration", "self", "--output", tmp_path / "new"]
+    rest = ["--calibration", "self", "--output", tmp_path / "new", "--sequence-length", 64]
     other = save_tiny_model(tmp_path / "other", seed=1)
     assert "of whose weights none is in the folder" in run(
         "heal", ghosted, "--dense", other, *rest, status=1

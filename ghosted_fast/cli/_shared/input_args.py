@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ghosted_fast.options import HealOptions
+    from ghosted_fast.options import HealOptions, HowMany
 
-TEXT = "a .jsonl or .parquet file, any other text file, or a hub data set"
+TEXT = "a .jsonl, .json, .csv or .parquet file, any other text file, a folder, or a hub data set"
 
 DtypeOption = Annotated[
     values.Dtype,
@@ -48,6 +48,13 @@ EvaluationOption = Annotated[
         help=f"Text to measure perplexity on: {TEXT}.",
     ),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with a model; only where you trust who wrote it.",
+    ),
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is already there.")
 ]
@@ -61,12 +68,24 @@ class ModelArgs:
     model: ModelOption
     dtype: DtypeOption = "auto"
     device: DeviceOption = "auto"
+    trust_remote_code: TrustOption = False
 
     def open(self) -> tuple[Any, Any]:
         """Return the model, on its device, and its tokenizer."""
         from ghosted_fast.cli._shared.loading import open_model
 
-        return open_model(self.model, self.dtype, self.device)
+        return open_model(self.model, self.dtype, self.device, self.trust_remote_code)
+
+    def check(self, sequence_length: int, *wanted: HowMany) -> None:
+        """Raise, before any weight is read, unless the model can do what is asked.
+
+        Args:
+            sequence_length: Of the text.
+            wanted: The layers that are to go.
+        """
+        from ghosted_fast.cli._shared.loading import check_ahead
+
+        check_ahead(self.model, self.device, self.trust_remote_code, sequence_length, *wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +103,20 @@ class ModelsArgs:
     ]
     dtype: DtypeOption = "auto"
     device: DeviceOption = "auto"
+    trust_remote_code: TrustOption = False
 
     def open(self) -> tuple[dict[str, Any], Any]:
         """Return the models by short, distinct names, and the tokenizer of the first."""
         from ghosted_fast.cli._shared.loading import open_models
 
-        return open_models(self.model, self.dtype, self.device)
+        return open_models(self.model, self.dtype, self.device, self.trust_remote_code)
+
+    def check(self, sequence_length: int = 0) -> None:
+        """Raise, before any weight is read, unless there are such models."""
+        from ghosted_fast.cli._shared.loading import check_ahead
+
+        for spec in self.model:
+            check_ahead(spec, self.device, self.trust_remote_code, sequence_length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +128,8 @@ class TextArgs:
         str | None,
         typer.Option(
             "--field",
-            help="Field that holds the text; if not given: text, else 0, else the only one.",
+            help="Field that holds the text or the conversation; if not given: text, else a "
+            "conversation (messages, prompt and completion, ...), else 0, else the only one.",
         ),
     ] = None
     split: Annotated[
@@ -124,14 +152,14 @@ class TextArgs:
             )
 
     def check_there(self, spec: str) -> None:
-        """Raise, without reading it, unless there is a text of a name.
+        """Raise, having read no more than its beginning, unless there is a text of a name.
 
         Raises:
-            SourceError: There is none.
+            SourceError: There is none, or it does not begin as texts do.
         """
-        from ghosted_fast.text.loading import load_texts
+        from ghosted_fast.text.loading import check_texts
 
-        load_texts(spec, self.field, self.split)
+        check_texts(spec, self.field, self.split)
 
     def batches_of(
         self,
@@ -140,13 +168,24 @@ class TextArgs:
         tokens: int,
         fewest: int | None = None,
     ) -> list[Tensor]:
-        """Return the batches of a text: of one by its name, or of texts as they are."""
+        """Return the batches of a text: of one by its name, or of texts as they are.
+
+        Raises:
+            SourceError: It cannot be read or is too short; the message names it.
+        """
+        from ghosted_fast.errors import SourceError
         from ghosted_fast.text.loading import load_texts, token_batches
 
-        texts = load_texts(text, self.field, self.split) if isinstance(text, str) else text
-        return token_batches(
-            tokenizer, texts, tokens, self.sequence_length, self.batch_size, fewest
-        )
+        size = self.sequence_length, self.batch_size, fewest
+        if not isinstance(text, str):
+            return token_batches(tokenizer, text, tokens, *size)
+        try:
+            texts = load_texts(text, self.field, self.split, tokenizer)
+            return token_batches(tokenizer, texts, tokens, *size)
+        except SourceError as error:
+            if text in str(error):
+                raise
+            raise SourceError(f"text {text!r}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +245,21 @@ class CalibrationArgs(LearnedTextArgs):
         self.check_tokens(self.tokens, "--tokens")
 
     def load(self, dense: Any, tokenizer: Any, progress: bool = True) -> list[Tensor]:
-        """Return the batches of the text, or of what the model writes; those of rank 0."""
-        return self.read(dense, tokenizer, self.tokens, progress=progress)
+        """Return the batches of the text, or of what the model writes; those of rank 0.
+
+        Where the text is too short, and a ghost can be fitted on what there is, that is used.
+        """
+        return self.read(dense, tokenizer, self.tokens, self.fewest(dense), progress)
+
+    def fewest(self, dense: Any) -> int:
+        """Return on how many tokens a ghost can be fitted at least."""
+        from ghosted_fast.models.decoder import Decoder
+        from ghosted_fast.options import GhostOptions
+
+        rows = max(
+            GhostOptions().folds, -(-2 * Decoder.of(dense).hidden_size // self.sequence_length)
+        )
+        return min(self.tokens, rows * self.sequence_length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +280,9 @@ class EvaluationArgs:
         """Return its batches, if it is asked for, read as another text is."""
         if self.evaluation is None:
             return None
-        return text.batches_of(tokenizer, self.evaluation, self.evaluation_tokens)
+        return text.batches_of(
+            tokenizer, self.evaluation, self.evaluation_tokens, text.sequence_length
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,8 @@ class Verb(TyperCommand):
         """Take the command line apart, unless there is an old name in it."""
         known = {name for item in self.params for name in item.opts}
         for option, value in _named(args):
+            if option in known and value.isdecimal() and not value.isascii():
+                ctx.fail(f"Invalid value for '{option}': expected the digits 0-9, got {value!r}.")
             new, said = _OPTIONS.get(option, ("", ""))
             if new in known and option not in known:
                 if option == "--num-layers" and "--removed" in known:

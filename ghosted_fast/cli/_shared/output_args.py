@@ -30,13 +30,18 @@ class ReportArgs:
             raise usage_error(f"expected a .html or .json file, got {str(self.report)!r}",
                               "--report")  # fmt: skip
 
-    def check_new(self, folder: Path | None) -> None:
-        """Raise, before any work, if something is there already or cannot be made."""
+    def check_new(self, folder: Path | None, *read: str | None) -> None:
+        """Raise, before any work, if something is there already or cannot be made.
+
+        Args:
+            folder: What is written beside the report.
+            read: What is read, which is never replaced.
+        """
         from ghosted_fast.cli._shared.loading import check_new
         from ghosted_fast.reports.page import page_template
 
-        check_new(folder, self.overwrite)
-        check_new(self.report, self.overwrite)
+        check_new(folder, self.overwrite, *read)
+        check_new(self.report, self.overwrite, *read)
         if self.report is not None and self.report.suffix == ".html":
             page_template("report.html")
 
@@ -67,9 +72,9 @@ class OutputArgs(ReportArgs):
         assert self.output is not None
         return self.output
 
-    def check(self) -> None:
+    def check(self, *read: str | None) -> None:
         """Raise, before any work, if something is there already or cannot be made."""
-        self.check_new(self.output)
+        self.check_new(self.output, *read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +84,9 @@ class NewFolderArgs(ReportArgs):
     title: ClassVar = ReportArgs.title
     output: Annotated[Path, typer.Option("--output", help="The folder to write.")]
 
-    def check(self) -> None:
+    def check(self, *read: str | None) -> None:
         """Raise, before any work, if something is there already or cannot be made."""
-        self.check_new(self.output)
+        self.check_new(self.output, *read)
 
 
 def heal_state(folder: Path) -> Path:

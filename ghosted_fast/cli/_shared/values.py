@@ -6,7 +6,7 @@ Each `parse_*` is the `parser=` of an option: typer names the option in the erro
 from __future__ import annotations
 
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, Overflow
 from typing import Any, Literal, get_args
 
 import typer
@@ -18,6 +18,9 @@ FirstState = Literal["auto", "on", "off"]
 TokenWeight = Literal["inverse_energy", "capped", "uniform"]
 Quantized = Literal["int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+# More is a slip of the hand: no text and no model is as large.
+MOST, MOST_SEED = 10**12, 2**63 - 1
+_MOST_LAYERS, _MOST_CORRECTIONS = 10**6, 10**6
 _TOKEN_UNITS = {"k": 10**3, "K": 10**3, "m": 10**6, "M": 10**6}
 
 
@@ -30,7 +33,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not _is_count(first, _MOST_LAYERS) or (dash and not _is_count(last, _MOST_LAYERS)):
             raise typer.BadParameter(f"expected layers such as '14-18' or '3,7,8', got {text!r}")
         if dash and int(last) < int(first):
             raise typer.BadParameter(
@@ -49,7 +52,7 @@ def parse_counts(text: str) -> tuple[int, ...]:
         typer.BadParameter: One is not above 0, or it is no such text.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(_is_count(part, _MOST_LAYERS) and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"expected numbers above 0 such as '3,5,7', got {text!r}")
     return tuple(int(part) for part in parts)
 
@@ -66,10 +69,10 @@ def parse_token_count(text: str) -> int:
     if factor > 1:
         number = number[:-1]
     try:
-        count = Decimal(number) * factor
-    except InvalidOperation:
+        count = Decimal(number if number.isascii() else "") * factor
+    except (InvalidOperation, Overflow):
         count = Decimal(0)
-    if not count.is_finite() or count < 1 or count != count.to_integral_value():
+    if not count.is_finite() or not 1 <= count <= MOST or count != count.to_integral_value():
         raise typer.BadParameter(
             f"expected a number of tokens such as '100k', '1M' or '1_000_000', got {text!r}"
         )
@@ -85,7 +88,7 @@ def parse_damping(text: str) -> float | Literal["auto"]:
     if text == "auto":
         return "auto"
     try:
-        damping = float(text)
+        damping = float(text if text.isascii() else "")
     except ValueError:
         damping = -1.0
     if not 0 <= damping < float("inf"):
@@ -101,7 +104,7 @@ def parse_corrections(text: str) -> int | Literal["auto"]:
     """
     if text == "auto":
         return "auto"
-    if not text.isdecimal():
+    if not _is_count(text, _MOST_CORRECTIONS):
         raise typer.BadParameter(f"expected 'auto' or a number >= 0, got {text!r}")
     return int(text)
 
@@ -181,9 +184,14 @@ def one_of(choices: Any) -> Callable[[str], str]:
     return parse
 
 
+def _is_count(text: str, most: int) -> bool:
+    """Return whether a text is a whole number in digits that are ours, and no larger than that."""
+    return text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= most
+
+
 def _number_above(least: float, number: str, text: str, expected: str) -> float:
     try:
-        value = float(number)
+        value = float(number if number.isascii() else "")
     except ValueError:
         value = least
     if not least < value < float("inf"):

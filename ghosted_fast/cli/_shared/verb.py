@@ -8,17 +8,27 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from ghosted_fast import _env
+from ghosted_fast.cli._shared.failures import (
+    check_working_folder,
+    ending_on_terminate,
+    escape_odd_names,
+    leave_stdout,
+    line_of,
+)
 from ghosted_fast.cli._shared.results import Result, show
-from ghosted_fast.errors import GhostedFastError, RankError, RanksLostError
+from ghosted_fast.cli._shared.values import MOST, MOST_SEED
+from ghosted_fast.errors import RankError, RanksLostError
 
 # What a shell says of a program that SIGINT has ended.
 _INTERRUPTED = 130
+_MOST_THREADS = 4096
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")
 ]
@@ -51,30 +61,38 @@ def verb(function: Callable[..., Result | None], shares: bool = False) -> Callab
     def command(*, as_json: bool, threads: int | None, debug: bool, **values: Any) -> None:
         launch = _env.launched()
         follows = launch is not None and launch.rank > 0
+        escape_odd_names()
         _log(debug, follows)
         if launch is not None and not shares:
             raise typer.BadParameter(
                 f"expected one process, got {launch.size}: only fit, heal and select share their "
                 "work, start the others without torchrun"
             )
+        _check_sizes({**values, "threads": threads})
         arguments = grouped(values, groups)
         try:
-            if threads is not None:
-                import torch
+            # torchrun waits for its processes, and ends those that do not end by themselves.
+            with ending_on_terminate() if launch is None else nullcontext():
+                check_working_folder()
+                if threads is not None:
+                    import torch
 
-                torch.set_num_threads(threads)
-            result = function(**arguments)
-        except (GhostedFastError, OSError, MemoryError, RuntimeError) as error:
+                    torch.set_num_threads(threads)
+                result = function(**arguments)
+        except (typer.BadParameter, typer.Exit, typer.Abort):
+            raise
+        except Exception as error:  # whatever the libraries below raise
             if debug:
                 raise
             # What another process failed of, that one says, and the first.
             if not follows or not isinstance(error, RankError) or isinstance(error, RanksLostError):
                 who = "" if launch is None else f" (rank {launch.rank})"
-                typer.echo(f"error{who}: {_one_line(error)}", err=True)
+                said = line_of(error, function.__name__.split("_")[0], values)
+                typer.echo(f"error{who}: {said}", err=True)
             raise typer.Exit(1) from error
         if result is None or follows:
             return
-        show(result, as_json)
+        _show(result, as_json)
         if result.interrupted:
             raise typer.Exit(_INTERRUPTED)
         if not result.passed:
@@ -88,6 +106,22 @@ def verb(function: Callable[..., Result | None], shares: bool = False) -> Callab
     return command
 
 
+def _show(result: Result, as_json: bool) -> None:
+    """Print a result, where there is room for it."""
+    try:
+        show(result, as_json)
+        sys.stdout.flush()
+    except OSError as error:
+        leave_stdout()
+        if not isinstance(error, BrokenPipeError):
+            typer.echo(
+                f"error: expected a stdout that takes the result, got {error.strerror}: the work "
+                "is done, send its output elsewhere",
+                err=True,
+            )
+        raise typer.Exit(1) from error
+
+
 def _log(debug: bool, follows: bool) -> None:
     """Send log lines to stderr; of processes that follow another, no more than their errors."""
     logging.basicConfig(
@@ -97,6 +131,20 @@ def _log(debug: bool, follows: bool) -> None:
     )
     if follows:
         _env.silence_bars()
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Raise for a number that is a slip of the hand.
+
+    Raises:
+        typer.BadParameter: It is larger than any that means something.
+    """
+    for name, value in values.items():
+        most = {"seed": MOST_SEED, "threads": _MOST_THREADS}.get(name, MOST)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int) and number > most:
+                raise usage_error(f"expected at most {most}, got {number}",
+                                  f"--{name.replace('_', '-')}")  # fmt: skip
 
 
 def _expanded(own: inspect.Signature, groups: Mapping[str, Any]) -> list[inspect.Parameter]:
@@ -177,7 +225,3 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
         default = inspect.Parameter.empty
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

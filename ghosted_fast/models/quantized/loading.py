@@ -8,20 +8,28 @@ from typing import Any
 
 import torch
 
-from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
-from ghosted_fast.models.loading import auto_class, locate_model, resolve_dtype
-from ghosted_fast.text.readers import first_line
+from ghosted_fast.errors import ArgumentError, MissingExtraError
+from ghosted_fast.models.loading import (
+    auto_class,
+    load_tokenizer,
+    loading,
+    locate_model,
+    read_config,
+    resolve_dtype,
+    source_options,
+)
 
 KINDS = ("int8", "nf4")
 _PACKAGES = ("bitsandbytes", "accelerate")
 
 
-def check_quantizable(spec: str | Path, kind: str) -> None:
+def check_quantizable(spec: str | Path, kind: str, trust_remote_code: bool = False) -> None:
     """Raise, before any weight is read, unless a model can be loaded in a quantized form.
 
     Args:
         spec: A hub id or a local folder.
         kind: One of `KINDS`.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         ArgumentError: There is no such kind, or the model is quantized already or a GGUF file.
@@ -41,7 +49,7 @@ def check_quantizable(spec: str | Path, kind: str) -> None:
             f"expected a folder or hub id with the unquantized weights, to load them in {kind}, "
             f"got the GGUF file {gguf_file!r}: name the model that it was made of"
         )
-    config = _config_of(name)
+    config = read_config(name, trust_remote_code)
     if quantization_of(config) is not None:
         raise ArgumentError(
             f"expected unquantized weights to load in {kind}, got {str(spec)!r}, which is "
@@ -55,6 +63,7 @@ def load_quantized(
     kind: str,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a language model, quantized by bitsandbytes, and its tokenizer, in evaluation mode.
 
@@ -65,6 +74,7 @@ def load_quantized(
         kind: "int8" or "nf4".
         dtype: That of what is not quantized, and of the ghosts; see `load_model`.
         device: Where the model goes.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Returns:
         The model and the tokenizer.
@@ -73,27 +83,29 @@ def load_quantized(
         ArgumentError: See `check_quantizable`; or nothing in the model can be quantized.
         MissingExtraError, SourceError: See `check_quantizable`.
     """
-    check_quantizable(spec, kind)
-    from transformers import AutoTokenizer, BitsAndBytesConfig
+    check_quantizable(spec, kind, trust_remote_code)
+    from transformers import BitsAndBytesConfig
 
     name, _ = locate_model(str(spec), None)
+    config = read_config(name, trust_remote_code)
     wanted = resolve_dtype(dtype)
     if kind == "int8":
         settings = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        computed = wanted or _config_of(name).dtype or torch.float32
+        computed = wanted or config.dtype or torch.float32
         settings = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = auto_class(name, {}).from_pretrained(
-            name, dtype=wanted or "auto", quantization_config=settings, device_map={"": device}
+    options = source_options(name, trust_remote_code)
+    tokenizer = load_tokenizer(name, spec, options)
+    with loading(f"{spec} in {kind}"):
+        model = auto_class(config).from_pretrained(
+            name,
+            dtype=wanted or "auto",
+            quantization_config=settings,
+            device_map={"": device},
+            **options,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(
-            f"cannot load the model {str(spec)!r} in {kind}: {first_line(error)}"
-        ) from error
     if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
         raise ArgumentError(
             f"expected linear layers that bitsandbytes can quantize in {kind}, got none in "
@@ -120,12 +132,3 @@ def quantization_of(config: Any) -> str | None:
         return f"{name} {values.get('bnb_4bit_quant_type')}"
     form = values.get("format")
     return f"{name} {form}" if form else name
-
-
-def _config_of(name: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"cannot load the model {name!r}: {first_line(error)}") from error

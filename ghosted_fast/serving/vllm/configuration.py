@@ -14,7 +14,7 @@ from typing import Any
 from ghosted_fast.checkpoint.record import FORMAT, check_record, is_ghosted
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.built_whole import text_config_of
-from ghosted_fast.models.families import dense_model_type
+from ghosted_fast.models.families import GHOSTED_PREFIX, dense_model_type
 from ghosted_fast.models.structure import counts_of
 from ghosted_fast.serving.vllm import NATIVE, THROUGH_TRANSFORMERS, reason_against
 
@@ -100,7 +100,8 @@ def check_native(name: str, config: Any) -> None:
         CheckpointError: See `check_record`.
         UnsupportedModelError: The configuration does not describe the layers that are left.
     """
-    check_record(config.ghost, *counts_of(text_config_of(config)).values())
+    family = config.model_type.removeprefix(GHOSTED_PREFIX)
+    check_record(config.ghost, family, *counts_of(text_config_of(config)).values())
     if config.ghost and config.ghost["format"] != FORMAT:
         raise UnsupportedModelError(
             f"{name} cannot be served by vLLM: what its layers are follows from their places in "
