@@ -25,10 +25,12 @@ struct Epilogue {
   const void* first_state = nullptr;  // in x's dtype
 };
 
-// y[row][column, column + count) from the sums of x W^T; `sums` may be read to a whole vector.
-template <Dtype kType>
-inline void finish(const Epilogue& epilogue, int64_t row, int64_t column, int64_t count,
+// y[row][column, column + count) from the sums of x W^T; `sums` may be read to a whole vector. With
+// kCount the compiler knows the count.
+template <Dtype kType, int64_t kCount = 0>
+inline void finish(const Epilogue& epilogue, int64_t row, int64_t column, int64_t given_count,
                    const float* sums) {
+  const int64_t count = kCount > 0 ? kCount : given_count;
   typedef StorageOf<kType> Stored;
   const ApplyArgs& args = epilogue.args;
   const int64_t offset = row * args.hidden_size + column;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ghost_block.h"
+#include "ghost_int8.h"
 
 namespace ghosted_fast {
 namespace {
@@ -116,16 +117,22 @@ inline void apply_blocks(const Epilogue& epilogue, int64_t threads) {
   }
 }
 
+// Which kernel serves a call; null for that of the path avx512.
+inline auto tiled_kernel(const ApplyArgs& args) -> void (*)(const Epilogue&, int64_t) {
+  if (args.dtype != Dtype::kBFloat16) return nullptr;
+  if (args.num_rows > kStreamRows) return &apply_blocks;
+  if (args.packed) return &apply_stream;
+  const bool is_int8 = args.weight_dtype == Dtype::kInt8 && args.hidden_size <= kMaxByteInputs;
+  return is_int8 ? &apply_bytes : nullptr;
+}
+
 inline void amx_ghost_apply(const ApplyArgs& args) {
-  const bool has_rows = args.num_rows > 0 && args.hidden_size > 0;
-  const bool is_streamed = args.num_rows <= kStreamRows;
-  if (!has_rows || args.dtype != Dtype::kBFloat16 || (is_streamed && !args.packed)) {
-    return ghost_apply(args);
-  }
+  if (args.hidden_size == 0 || args.num_rows == 0) return;
+  const auto kernel = tiled_kernel(args);
+  if (kernel == nullptr) return ghost_apply(args);
   const int64_t threads = max64(1, num_threads()), padded = round_up(args.hidden_size, kLanes);
   Scratch scratch(epilogue_bytes(args, padded));
-  const Epilogue epilogue = make_epilogue(args, padded, threads, scratch);
-  is_streamed ? apply_stream(epilogue, threads) : apply_blocks(epilogue, threads);
+  kernel(make_epilogue(args, padded, threads, scratch), threads);
 }
 
 }  // namespace

@@ -47,27 +47,34 @@ struct PendingSums {
   int64_t row = 0, rows = 0, column = 0, columns = 0;
 
   void finish_rows(const Epilogue& epilogue, int64_t begin, int64_t end) const {
+    constexpr Dtype kType = Dtype::kBFloat16;
     for (int64_t r = begin; r < min64(end, rows); ++r) {
-      finish<Dtype::kBFloat16>(epilogue, row + r, column, columns, sums + r * kPairOutputs);
+      const float* from = sums + r * kPairOutputs;
+      if (columns == kPairOutputs) {
+        finish<kType, kPairOutputs>(epilogue, row + r, column, columns, from);
+      } else {
+        finish<kType>(epilogue, row + r, column, columns, from);
+      }
     }
   }
 };
 
-// The four tiles 0 to 3 as 32 rows of 32 numbers.
-inline void load_sums(const float* from) {
-  constexpr int64_t kStride = kPairOutputs * sizeof(float);
-  tile_load<0>(from, kStride);
-  tile_load<1>(from + kPanel, kStride);
-  tile_load<2>(from + kAmxRows * kPairOutputs, kStride);
-  tile_load<3>(from + kAmxRows * kPairOutputs + kPanel, kStride);
-}
+// Where the tiles 0 to 3 go, as 32 rows of 32 numbers, and where the next content comes from.
+struct TileTurn {
+  float* former = nullptr;      // null: nothing is in them
+  const float* next = nullptr;  // null: zeros
+};
 
-inline void store_sums(float* to) {
+template <int kTile>
+inline void turn_tile(const TileTurn& turn) {
   constexpr int64_t kStride = kPairOutputs * sizeof(float);
-  tile_store<0>(to, kStride);
-  tile_store<1>(to + kPanel, kStride);
-  tile_store<2>(to + kAmxRows * kPairOutputs, kStride);
-  tile_store<3>(to + kAmxRows * kPairOutputs + kPanel, kStride);
+  constexpr int64_t kAt = kTile / 2 * kAmxRows * kPairOutputs + kTile % 2 * kPanel;
+  if (turn.former != nullptr) tile_store<kTile>(turn.former + kAt, kStride);
+  if (turn.next != nullptr) {
+    tile_load<kTile>(turn.next + kAt, kStride);
+  } else {
+    tile_zero<kTile>();
+  }
 }
 
 // What one micro-kernel multiplies: `steps` steps of two row tiles with two panels.
@@ -77,47 +84,43 @@ struct PairProduct {
   int64_t steps;
 };
 
-// `from` holds the sums of earlier passes, or is null; work(k) is done in the shadow of step k.
+// Leaves the sums in the tiles 0 to 3, whose content turns when this kernel's first products want
+// them. work(k) is done in the shadow of step k.
 template <class Work>
-inline void multiply_pair(const PairProduct& p, const float* from, float* to, Work&& work) {
-  if (from == nullptr) {
-    tile_zero<0>();
-    tile_zero<1>();
-    tile_zero<2>();
-    tile_zero<3>();
-  } else {
-    load_sums(from);
-  }
+inline void multiply_pair(const PairProduct& p, const TileTurn& turn, Work&& work) {
   constexpr int64_t kRowTile = kAmxRows * kTileInputs;
   for (int64_t k = 0; k < p.steps; ++k) {
     tile_load<6>(p.left + k * kAmxDwords, kAmxRowBytes);
     tile_load<7>(p.right + k * kAmxDwords, kAmxRowBytes);
     tile_load_past_l1<4>(p.upper + k * kRowTile, kAmxRowBytes);
     tile_load_past_l1<5>(p.lower + k * kRowTile, kAmxRowBytes);
+    if (k == 0) turn_tile<0>(turn);
     tile_dot<0, 4, 6>();
+    if (k == 0) turn_tile<1>(turn);
     tile_dot<1, 4, 7>();
+    if (k == 0) turn_tile<2>(turn);
     tile_dot<2, 5, 6>();
+    if (k == 0) turn_tile<3>(turn);
     tile_dot<3, 5, 7>();
     work(k);
   }
-  store_sums(to);
 }
 
 // The memory of one thread.
 struct BlockMemory {
   float* sums = nullptr;    // [pair of panels][pair of row tiles][32][32], of earlier passes
-  float* spare = nullptr;   // two micro-kernels' sums on their way to outputs
+  float* spare = nullptr;   // a micro-kernel's sums on their way to outputs
   float* ends = nullptr;    // two panels over one pass, zero-padded to whole steps
   float* panels = nullptr;  // the block's panels where the weight is not packed
 
   static int64_t floats(const Passes& passes, bool is_packed) {
     const int64_t sums = passes.count > 1 ? kBlockPairs * kBlockRows / (2 * kAmxRows) : 0;
-    return (sums + 2) * kPairSums + 2 * passes.length * kAmxDwords +
+    return (sums + 1) * kPairSums + 2 * passes.length * kAmxDwords +
            (is_packed ? 0 : 2 * kBlockPairs * passes.steps.count() * kAmxDwords);
   }
   BlockMemory(float* data, const Passes& passes) {
     spare = data;
-    ends = spare + 2 * kPairSums;
+    ends = spare + kPairSums;
     sums = ends + 2 * passes.length * kAmxDwords;
     panels = sums + (passes.count > 1 ? kBlockPairs * kBlockRows / (2 * kAmxRows) * kPairSums : 0);
   }
@@ -147,6 +150,11 @@ class BlockProduct {
         multiply_rows(panels, pass, pair, pair - begin, next);
       }
     }
+    const TileTurn last{former_, nullptr};
+    turn_tile<0>(last);
+    turn_tile<1>(last);
+    turn_tile<2>(last);
+    turn_tile<3>(last);
     pending_.finish_rows(epilogue_, 0, 2 * kAmxRows);
   }
 
@@ -167,6 +175,16 @@ class BlockProduct {
     std::memset(to + there, 0, static_cast<size_t>(wanted - there) * sizeof(float));
   }
 
+  // Fetches what the rows [begin, end) of a micro-kernel will be finished with, and where.
+  void prefetch_outputs(int64_t begin, int64_t end, int64_t column) const {
+    const ApplyArgs& args = epilogue_.args;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t at = row * args.hidden_size + column;
+      __builtin_prefetch(static_cast<const uint16_t*>(args.x) + at, 0, 3);
+      __builtin_prefetch(static_cast<uint16_t*>(args.y) + at, 1, 3);
+    }
+  }
+
   void multiply_rows(const BlockPanels& panels, int64_t pass, int64_t pair, int64_t slot,
                      const float* next) {
     const int64_t steps = passes_.length_of(pass), row_pairs = tiles_ / 2;
@@ -184,22 +202,26 @@ class BlockProduct {
     int64_t step = 0, line = 0;
     for (int64_t t = 0; t < row_pairs; ++t) {
       const uint16_t* rows = x_ + (pass * tiles_ * passes_.length + 2 * t * steps) * kRowTile;
+      const int64_t column = pair * kPairOutputs, row = 2 * t * kAmxRows;
       product.upper = rows;
       product.lower = rows + steps * kRowTile;
       float* sums = memory_.sums + (slot * kBlockRows / (2 * kAmxRows) + t) * kPairSums;
-      float* to = is_last_pass ? memory_.spare + (turn_ ^= 1) * kPairSums : sums;
-      multiply_pair(product, pass == 0 ? nullptr : sums, to, [&](int64_t k) {
+      const TileTurn turn{former_, pass == 0 ? nullptr : sums};
+      multiply_pair(product, turn, [&](int64_t k) {
         ++step;
         for (const int64_t until = step * lines / all_steps; line < until; ++line) {
           __builtin_prefetch(next + line * kPanel, 0, 2);
           __builtin_prefetch(next + panels.panel_stride + line * kPanel, 0, 2);
         }
-        pending_.finish_rows(epilogue_, k * 2 * kAmxRows / steps, (k + 1) * 2 * kAmxRows / steps);
+        const int64_t begin = k * 2 * kAmxRows / steps, end = (k + 1) * 2 * kAmxRows / steps;
+        if (is_last_pass)
+          prefetch_outputs(row_ + row + begin, min64(row_ + rows_, row_ + row + end), column);
+        pending_.finish_rows(epilogue_, begin, end);
       });
-      const int64_t column = pair * kPairOutputs, row = 2 * t * kAmxRows;
+      former_ = is_last_pass ? memory_.spare : sums;
       pending_ = {};
       if (is_last_pass) {
-        pending_ = {to, row_ + row, rows_ - row, column,
+        pending_ = {former_, row_ + row, rows_ - row, column,
                     min64(kPairOutputs, epilogue_.args.hidden_size - column)};
       }
     }
@@ -211,7 +233,7 @@ class BlockProduct {
   const BlockMemory& memory_;
   const uint16_t* x_;
   int64_t row_, rows_, tiles_;
-  int turn_ = 0;
+  float* former_ = nullptr;
   PendingSums pending_;
 };
 

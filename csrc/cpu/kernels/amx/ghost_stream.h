@@ -15,6 +15,10 @@ constexpr int64_t kTileInputs = 32;
 // Rows that one tile holds: up to so many the weight is read once.
 constexpr int64_t kStreamRows = kAmxRows;
 
+// How far ahead of its reading the stream is prefetched into the L2 cache. What is fetched into L1
+// may be gone before it is used, where another thread shares that cache.
+constexpr int64_t kTileStreamAhead = 16384;
+
 // How the inputs are cut into tiles.
 struct TileSteps {
   int64_t whole = 0;  // of 16 dwords
@@ -55,9 +59,9 @@ inline void stream_panel(const uint16_t* x, int64_t rows, const float* panel,
                          const TileSteps& steps, float* sums, float* more) {
   const int64_t x_step = rows * kTileInputs;
   const auto prefetch = [](const float* from, int64_t lines) {
-    const char* ahead = reinterpret_cast<const char*>(from) + kStreamAhead;
+    const char* ahead = reinterpret_cast<const char*>(from) + kTileStreamAhead;
     for (int64_t line = 0; line < lines; ++line) {
-      __builtin_prefetch(ahead + line * kAmxRowBytes, 0, 3);
+      __builtin_prefetch(ahead + line * kAmxRowBytes, 0, 2);
     }
   };
   tile_zero<0>();

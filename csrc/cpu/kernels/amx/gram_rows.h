@@ -2,8 +2,9 @@
 //
 // The group lies in the L2 cache. A pair of left tiles over one slab stays in the L1 cache while
 // each right pair is loaded past it and multiplied, 2 x 2 tiles from zero. In the shadow of the
-// tiles the vector units add the sums of the micro-kernel before the last to the row's, in fp32,
-// carry the row before to the fp64 sums in memory, and prefetch those and the next left tiles.
+// tiles the vector units add the sums of the micro-kernel before to the row's, in fp32, carry the
+// row before to the fp64 sums in memory, and prefetch those and the next left tiles. What passes
+// through the L1 cache meanwhile must stay below 16 KiB, or it evicts the left tiles.
 #pragma once
 
 #include "gram_pack.h"
@@ -11,9 +12,9 @@
 namespace ghosted_fast {
 namespace {
 
-// Right pairs of a group: 1 MiB in one part over 2048 tokens, 1.5 MiB in three.
+// Right pairs of a group: 1 to 1.1 MiB over 2048 tokens.
 constexpr int64_t kGroupPairs = 8;
-constexpr int64_t kSplitGroupPairs = 4;
+constexpr int64_t kSplitGroupPairs = 3;
 // Sums of a micro-kernel, 32 x 32.
 constexpr int64_t kKernelSums = kPairFeatures * kPairFeatures;
 constexpr int64_t kKernelVectors = kKernelSums / kLanes;
@@ -115,7 +116,7 @@ struct Group {
 template <int kParts>
 class GroupRows {
  public:
-  static constexpr int64_t kFloats = (2 * kGroupPairs + 2) * kKernelSums;
+  static constexpr int64_t kFloats = (2 * kGroupPairs + 1) * kKernelSums;
 
   // left: of all features; right: of the group; memory: kFloats.
   GroupRows(const Group& group, const Sums& into, const Slabs& slabs, const float* left,
@@ -133,11 +134,11 @@ class GroupRows {
     const int64_t last = group_.is_gram ? min64(group_.last, row + 1) : group_.last;
     const int64_t width = last - group_.first, count = slabs_.count(), kernels = width * count;
     float* sums = memory_ + (turn_ ^= 1) * kGroupPairs * kKernelSums;
-    // The sums of the row before are complete after this row's second kernel.
-    const bool is_overlapped = kernels > 3;
+    // The sums of the row before are complete after this row's first kernel.
+    const bool is_overlapped = kernels > 2;
     if (!is_overlapped) flush();
     const int64_t pieces =
-        is_overlapped ? (kPairFeatures * drain_.pairs + kernels - 3) / (kernels - 2) : 0;
+        is_overlapped ? (kPairFeatures * drain_.pairs + kernels - 2) / (kernels - 1) : 0;
     int64_t kernel = 0;
     for (int64_t slab = 0; slab < count; ++slab) {
       const float* left = left_ + (row * count + slab) * 2 * kHalfDwords;
@@ -146,20 +147,19 @@ class GroupRows {
       const int64_t lines = (2 * kHalfDwords / kPanel + width * steps - 1) / (width * steps);
       const float* ahead = left + 2 * kHalfDwords;
       for (int64_t pair = 0; pair < width; ++pair, ++kernel) {
-        const int64_t quota = kernel < 2 ? 0 : pieces;
+        const int64_t quota = kernel == 0 ? 0 : pieces;
         const float* right = right_ + (pair * count + slab) * 2 * kHalfDwords * kParts;
         multiply_slab<kParts>(left, right, steps, in_tiles_.values, [&](int64_t k) {
-          if (adding_.sums != nullptr) {
-            adding_.add(k * kKernelVectors / steps, (k + 1) * kKernelVectors / steps);
+          if (in_tiles_.sums != nullptr) {
+            in_tiles_.add(k * kKernelVectors / steps, (k + 1) * kKernelVectors / steps);
           }
           for (int64_t n = 0; n < lines; ++n, ahead += kPanel) __builtin_prefetch(ahead, 0, 2);
           const int64_t now = (k + 1) * quota / steps - k * quota / steps;
           drain_.prefetch(now);
           drain_.advance(now);
         });
-        adding_ = in_tiles_;
         float* kernel_sums = sums + pair * kKernelSums;
-        float* spare = memory_ + (2 * kGroupPairs + kernel % 2) * kKernelSums;
+        float* spare = memory_ + 2 * kGroupPairs * kKernelSums;
         in_tiles_ = slab == 0 ? PendingSlab{kernel_sums, nullptr} : PendingSlab{spare, kernel_sums};
       }
     }
@@ -183,7 +183,6 @@ class GroupRows {
 
   // Everything that is under way.
   void flush() {
-    if (adding_.sums != nullptr) adding_.add(0, kKernelVectors);
     if (in_tiles_.values != nullptr) {
       start_tile<0>(in_tiles_.values);
       start_tile<1>(in_tiles_.values);
@@ -191,7 +190,7 @@ class GroupRows {
       start_tile<3>(in_tiles_.values);
     }
     if (in_tiles_.sums != nullptr) in_tiles_.add(0, kKernelVectors);
-    adding_ = in_tiles_ = {};
+    in_tiles_ = {};
     drain_.advance(kPairFeatures * kGroupPairs);
   }
 
@@ -202,7 +201,7 @@ class GroupRows {
   float* memory_;
   int turn_ = 0;
   Drain drain_;
-  PendingSlab in_tiles_, adding_;
+  PendingSlab in_tiles_;
 };
 
 }  // namespace

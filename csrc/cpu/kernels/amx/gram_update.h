@@ -49,8 +49,9 @@ struct GroupPlan {
   int64_t width, groups, shares;
 
   GroupPlan(const TiledProduct& product, int64_t threads) {
-    width = product.is_exact ? kGroupPairs : kSplitGroupPairs;
-    groups = (product.pairs() + width - 1) / width;
+    const int64_t most = product.is_exact ? kGroupPairs : kSplitGroupPairs;
+    groups = (product.pairs() + most - 1) / most;
+    width = (product.pairs() + groups - 1) / groups;
     shares = threads == 1 ? 1 : max64(1, min64(4 * threads / groups, product.row_pairs() / 4));
   }
   int64_t tasks() const { return groups * shares; }
