@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
-  csrc/*/*/*.cpp csrc/*/*/*.h)
+  csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*/*/*.h)
 CLANG_SOURCES = $(SOURCES) $(wildcard tests/*/*.cpp tests/*/*.h ghosted_fast/*/*.cpp)
 ENGINES := gguf onnx-ir onnxruntime onnxruntime-genai xllamacpp
 WHEEL = $$(ls -t dist/ghosted_fast-*.whl | head -n 1)

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/amx_support.h"
 #include "cpu/dispatch.h"
 #include "cpu/operators.h"
 #include "cpu/parallel.h"
@@ -44,6 +45,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_path", [] { return std::string(ghosted_fast::kernel_table().name); },
       "Return the path in use.");
+  m.def("amx_problem", &ghosted_fast::amx_problem,
+        "Return why the AMX that the processor has cannot be used; empty if it can, or has none.");
   m.def("advise_huge_pages", &ghosted_fast::advise_huge_pages, pybind11::arg("address"),
         pybind11::arg("num_bytes"),
         "Ask the system to back memory, whole huge pages of it, by huge pages.");

@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,3 +39,28 @@ def write_atomically(path: Path, text: str) -> None:
     """
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside a target, whose "new" takes its place once the block ends.
+
+    Args:
+        target: The folder. Its parents are made as needed; an existing folder is put aside at the
+            very end, and put back if the new one cannot take its place.
+
+    Yields:
+        An empty folder, removed with all else that is in it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = workspace / "old"
+    try:
+        yield workspace
+        if target.exists():
+            target.rename(old)
+        (workspace / "new").rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(workspace, ignore_errors=True)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from torch import Tensor
 from ghosted_fast.assets.downloads import DemoAssets
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import ArgumentError, CheckpointError
+from ghosted_fast.facts import HealingFacts
+from ghosted_fast.improve.healing import heal
 from ghosted_fast.measure.models_table import ModelRow, compare_models
 from ghosted_fast.measure.system import machine_facts
 from ghosted_fast.models.loading import cast_parameters, load_model, resolve_dtype
-from ghosted_fast.options import RunOptions
+from ghosted_fast.models.structure import share_copy
+from ghosted_fast.options import HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.reports.ghost_report import GhostReport
 from ghosted_fast.reports.page import write_report
@@ -35,6 +38,7 @@ PROMPT = "Why is the sky blue?"
 _MARKER = ".ghosted-fast-demo"
 _SEQUENCE_LENGTH = 512
 _RELOADED_TOKENS = 64
+_HEALING_TOKENS = 32768
 _RELOAD = """
 import sys, torch
 import ghosted_fast
@@ -55,8 +59,9 @@ class DemoResult:
     """What the demo found out.
 
     Attributes:
-        rows: Dense, pruned, ghosted without corrections and ghosted model, for each dtype.
+        rows: Dense, pruned, ghosted without corrections, ghosted and healed model, for each dtype.
         report: Of the model that is saved, with the scores of the choice of layers.
+        healing: Of the last healed model, which is not saved: the only one that was trained.
         checkpoint: The saved model's folder.
         page: The report page.
         sample: What the saved model, loaded in a new process, answers to `PROMPT`.
@@ -65,6 +70,7 @@ class DemoResult:
 
     rows: list[ModelRow]
     report: GhostReport
+    healing: HealingFacts
     checkpoint: Path
     page: Path
     sample: str
@@ -76,6 +82,7 @@ class DemoResult:
         detail = f"{checkpoint} gives the logits of the model that was saved, bit for bit"
         return {
             **self.report.to_dict(),
+            "healing": asdict(self.healing),
             "models": [row.to_dict() for row in self.rows],
             "samples": [{"name": "ghosted", "prompt": PROMPT, "text": self.sample}],
             "checks": [
@@ -139,11 +146,22 @@ def run_demo(
         raise ArgumentError("expected at least one dtype, got none")
     _claim(output, overwrite)
     tokens, evaluation_rows, quick = options.tokens, options.evaluation_rows, options.quick
+    healing = HealOptions(minutes=0.5, tokens_per_step=512, held_out_tokens=1024)
     if quick:
         tokens, evaluation_rows = max(tokens // 8, 16 * _SEQUENCE_LENGTH), 2
+        healing = replace(healing, minutes=0.1)
     # Loaded once, in fp32, since unpacking the file takes longer than a cast.
     source, tokenizer = load_model(assets.model, torch.float32)
     batches = token_batches(tokenizer, load_texts(assets.calibration), tokens, _SEQUENCE_LENGTH)
+    # What healing learns from begins where the calibration text ends.
+    longer = token_batches(
+        tokenizer,
+        load_texts(assets.calibration),
+        tokens + _HEALING_TOKENS,
+        _SEQUENCE_LENGTH,
+        fewest=tokens + _HEALING_TOKENS // 8,
+    )
+    fresh = torch.cat(longer)[sum(map(len, batches)) :].split(8)
     evaluation = token_batches(
         tokenizer,
         load_texts(assets.evaluation),
@@ -170,18 +188,23 @@ def run_demo(
         least_squares, _ = ghost_model(
             dense, batches, removed=chosen.removed, run=RunOptions(corrections=0)
         )
+        healed = share_copy(ghosted)
+        healing_facts = heal(healed, dense, fresh, healing, progress=progress)
         models = {
             "dense": dense,
             "pruned": prune_model(dense, chosen.removed),
             "ghosted, not corrected": least_squares,
             "ghosted": ghosted,
+            "healed": healed,
         }
         rows += compare_models(models, evaluation, speed, progress)
     assert chosen is not None
     report = replace(report, criterion=chosen.criterion, scores=chosen.scores)
     folder = save_model(ghosted, output / "model", tokenizer, overwrite=True)
     sample, identical = check_reload(ghosted, folder, tokenizer, evaluation[0])
-    result = DemoResult(rows, report, folder, output / "report.html", sample, identical)
+    result = DemoResult(
+        rows, report, healing_facts, folder, output / "report.html", sample, identical
+    )
     write_report(
         result.page, result.to_dict(), "SmolLM2-135M-Instruct with a ghost", overwrite=True
     )

@@ -23,8 +23,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoAssets:
     monkeypatch.setattr(demo, "_SEQUENCE_LENGTH", 32)
+    monkeypatch.setattr(demo, "_HEALING_TOKENS", 8192)
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"0": TEXT}) + "\n" for _ in range(60)))
+    texts.write_text("".join(json.dumps({"0": TEXT}) + "\n" for _ in range(200)))
     return DemoAssets(save_tiny_model(tmp_path / "tiny"), texts, texts)
 
 
@@ -40,14 +41,19 @@ def test_demo(assets: DemoAssets, tmp_path: Path) -> None:
             ("pruned", 4),
             ("ghosted, not corrected", 4),
             ("ghosted", 4),
+            ("healed", 4),
         )
     ]
     assert all(row.perplexity and row.throughput for row in result.rows)
     assert result.identical
+    assert result.healing.curve[0].divergence > 0 and result.healing.tokens > 0
+    assert result.to_dict()["healing"]["tokens"] == result.healing.tokens
+    page = result.page.read_text(encoding="utf-8")
+    assert f"trained on {result.healing.tokens:,} tokens" in page
     assert len(result.report.removed) == 2
     model, _ = load_model(result.checkpoint)
     assert model.dtype == torch.bfloat16
-    assert "loaded in a new process" in result.page.read_text(encoding="utf-8")
+    assert "loaded in a new process" in page
     json.dumps(result.to_dict())
 
 

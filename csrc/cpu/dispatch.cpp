@@ -2,6 +2,8 @@
 
 #include <atomic>
 
+#include "amx_support.h"
+
 namespace ghosted_fast {
 
 extern const KernelTable kPortableKernels;
@@ -9,6 +11,7 @@ extern const KernelTable kPortableKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAvx512Bf16Kernels;
+extern const KernelTable kAmxKernels;
 #endif
 
 namespace {
@@ -25,6 +28,7 @@ std::vector<const KernelTable*> find_tables() {
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   // Intel's cores run vdpbf16ps at a quarter of the rate of an fp32 FMA [measured on Emerald
   // Rapids: 85 against 175 GFLOP/s, at two products per lane], AMD's at the same rate.
+  if (avx512 && has_amx() && amx_problem().empty()) tables.push_back(&kAmxKernels);
   const bool fast_bf16 = bf16 && !__builtin_cpu_is("intel");
   if (fast_bf16) tables.push_back(&kAvx512Bf16Kernels);
   if (avx512) tables.push_back(&kAvx512Kernels);

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ghosted_fast import distributed
+from ghosted_fast._atomic_files import atomic_folder
 from ghosted_fast.checkpoint.alignment import align_weights
 from ghosted_fast.checkpoint.model_card import CARD, is_ours, write_card
 from ghosted_fast.checkpoint.record import is_ghosted
@@ -139,25 +140,14 @@ def save_model(
 
 
 def _save(model: Any, target: Path, tokenizer: Any) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with atomic_folder(target) as workspace:
         fresh = workspace / "new"
         saved = model if is_ghosted(model.config) else packed_again(model)
         saved.save_pretrained(fresh)
         align_weights(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        if target.exists():
-            card = target / CARD
-            if card.is_file() and not is_ours(card):
-                shutil.copy2(card, fresh / CARD)
-            target.rename(workspace / "old")
-        fresh.rename(target)
-    except BaseException:
-        if (workspace / "old").exists() and not target.exists():
-            (workspace / "old").rename(target)
-        raise
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        card = target / CARD
+        if card.is_file() and not is_ours(card):
+            shutil.copy2(card, fresh / CARD)
     return target

@@ -100,6 +100,13 @@ class HealArgs:
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", help="Learning rate of the first full steps.")
     ] = 1e-3
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter",
+            help="Write what was trained as a PEFT adapter of FOLDER, not as a healed model.",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         for option, value in (("--minutes", self.minutes), ("--learning-rate", self.learning_rate)):
@@ -130,13 +137,15 @@ def heal_folder(
 
     The folder may have ghosts or not. Low-rank factors of all linear maps are trained, and the
     ghosts; they are folded into the weights, so that the model computes no more than before. With
-    --calibration self the dense model writes the text. A run that was killed goes on where it was.
-    Where no step helps, the model is written as it was.
+    --calibration self the dense model writes the text. With --adapter what was trained stays apart,
+    for PEFT to put on the folder's model, which may be quantized then. A run that was killed goes
+    on where it was. Where no step helps, the model is written as it was.
     """
     from ghosted_fast.checkpoint.model_card import attach_healing
     from ghosted_fast.checkpoint.save import save_model
     from ghosted_fast.cli._shared.launch import process_group
     from ghosted_fast.facts import healing_text
+    from ghosted_fast.improve.adapter import check_adapter
     from ghosted_fast.improve.healing import check_healable, heal
     from ghosted_fast.models.loading import load_processor
 
@@ -144,20 +153,33 @@ def heal_folder(
     with process_group(ranks.rank_timeout, pair.device) as first:
         if first:
             output.check(pair.folder, pair.dense, text.calibration)
+        if training.adapter:
+            check_adapter(output.output, options.rank, output.overwrite)
         text.check()
         pair.check(text.sequence_length)
         smaller, dense, tokenizer = pair.open()
-        check_healable(smaller, options)
+        check_healable(smaller, options, training.adapter)
         batches = text.read(
             dense, tokenizer, text.tokens_to_heal(options), text.sequence_length, first
         )
         state = heal_state(output.output)
-        healed = asdict(heal(smaller, dense, batches, options, state=state, progress=first))
+        done = heal(
+            smaller,
+            dense,
+            batches,
+            options,
+            state=state,
+            adapter=output.output if training.adapter else None,
+            overwrite=output.overwrite,
+            progress=first,
+        )
+        healed = asdict(done)
         facts = _facts(pair, smaller, dense, text, healed) | {"output": str(output.output)}
-        if first:
+        if first and not training.adapter:
             attach_healing(smaller.config, healed, facts["calibration"])
             beside = load_processor(pair.folder, pair.trust_remote_code) or tokenizer
             save_model(smaller, output.output, beside, output.overwrite)
+        if first:
             state.unlink(missing_ok=True)
     if not first:
         return None

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from ghosted_fast._atomic_files import atomic_folder
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.errors import ArgumentError, MissingExtraError, UnsupportedModelError
 from ghosted_fast.models.families import dense_model_type
@@ -78,18 +77,9 @@ def export_ort_genai(
             "vLLM."
         )
     check_engine()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with atomic_folder(target) as workspace:
         source = save_model(model, workspace / "source", tokenizer)
         _build(model, source, workspace / "new", precision, workspace / "cache")
-        if target.exists():
-            target.rename(workspace / "old")
-        (workspace / "new").rename(target)
-    finally:
-        if (workspace / "old").exists() and not target.exists():
-            (workspace / "old").rename(target)
-        shutil.rmtree(workspace, ignore_errors=True)
     return target
 
 

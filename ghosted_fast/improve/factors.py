@@ -2,7 +2,8 @@
 
 A map W gets factors B [out, rank] and A [rank, in]: its output becomes W x + B (A x). The weights
 that a pruned model shares with the dense one are never written; folded, a map has a weight of its
-own, W + B A, rounded once.
+own, W + B A, rounded once. A ghost is trained whole, or, where all shall stay apart from the model,
+by factors of its own.
 
 Source: Hu et al., "LoRA", arXiv 2106.09685.
 """
@@ -13,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,7 @@ class MapFactors:
         self.name, self.module = name, module
         self.is_transposed = not isinstance(module, nn.Linear)
         weight: Any = module.weight
-        rows, columns = _sizes(module)
-        drawn = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
-        self.a = drawn.to(weight.device).requires_grad_()
-        self.b = torch.zeros(rows, rank, device=weight.device).requires_grad_()
+        self.b, self.a = _drawn(*_sizes(module), rank, weight.device, generator)
 
     def added(self, x: Tensor) -> Tensor:
         """Return B (A x), in the dtype of x [..., in]."""
@@ -59,6 +57,40 @@ class MapFactors:
         self.module.weight = nn.Parameter(
             whole.to(weight.dtype), requires_grad=weight.requires_grad
         )
+
+
+class GhostFactors:
+    """The factors of a ghost's weight.
+
+    Args:
+        name: The ghost's name in the model.
+        ghost: A floating-point ghost.
+        rank: Columns of B and rows of A.
+        generator: As in `MapFactors`.
+    """
+
+    is_transposed = False
+
+    def __init__(
+        self, name: str, ghost: GhostLinear, rank: int, generator: torch.Generator
+    ) -> None:
+        self.name, self.module = name, ghost
+        size = ghost.hidden_size
+        self.b, self.a = _drawn(size, size, rank, ghost.weight.device, generator)
+
+    def weight(self) -> Tensor:
+        """Return M + B A, rounded to the ghost's dtype; autograd reaches the factors."""
+        own = self.module.weight.detach()
+        return cast(Tensor, _rounded(own.float() + self.b @ self.a, own.dtype))
+
+
+def _drawn(
+    rows: int, columns: int, rank: int, device: torch.device, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return B [rows, rank], zero, and A [rank, columns], drawn; fp32."""
+    drawn = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
+    b = torch.zeros(rows, rank, device=device)
+    return b.requires_grad_(), drawn.to(device).requires_grad_()
 
 
 def _sizes(module: Any) -> tuple[int, int]:
@@ -77,23 +109,31 @@ class Trained:
         rank: Rank of the factors of the linear maps in its decoder layers; 0 for none, so that the
             ghosts alone are trained.
         seed: Of the factors.
+        apart: Whether ghosts get factors too, so that none of the model's parameters is trained.
 
     Attributes:
+        apart: As given.
         factors: Of each map, in the order of the model's modules.
         ghosts: The floating-point ghosts.
+        ghost_factors: Of each ghost where all stays apart, else empty.
 
     Raises:
         UnsupportedModelError: There is nothing to train.
     """
 
-    def __init__(self, model: nn.Module, rank: int, seed: int) -> None:
+    def __init__(self, model: nn.Module, rank: int, seed: int, apart: bool = False) -> None:
+        self.apart = apart
         generator = torch.Generator().manual_seed(seed)
         found = _linear_maps(model) if rank else []
         self.factors = [MapFactors(name, module, rank, generator) for name, module in found]
-        self.ghosts = [
-            module
-            for module in model.modules()
+        named = [
+            (name, module)
+            for name, module in model.named_modules()
             if isinstance(module, GhostLinear) and module.quantization is None
+        ]
+        self.ghosts = [ghost for _, ghost in named]
+        self.ghost_factors = [
+            GhostFactors(name, ghost, rank, generator) for name, ghost in named if apart
         ]
         if not self.factors and not self.ghosts:
             raise UnsupportedModelError(
@@ -105,12 +145,17 @@ class Trained:
             parameter.detach().to(torch.float32, copy=True).requires_grad_()
             for ghost in self.ghosts
             for parameter in ghost_parameters(ghost)
+            if not apart
         ]
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What steps are taken on, fp32: B and A of each map, weight and bias of each ghost."""
-        return [part for item in self.factors for part in (item.b, item.a)] + self._masters
+        """What steps are taken on, fp32: B and A of each map, weight and bias of each ghost.
+
+        Apart, B and A of each ghost in the place of its weight and bias.
+        """
+        factors: list[MapFactors | GhostFactors] = [*self.factors, *self.ghost_factors]
+        return [part for item in factors for part in (item.b, item.a)] + self._masters
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -122,10 +167,16 @@ class Trained:
             for item in self.factors
         ]
         masters = iter(self._masters)
-        originals: list[tuple[GhostLinear, str, Tensor]] = []
-        for ghost in self.ghosts:
-            for name, parameter in _named_parameters(ghost):
-                originals.append((ghost, name, parameter))
+        originals = [
+            (ghost, name, parameter)
+            for ghost in self.ghosts
+            for name, parameter in _named_parameters(ghost)
+        ]
+        if self.ghost_factors:
+            for item in self.ghost_factors:
+                item.module._parameters["weight"] = item.weight()  # type: ignore[assignment]
+        else:
+            for ghost, name, parameter in originals:
                 ghost._parameters[name] = _rounded(next(masters), parameter.dtype)
         try:
             yield
@@ -219,10 +270,14 @@ def _row_of_zeros(module: Any) -> Tensor:
     return module.weight.new_zeros(1, _sizes(module)[1])
 
 
-def check_foldable(model: nn.Module) -> None:
+def check_trainable(model: nn.Module, apart: bool = False) -> None:
     """Raise unless factors of a model's linear maps can be trained, and folded into its weights.
 
     Each map is given a row of zeros, to see whether it passes a gradient back.
+
+    Args:
+        model: The model.
+        apart: Whether they are not folded, so that the weights may be packed.
 
     Raises:
         UnsupportedModelError: A map does not, or its weight is not floating point; the message
@@ -231,10 +286,12 @@ def check_foldable(model: nn.Module) -> None:
     for name, module in _linear_maps(model):
         weight: Any = module.weight
         if weight.dtype not in _FOLDABLE or weight.dim() != 2:
+            if apart:  # packed: `check_gradients` watches such a map at work
+                continue
             raise UnsupportedModelError(
                 f"expected floating-point weights to fold factors into, got {weight.dtype} in "
-                f"{name}: heal the model in bf16 and quantize it afterwards, or train the ghosts "
-                "alone (rank=0)"
+                f"{name}: heal the model in bf16 and quantize it afterwards, keep the factors "
+                "apart (adapter=), or train the ghosts alone (rank=0)"
             )
         if reason := _why_no_gradient(module):
             raise UnsupportedModelError(

@@ -32,8 +32,9 @@ from torch import Tensor
 from ghosted_fast import distributed
 from ghosted_fast.errors import ArgumentError, NonFiniteError, UnsupportedModelError
 from ghosted_fast.facts import HealingEnd, HealingFacts, HealingPoint
+from ghosted_fast.improve.adapter import check_adapter, save_adapter
 from ghosted_fast.improve.exits import Exit, exit_divergence
-from ghosted_fast.improve.factors import Trained, check_foldable
+from ghosted_fast.improve.factors import Trained, check_trainable
 from ghosted_fast.improve.gradients import check_gradients, kernels_with_gradients
 from ghosted_fast.improve.healing_run import Run, load_run, save_run, take_step
 from ghosted_fast.improve.pairs import check_pair, check_same_dtype
@@ -69,11 +70,16 @@ def heal(
     options: HealOptions | None = None,
     *,
     state: str | Path | None = None,
+    adapter: str | Path | None = None,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> HealingFacts:
     """Train a ghosted or pruned model, in place, to predict what the dense model predicts.
 
-    Linear maps get new weights; no weight that the two models share is written. In a process group
+    Linear maps get new weights; no weight that the two models share is written. With `adapter` the
+    model stays as it is: what was trained is written apart from it, as an adapter that PEFT loads
+    (`peft.PeftModel.from_pretrained(smaller, adapter)`) and takes off again; ghosts too are trained
+    by factors of the rank then, and the base may be quantized. In a process group
     the ranks share the text of each step, and end with the same weights.
 
     Args:
@@ -85,16 +91,19 @@ def heal(
         options: What is trained, on how much, and in which steps.
         state: A file that the run is kept in, so that it goes on there if it is killed. It is left
             behind; a run that has ended is not repeated. Only rank 0 writes and reads it.
+        adapter: A folder to write as a PEFT adapter, or None, so that all is folded into the model.
+        overwrite: Whether an existing folder `adapter` is replaced.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
         What was done. Where no step helped, the model is as it was.
 
     Raises:
-        ArgumentError: The models do not fit each other, a ghost is int8, or the state is that of
-            another run.
+        ArgumentError: The models do not fit each other, a ghost is int8, the state is that of
+            another run, or the adapter's folder exists.
         CalibrationError: There is too little text to hold any out.
         CheckpointError: The state file cannot be read.
+        MissingExtraError: An adapter is asked for, and package peft is absent.
         NonFiniteError: The model's predictions are NaN or infinite before the first step.
         UnsupportedModelError: The model is quantized or passes no gradients back, or there is
             nothing to train.
@@ -103,26 +112,35 @@ def heal(
     options = options or HealOptions()
     check_pair(smaller, dense)
     check_same_dtype(smaller, dense)
-    check_healable(smaller, options)
-    distributed.check_same({"options": options}, smaller)
+    apart = adapter is not None
+    if adapter is not None:
+        check_adapter(Path(adapter), options.rank, overwrite)
+    check_healable(smaller, options, apart)
+    distributed.check_same({"options": options, "apart": apart}, smaller)
     text = distributed.same_text_everywhere(batches)
     device = Decoder.of(smaller).device
     train, judges = split_sequences(text, options.held_out_tokens, device, keep_rest=True)
     # A row without a token is masked everywhere, and what a model computes there may be NaN.
     train, judges = ([item for item in part if item.num_tokens] for part in (train, judges))
     check_split(train, judges)
-    trained = Trained(smaller, options.rank, options.seed)
+    trained = Trained(smaller, options.rank, options.seed, apart)
     healing = _Healing(smaller, dense, trained, train, judges, options)
     with kernels_with_gradients(smaller, dense), evaluating(smaller), evaluating(dense):
-        return healing.run(None if state is None else Path(state), progress)
+        facts = healing.run(None if state is None else Path(state), progress)
+    if adapter is None and facts.best_tokens:
+        trained.fold()
+    if adapter is not None and distributed.is_first():
+        save_adapter(smaller, trained, facts, Path(adapter))
+    return facts
 
 
-def check_healable(model: Any, options: HealOptions) -> None:
+def check_healable(model: Any, options: HealOptions, apart: bool = False) -> None:
     """Raise, before any long work, unless a model can be healed.
 
     Args:
         model: The model, or the dense one that it will be cut from.
         options: How it would be healed.
+        apart: Whether what is trained stays apart from the model, which may be quantized then.
 
     Raises:
         ArgumentError: A ghost is int8.
@@ -136,15 +154,15 @@ def check_healable(model: Any, options: HealOptions) -> None:
             "the ghosts afterwards"
         )
     kind = quantization_of(model.config)
-    if options.rank and kind is not None:
+    if options.rank and kind is not None and not apart:
         raise UnsupportedModelError(
             f"expected plain weights, which the factors are folded into, got weights quantized by "
-            f"{kind}: heal the model in bf16 and quantize it afterwards, or train the ghosts alone "
-            "(rank=0)"
+            f"{kind}: heal the model in bf16 and quantize it afterwards, keep the factors apart "
+            "(adapter=, --adapter), or train the ghosts alone (rank=0)"
         )
     check_gradients(model)
     if options.rank:
-        check_foldable(model)
+        check_trainable(model, apart)
 
 
 class _Healing:
@@ -173,12 +191,14 @@ class _Healing:
         self._steps = math.ceil(len(self._train) / self._per_step)
         self._judges = list(in_passes(judges))
         self._stepping = self._judging = 0.0  # seconds that the last step and judgement took
-        settings = repr((asdict(options), model_digest(smaller), model_digest(dense)))
+        settings = repr(
+            (asdict(options), trained.apart, model_digest(smaller), model_digest(dense))
+        )
         parts = settings + text_digest([*self._train, *judges])
         self._key = hashlib.sha256(parts.encode()).hexdigest()
 
     def run(self, path: Path | None, progress: bool) -> HealingFacts:
-        """Take the steps, and leave the best state in the model."""
+        """Take the steps, and leave the best state in what is trained."""
         began = time.perf_counter()
         run = distributed.on_first(partial(load_run, path, self._key, self._device), self._device)
         if run is None:
@@ -220,9 +240,7 @@ class _Healing:
         elif ended != "nan" and run.step < self._steps:
             ended = "time"
         run.best = distributed.from_first(run.best, self._device)
-        if run.best_value < run.curve[0][1]:
-            self._set(run.best)
-            self._trained.fold()
+        self._set(run.best)
         if ended == "text":
             self._warn_short(run)
         return distributed.from_first(self._facts(run, ended))

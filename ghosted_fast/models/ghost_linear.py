@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -14,21 +15,34 @@ from ghosted_fast.ops.compiled import extension
 from ghosted_fast.ops.packing import PACKED_DTYPES, pack_weight
 
 _INT8_LIMIT = 127.0
+# Words of a weight that are looked at for changes; less than a microsecond.
+_SAMPLES = 8
 
 
 class _Packed:
     """A packed weight, and the state of the tensor that it was made of.
 
-    The tensor's memory is kept alive, so that no other weight can come to lie at its address.
+    The tensor's memory is kept alive, so that no other weight can come to lie at its address. A few
+    words of it are remembered too: a merged adapter writes through `weight.data`, which PyTorch
+    does not count, and changes all of it.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = pack_weight(weight)
         self._source = weight.detach()
         self._address, self._version = weight.data_ptr(), weight._version
+        ends = zip(weight.shape, weight.stride(), strict=True)
+        reach = 1 + sum((size - 1) * stride for size, stride in ends)
+        words = reach * weight.itemsize // 8 if self._address else 0
+        self._words = [
+            ctypes.c_uint64.from_address(self._address + 8 * (words * place // _SAMPLES))
+            for place in range(_SAMPLES if words else 0)
+        ]
+        self._values = [word.value for word in self._words]
 
     def stands_for(self, weight: Tensor) -> bool:
-        return weight.data_ptr() == self._address and weight._version == self._version
+        is_there = weight.data_ptr() == self._address and weight._version == self._version
+        return is_there and [word.value for word in self._words] == self._values
 
 
 class GhostLinear(nn.Module):
@@ -38,7 +52,8 @@ class GhostLinear(nn.Module):
 
     On the processor a ghost without gradients keeps a packed copy of a bf16 or fp32 weight
     (`pack_weight`), made on first use and made anew when the weight was changed in place or
-    replaced. A change that PyTorch does not count, through `weight.data`, needs `forget_packed()`.
+    replaced. A change of few numbers that PyTorch does not count, through `weight.data`, needs
+    `forget_packed()`; one of the whole weight, as of a merged adapter, is seen.
 
     Args:
         hidden_size: Width d of the hidden state.

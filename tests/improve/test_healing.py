@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families.tiny_models import tiny_causal
-from support.healed_models import SMALL, fitted, healed, same, text, weights
+from support.healed_models import SMALL, fitted, healed, same, text, visible, weights
 from torch import Tensor, nn
 
 from ghosted_fast.errors import (
@@ -25,15 +25,6 @@ from ghosted_fast.options import HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
-
-
-def visible(model: Any) -> Any:
-    """Return a model whose layers all count: a tiny GPT-2 is nearly the identity."""
-    with torch.no_grad():
-        for module in model.modules():
-            if type(module).__name__ == "Conv1D":
-                module.weight.mul_(12.0)
-    return model
 
 
 def logits(model: Any) -> Tensor:

@@ -93,6 +93,23 @@ def test_packed_weight_follows_the_weight(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(compiled.extension() is None, reason="only the compiled kernels read it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_packed_weight_follows_changes_that_are_not_counted(
+    dtype: torch.dtype, transposed: bool
+) -> None:
+    ghost = GhostLinear(48, dtype=dtype)
+    drawn = (0.1 * torch.randn(48, 48, generator=torch.Generator().manual_seed(0))).to(dtype)
+    ghost.weight = nn.Parameter(drawn.mT if transposed else drawn)
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        before = ghost(x)
+        ghost.weight.data += 0.25  # as an adapter is merged
+        after = ghost(x)
+        ghost.forget_packed()
+        assert torch.equal(after, ghost(x)) and not torch.equal(before, after)
+
+
 def test_packed_weight_is_no_state() -> None:
     ghost, x = random_ghost(0).requires_grad_(False), hidden()
     keys = set(ghost.state_dict())

@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mutants import cuda_mutants, triton_mutants
+from mutants import amx_mutants, cuda_mutants, triton_mutants
 from mutants.mutant import Mutant
 
 HERE = Path(__file__).parent
@@ -31,7 +31,7 @@ FAILED_TESTS, PASSED = 1, 0
 
 def all_mutants() -> list[Mutant]:
     """Return the mutants of every list that is there."""
-    return [*cuda_mutants.MUTANTS, *triton_mutants.MUTANTS]
+    return [*amx_mutants.MUTANTS, *cuda_mutants.MUTANTS, *triton_mutants.MUTANTS]
 
 
 def copy_tree(to: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from ghosted_fast.ops import compiled
 
-PATHS = ("avx512bf16", "avx512", "avx2", "portable")
+PATHS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,47 @@ def test_build_info_and_paths() -> None:
         module.set_cpu_path("sse9")
 
 
+# Has the kernel refuse arch_prctl(ARCH_REQ_XCOMP_PERM), as an old one or a container's filter does.
+REFUSE_TILES = """
+import ctypes, struct, sys
+instructions = [
+    (0x20, 0, 0, 0), (0x15, 0, 3, 158),  # the system call's number is arch_prctl's
+    (0x20, 0, 0, 16), (0x15, 0, 1, 0x1023),  # its first argument
+    (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000),  # EPERM; allowed
+]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in instructions))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 6, ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.addressof(program), 0, 0):
+    print("no filter")
+    sys.exit()
+"""
+
+
+@needs_extension
+@pytest.mark.slow
+def test_a_kernel_that_refuses_tiles_leaves_the_other_paths() -> None:
+    module = compiled.extension()
+    assert module is not None
+    if "amx" not in module.cpu_paths():
+        pytest.skip("this processor cannot run the path amx")
+    output = run_python(
+        REFUSE_TILES + "from ghosted_fast.ops import compiled, backend_status\n"
+        "import torch; from ghosted_fast.ops import ghost_apply\n"
+        "print(compiled.extension().cpu_paths())\n"
+        "print(ghost_apply(torch.ones(1, 4).bfloat16(), torch.eye(4).bfloat16()).sum())\n"
+        "print(dict((name, text) for name, _, text in backend_status())['native'])\n"
+    )
+    if "no filter" in output:
+        pytest.skip("this system lets no process filter its calls")
+    assert str([path for path in module.cpu_paths() if path != "amx"]) in output
+    assert "tensor(8., dtype=torch.bfloat16)" in output
+    reason = "the kernel refuses the memory for its tiles: Operation not permitted"
+    assert f"path {module.cpu_paths()[1]} of " in output
+    assert f"; the processor's AMX is not used: {reason}" in output
+
+
 def test_status_names_every_backend() -> None:
     status = {name: (available, text) for name, available, text in backend_status()}
     assert set(status) == {"native", "reference", "triton"}

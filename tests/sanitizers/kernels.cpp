@@ -1,6 +1,5 @@
 // Runs the kernels of one path on buffers that end where the data ends, for AddressSanitizer and
-// UBSan: tails, strides, odd sizes. Values are compared with plain loops in fp64. Threads and
-// scratch memory are simple stand-ins for csrc/cpu/parallel.cpp that reuse nothing.
+// UBSan: tails, strides, odd sizes. Values are compared with plain loops in fp64.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -12,25 +11,11 @@
 #include <vector>
 
 #include "../arguments.h"
-#include "parallel.h"
+#include "stand_ins.h"
 
 namespace ghosted_fast {
 
 extern const KernelTable PATH_TABLE;
-
-int64_t num_threads() { return 2; }
-
-void run_tasks(int64_t count, int64_t max_threads, void (*task)(void*, int64_t, int64_t),
-               void* context) {
-  for (int64_t i = 0; i < count; ++i) task(context, i, i % (max_threads > 0 ? max_threads : 1));
-}
-
-Scratch::Scratch(size_t bytes) {
-  block_ = next_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64));
-  std::memset(block_, 0xff, bytes);  // NaN, whatever it is read as
-}
-
-Scratch::~Scratch() { std::free(block_); }
 
 }  // namespace ghosted_fast
 

@@ -20,12 +20,15 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 FLAGS = ["-g", "-O1", "-std=c++17", "-fno-math-errno", "-Wno-psabi"]
 FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 TABLES = {
+    "amx": "kAmxKernels",
     "avx512bf16": "kAvx512Bf16Kernels",
     "avx512": "kAvx512Kernels",
     "avx2": "kAvx2Kernels",
     "portable": "kPortableKernels",
 }
+EMULATION = ["-DGHOSTED_FAST_EMULATED_TILES", f"-I{ROOT / 'tests' / 'amx_emulation'}"]
 NEEDED = {
+    "amx": set(),  # its tiles are emulated, the rest is compiled for what there is
     "avx512bf16": {"avx512_bf16", "avx512bw"},
     "avx512": {"avx512f", "avx512bw"},
     "avx2": {"avx2", "fma", "f16c"},
@@ -63,7 +66,11 @@ def test_kernels(path: str, path_flags: dict[str, list[str]], tmp_path: Path) ->
         pytest.skip(f"this processor cannot run the path {path}")
     program = tmp_path / path
     kernels = ROOT / "csrc" / "cpu"
-    command = [*COMPILER.split(), *FLAGS, *path_flags[path], f"-DPATH_TABLE={TABLES[path]}"]
+    with_avx512 = path != "amx" or NEEDED["avx512"] <= set(cpu_features())
+    flags = path_flags[path] if with_avx512 else path_flags["portable"]
+    command = [*COMPILER.split(), *FLAGS, *flags, f"-DPATH_TABLE={TABLES[path]}"]
+    if path == "amx":
+        command += EMULATION
     command += [f"-I{kernels}", str(Path(__file__).with_name("kernels.cpp"))]
     command += [str(kernels / "kernels" / f"path_{path}.cpp")]
     command += [str(kernels / "token_order.cpp"), "-o", str(program)]

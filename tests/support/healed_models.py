@@ -20,6 +20,15 @@ def text(count: int = 40) -> list[torch.Tensor]:
     return [random_tokens(8, 24, seed) for seed in range(count)]
 
 
+def visible(model: Any) -> Any:
+    """Return a model whose layers all count: a tiny GPT-2 is nearly the identity."""
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__ == "Conv1D":
+                module.weight.mul_(12.0)
+    return model
+
+
 def fitted(dense: Any, removed: tuple[int, ...] = (2, 3), **options: Any) -> Any:
     """Return a model with ghosts in the place of layers, without corrections."""
     run = RunOptions(corrections=0)
@@ -28,10 +37,10 @@ def fitted(dense: Any, removed: tuple[int, ...] = (2, 3), **options: Any) -> Any
 
 
 def healed(smaller: Any, dense: Any, batches: Any = None, **given: Any) -> HealingFacts:
-    """Heal a model in a few small steps."""
-    state = given.pop("state", None)
+    """Heal a model in a few small steps; `given` are options, a state or an adapter."""
+    files = {name: given.pop(name, None) for name in ("state", "adapter")}
     options = HealOptions(**{**SMALL, **given})
-    return heal(smaller, dense, text() if batches is None else batches, options, state=state)
+    return heal(smaller, dense, text() if batches is None else batches, options, **files)
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

@@ -25,10 +25,12 @@ struct Epilogue {
   const void* first_state = nullptr;  // in x's dtype
 };
 
-// y[row][column, column + count) from the sums of x W^T; `sums` may be read to a whole vector.
-template <Dtype kType>
-inline void finish(const Epilogue& epilogue, int64_t row, int64_t column, int64_t count,
+// y[row][column, column + count) from the sums of x W^T; `sums` may be read to a whole vector. With
+// kCount the compiler knows the count.
+template <Dtype kType, int64_t kCount = 0>
+inline void finish(const Epilogue& epilogue, int64_t row, int64_t column, int64_t given_count,
                    const float* sums) {
+  const int64_t count = kCount > 0 ? kCount : given_count;
   typedef StorageOf<kType> Stored;
   const ApplyArgs& args = epilogue.args;
   const int64_t offset = row * args.hidden_size + column;
@@ -239,6 +241,37 @@ inline void round_first_state(const ApplyArgs& args, float* values, void* rounde
   });
 }
 
+// Bytes of scratch memory that make_epilogue takes; `padded` holds a row in whole vectors.
+inline size_t epilogue_bytes(const ApplyArgs& args, int64_t padded) {
+  return 3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<float>(args.num_rows);
+}
+
+inline Epilogue make_epilogue(const ApplyArgs& args, int64_t padded, int64_t threads,
+                              Scratch& scratch) {
+  const int64_t size = args.hidden_size;
+  Epilogue epilogue{args};
+  if (args.bias != nullptr) {
+    float* bias = scratch.take<float>(padded);
+    row_to_float(args.bias, args.bias_dtype, size, round_up(size, kLanes), bias);
+    epilogue.bias = bias;
+  }
+  if (args.first_state != nullptr) {
+    float* values = scratch.take<float>(padded);
+    float* first_state = scratch.take<float>(padded);
+    round_first_state(args, values, first_state);
+    epilogue.first_state = first_state;
+  }
+  if (args.normed) {
+    float* factor = scratch.take<float>(args.num_rows);
+    for_each_row(args, threads, [&](int64_t row, const char* from) {
+      const double mean = sum_of_squares(from, args.dtype, size) / static_cast<double>(size);
+      factor[row] = static_cast<float>(1.0 / std::sqrt(mean + args.norm_eps));
+    });
+    epilogue.row_factor = factor;
+  }
+  return epilogue;
+}
+
 inline void ghost_apply(const ApplyArgs& args) {
   const int64_t size = args.hidden_size, rows = args.num_rows;
   if (size == 0 || rows == 0) return;
@@ -246,33 +279,14 @@ inline void ghost_apply(const ApplyArgs& args) {
   const bool pairs = kHasPairs && args.dtype == Dtype::kBFloat16;
   const Layout layout = layout_of(args, pairs);
   Scratch scratch(Scratch::bytes_for<float>(layout.in_place ? 0 : rows * layout.stride) +
-                  3 * Scratch::bytes_for<float>(layout.padded) + Scratch::bytes_for<float>(rows));
+                  epilogue_bytes(args, layout.padded));
   Inputs x{static_cast<const float*>(args.x), layout.stride};
   if (!layout.in_place) {
     float* copy = scratch.take<float>(rows * layout.stride);
     copy_rows(args, pairs, layout, threads, copy);
     x.data = copy;
   }
-  Epilogue epilogue{args};
-  if (args.bias != nullptr) {
-    float* bias = scratch.take<float>(layout.padded);
-    row_to_float(args.bias, args.bias_dtype, size, round_up(size, kLanes), bias);
-    epilogue.bias = bias;
-  }
-  if (args.first_state != nullptr) {
-    float* values = scratch.take<float>(layout.padded);
-    float* first_state = scratch.take<float>(layout.padded);
-    round_first_state(args, values, first_state);
-    epilogue.first_state = first_state;
-  }
-  if (args.normed) {
-    float* factor = scratch.take<float>(rows);
-    for_each_row(args, threads, [&](int64_t row, const char* from) {
-      const double mean = sum_of_squares(from, args.dtype, size) / static_cast<double>(size);
-      factor[row] = static_cast<float>(1.0 / std::sqrt(mean + args.norm_eps));
-    });
-    epilogue.row_factor = factor;
-  }
+  const Epilogue epilogue = make_epilogue(args, layout.padded, threads, scratch);
   const auto apply = [&](auto tag) {
     constexpr Dtype kType = decltype(tag)::kDtype;
     if constexpr (kType == Dtype::kBFloat16 || kType == Dtype::kInt8) {

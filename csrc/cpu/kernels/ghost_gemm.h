@@ -25,8 +25,8 @@ constexpr int64_t kGemmDwords = 128;
 // Tokens per pass over a strip: their fp32 sums stay in the L2 cache.
 constexpr int64_t kGemmTokens = 256;
 
-#if defined(__AVX512F__)
 // to[column][row] = from[row][column], 16 x 16 dwords.
+#if defined(__AVX512F__)
 inline void transpose_16(const float* from, float* to) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + 16 * i);
@@ -49,6 +49,12 @@ inline void transpose_16(const float* from, float* to) {
     _mm512_storeu_ps(to + 16 * (4 + c), _mm512_shuffle_f32x4(high, high2, 0x88));
     _mm512_storeu_ps(to + 16 * (8 + c), _mm512_shuffle_f32x4(low, low2, 0xdd));
     _mm512_storeu_ps(to + 16 * (12 + c), _mm512_shuffle_f32x4(high, high2, 0xdd));
+  }
+}
+#else
+inline void transpose_16(const float* from, float* to) {
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 16; ++column) to[16 * column + row] = from[16 * row + column];
   }
 }
 #endif

@@ -115,16 +115,20 @@ inline void add_products(const GramArgs& args, const Tokens& tokens, int64_t thr
   }
 }
 
-inline GramStatus gram_update(const GramArgs& args) {
+// `add` adds the products of tokens that were found good.
+template <class Add>
+inline GramStatus gram_update_by(const GramArgs& args, Add&& add) {
   const int64_t threads = max64(1, num_threads());
   Scratch token_scratch(Tokens::bytes(args.num_tokens));
   Tokens tokens;
   const GramStatus status = prepare_tokens(args, threads, token_scratch, tokens);
   if (status.problem != GramProblem::kNone || tokens.count == 0) return status;
   if (args.moments != nullptr) add_moments(args, tokens, threads);
-  if (args.gram != nullptr || args.cross != nullptr) add_products(args, tokens, threads);
+  if (args.gram != nullptr || args.cross != nullptr) add(args, tokens, threads);
   return status;
 }
+
+inline GramStatus gram_update(const GramArgs& args) { return gram_update_by(args, &add_products); }
 
 }  // namespace
 }  // namespace ghosted_fast

@@ -3,7 +3,8 @@
 // The matrix is scaled, padded to whole tiles with ones on the diagonal, and factored as U^T U. The
 // upper triangle of `Factor` holds U; the strict lower one keeps the scaled matrix for residuals.
 // Right-hand sides are solved in strips [row][column], a few vectors wide, which are at the same
-// time the packed operand of the micro-kernel; U is read where it lies.
+// time the packed operand of the micro-kernel. What of U meets several strips is copied first, in
+// one order for both directions: read where it lies, its rows would fall into the same cache sets.
 #pragma once
 
 #include <cmath>
@@ -143,6 +144,42 @@ inline void backward_block(const Factor& u, int64_t begin, int64_t end, double* 
   }
 }
 
+// to[k][row] = from[row * row_step + k * k_step], k in [0, count).
+inline void copy_left(int64_t count, const double* from, int64_t row_step, int64_t k_step,
+                      double* to) {
+  if (row_step == 1) {
+    for (int64_t k = 0; k < count; ++k) {
+      std::memcpy(to + k * kSolveRows, from + k * k_step, kSolveRows * sizeof(double));
+    }
+    return;
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    GHOSTED_FAST_UNROLL
+    for (int64_t r = 0; r < kSolveRows; ++r) to[k * kSolveRows + r] = from[r * row_step + k];
+  }
+}
+
+// The tile of every strip that lies at `row`, less the product of a piece of U, given as for
+// subtract_product, with `count` rows of the strip from `begin` on.
+template <int kVectors>
+inline void subtract_from_strips(int64_t strips, int64_t strip_size, int64_t count, const double* a,
+                                 int64_t row_step, int64_t k_step, int64_t begin, int64_t row,
+                                 double* data) {
+  constexpr int64_t kWidth = kVectors * kDoubleLanes;
+  alignas(64) double left[kSolveBlock * kSolveRows];
+  if (strips > 1) {
+    copy_left(count, a, row_step, k_step, left);
+    a = left;
+    row_step = 1;
+    k_step = kSolveRows;
+  }
+  for (int64_t s = 0; s < strips; ++s) {
+    double* strip = data + s * strip_size;
+    subtract_product<kVectors>(count, a, row_step, k_step, strip + begin * kWidth, kWidth,
+                               strip + row * kWidth, kWidth);
+  }
+}
+
 // Solves U^T U X = B in place for `strips` strips that lie u.size rows apart.
 template <int kVectors>
 inline void solve_strips(const Factor& u, int64_t strips, double* data) {
@@ -154,11 +191,8 @@ inline void solve_strips(const Factor& u, int64_t strips, double* data) {
       forward_block<kVectors>(u, begin, end, data + s * strip_size);
     }
     for (int64_t row = end; row < u.size; row += kSolveRows) {
-      for (int64_t s = 0; s < strips; ++s) {
-        double* strip = data + s * strip_size;
-        subtract_product<kVectors>(end - begin, u.at(begin, row), 1, u.stride,
-                                   strip + begin * kWidth, kWidth, strip + row * kWidth, kWidth);
-      }
+      subtract_from_strips<kVectors>(strips, strip_size, end - begin, u.at(begin, row), 1, u.stride,
+                                     begin, row, data);
     }
   }
   for (int64_t end = u.size; end > 0;) {
@@ -167,11 +201,8 @@ inline void solve_strips(const Factor& u, int64_t strips, double* data) {
       backward_block<kVectors>(u, begin, end, data + s * strip_size);
     }
     for (int64_t row = 0; row < begin; row += kSolveRows) {
-      for (int64_t s = 0; s < strips; ++s) {
-        double* strip = data + s * strip_size;
-        subtract_product<kVectors>(end - begin, u.at(row, begin), u.stride, 1,
-                                   strip + begin * kWidth, kWidth, strip + row * kWidth, kWidth);
-      }
+      subtract_from_strips<kVectors>(strips, strip_size, end - begin, u.at(row, begin), u.stride, 1,
+                                     begin, row, data);
     }
     end = begin;
   }

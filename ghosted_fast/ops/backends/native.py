@@ -26,6 +26,8 @@ def description() -> str:
     module = compiled.extension()
     assert module is not None
     text = f"C++ for the CPU, path {module.cpu_path()} of {', '.join(module.cpu_paths())}"
+    if problem := module.amx_problem():
+        text += f"; the processor's AMX is not used: {problem}"
     if compiled.serves_cuda():
         devices = "" if torch.cuda.is_available() else ", but torch finds no CUDA device"
         text += f"; CUDA C++ for {', '.join(CUDA_OPERATORS)}{devices}"

@@ -1,0 +1,119 @@
+"""Faults in the path of AMX."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant
+
+_FOLDER = "csrc/cpu/kernels/amx"
+_TESTS = ("tests/amx_emulation/test_emulated_amx.py", "-k", "values_and_memory")
+
+
+def _fault(name: str, file: str, old: str, new: str) -> Mutant:
+    return Mutant(name, f"{_FOLDER}/{file}", old, new, _TESTS)
+
+
+MUTANTS = (
+    # Tiles.
+    _fault("tiles never released", "tiles.h", "~Tiles() { tile_release(); }", "~Tiles() {}"),
+    _fault(
+        "tiles never configured",
+        "tiles.h",
+        "explicit Tiles(const TileConfig& config) { tile_configure(config); }",
+        "explicit Tiles(const TileConfig&) {}",
+    ),
+    _fault(
+        "configuration of the calls before kept",
+        "ghost_stream.h",
+        "  const TileConfig config = stream_tiles(rows, steps);",
+        "  static const TileConfig config = stream_tiles(rows, steps);",
+    ),
+    _fault(
+        "last inputs of a panel as a whole tile",
+        "ghost_stream.h",
+        "config.set(3, steps.rest, kAmxRowBytes);",
+        "config.set(3, kAmxRows, kAmxRowBytes);",
+    ),
+    _fault(
+        "second chain dropped",
+        "ghost_stream.h",
+        "load(sum + v) + load(sums[1] + row * kPanel + v)",
+        "load(sum + v)",
+    ),
+    # Order and places.
+    _fault(
+        "pairs in the wrong order",
+        "gram_pack.h",
+        "store(to, pair_of(even, odd));",
+        "store(to, pair_of(odd, even));",
+    ),
+    _fault(
+        "left tiles not transposed",
+        "gram_pack.h",
+        "  transpose_16(pairs, to);\n",
+        "  std::memcpy(to, pairs, kAmxDwords * sizeof(float));\n",
+    ),
+    _fault(
+        "one step of a slab left out",
+        "gram_pack.h",
+        "return (tokens + kStepTokens - 1) / kStepTokens;",
+        "return max64(1, tokens / kStepTokens);",
+    ),
+    _fault(
+        "one tile further in the right pair",
+        "gram_rows.h",
+        "right + kParts * kHalfDwords, kAmxRowBytes",
+        "right + kParts * kHalfDwords + kAmxDwords, kAmxRowBytes",
+    ),
+    _fault(
+        "wrong tile multiplied",
+        "gram_rows.h",
+        "      tile_dot<1, 4, 7>();",
+        "      tile_dot<1, 5, 7>();",
+    ),
+    _fault(
+        "one tile further in the rows",
+        "ghost_block.h",
+        "product.lower = rows + steps * kRowTile;",
+        "product.lower = rows + (steps - 1) * kRowTile;",
+    ),
+    _fault(
+        "panels over their end not copied",
+        "ghost_block.h",
+        "panels.panel_stride % kAmxDwords != 0",
+        "false",
+    ),
+    # Sums.
+    _fault(
+        "sums of a row shared with the row before",
+        "gram_rows.h",
+        "float* sums = memory_ + (turn_ ^= 1) *",
+        "float* sums = memory_ + (turn_ & 0) *",
+    ),
+    _fault(
+        "upper triangle written",
+        "gram_rows.h",
+        "group_.is_gram ? first_row - column + 1 : into_.columns",
+        "into_.columns",
+    ),
+    _fault(
+        "the last rows under way forgotten",
+        "gram_rows.h",
+        "    flush();\n  }\n\n private:",
+        "  }\n\n private:",
+    ),
+    _fault(
+        "two parts in place of three", "gram_update.h", "&add_group<kSplitParts>;", "&add_group<2>;"
+    ),
+    _fault(
+        "sums of the earlier passes dropped",
+        "ghost_block.h",
+        "multiply_pair(product, pass == 0 ? nullptr : sums,",
+        "multiply_pair(product, nullptr,",
+    ),
+    _fault(
+        "outputs of the last rows forgotten",
+        "ghost_block.h",
+        "    pending_.finish_rows(epilogue_, 0, 2 * kAmxRows);\n",
+        "",
+    ),
+)
