@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from ghosted_fast.checkpoint._import_hook import install_hook
+from ghosted_fast.errors import raising_ours
 
 if TYPE_CHECKING:
     from ghosted_fast.assets.downloads import fetch_demo_assets as fetch_demo_assets
@@ -125,6 +127,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if isinstance(value, FunctionType) and _HOMES[name] != "ops":
+        value = raising_ours(value)
     globals()[name] = value
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -9,6 +10,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+# Of Linux's renameat2: the working folder, and that two names change places at once.
+_HERE, _EXCHANGE = -100, 2
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders of one file system change places at once, if the system can.
+
+    Args:
+        one: A path that exists.
+        other: Another.
+
+    Returns:
+        Whether they did.
+    """
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(swap(_HERE, names[0], _HERE, names[1], _EXCHANGE) == 0)
 
 
 @contextmanager
@@ -46,8 +68,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside a target, whose "new" takes its place once the block ends.
 
     Args:
-        target: The folder. Its parents are made as needed; an existing folder is put aside at the
-            very end, and put back if the new one cannot take its place.
+        target: The folder. Its parents are made as needed. An existing folder changes places with
+            the new one at the very end, at once where the system can: else it is put aside, and put
+            back if the new one cannot take its place.
 
     Yields:
         An empty folder, removed with all else that is in it.
@@ -57,9 +80,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     old = workspace / "old"
     try:
         yield workspace
-        if target.exists():
+        fresh = workspace / "new"
+        if not target.exists():
+            fresh.rename(target)
+        elif not exchange(fresh, target):
             target.rename(old)
-        (workspace / "new").rename(target)
+            fresh.rename(target)
     finally:
         if old.exists() and not target.exists():
             old.rename(target)

@@ -14,6 +14,7 @@ from ghosted_fast.checkpoint.alignment import align_weights
 from ghosted_fast.checkpoint.model_card import CARD, is_ours, write_card
 from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.errors import ArgumentError, GhostedFastError, OutputError
+from ghosted_fast.models.checked.usable import repair_generation
 from ghosted_fast.models.quantized.packing import packed_again
 from ghosted_fast.text.files import first_line, is_readable_name
 
@@ -126,6 +127,7 @@ def save_model(
         )
     check_place(target)
     check_room(target, weight_bytes(model))
+    repair_generation(model)
     try:
         return _save(model, target, tokenizer)
     except (GhostedFastError, MemoryError):

@@ -159,7 +159,9 @@ def fit(
         return None
     shown = _said(facts)
     if held_out is not None:
-        shown += ["", _measure(dense, smaller, recovery.kind, facts, held_out, calibration.seed)]
+        models = _models(dense, smaller, recovery.kind, facts)
+        shown += ["", _measure(models, smaller, facts, held_out, calibration.seed)]
+        _answer(models, tokenizer, facts, output)
     if output.report is not None:
         shown += ["", output.write(facts)]
     return Result(facts, shown)
@@ -312,19 +314,33 @@ def _said(facts: dict[str, Any]) -> list[TextTable | str]:
     return shown + improvement_lines(facts)
 
 
+def _models(dense: Any, smaller: Any, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the dense, the pruned and the finished model, by name."""
+    from ghosted_fast.surgery.cut import prune_model
+
+    models = {"dense": dense, "pruned": prune_model(dense, facts["removed"])}
+    return models if kind == "none" else {**models, kind: smaller}
+
+
+def _answer(
+    models: dict[str, Any], tokenizer: Any, facts: dict[str, Any], output: OutputArgs
+) -> None:
+    """Add what the models write to what is reported, if there is a report."""
+    from ghosted_fast.measure.answers import write_answers
+
+    if output.report is not None:
+        facts["samples"] = write_answers(models, tokenizer)
+
+
 def _measure(
-    dense: Any, smaller: Any, kind: str, facts: dict[str, Any], batches: Any, seed: int
+    models: dict[str, Any], smaller: Any, facts: dict[str, Any], batches: Any, seed: int
 ) -> TextTable:
     """Measure dense, pruned and finished model, and add what was found to facts and checkpoint."""
     from ghosted_fast.checkpoint.model_card import attach_report
     from ghosted_fast.checkpoint.save import rewrite_facts
     from ghosted_fast.cli._shared.tables import model_table
     from ghosted_fast.measure.models_table import compare_models
-    from ghosted_fast.surgery.cut import prune_model
 
-    models = {"dense": dense, "pruned": prune_model(dense, facts["removed"])}
-    if kind != "none":
-        models[kind] = smaller
     rows = compare_models(models, batches, progress=True, seed=seed)
     facts["models"] = [row.to_dict() for row in rows]
     if attach_report(smaller.config, facts):

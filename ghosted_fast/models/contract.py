@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ghosted_fast.errors import UnsupportedModelError
+from ghosted_fast.errors import NonFiniteError, UnsupportedModelError
 from ghosted_fast.facts import layers_as_text, named_layers, runs_of
 from ghosted_fast.models.built_whole import text_config_of
+from ghosted_fast.models.checked.usable import check_finite_logits, check_in_memory
 
 _LENGTH = 4
 
@@ -186,9 +187,11 @@ class _Look:
         training = self.model.training
         self.model.eval()
         try:
+            check_in_memory(self.model)
             with torch.inference_mode():
-                self.model(plain_tokens(self.model), use_cache=False)
-        except UnsupportedModelError:
+                output = self.model(plain_tokens(self.model), use_cache=False)
+            check_finite_logits(self.model, getattr(output, "logits", None))
+        except (UnsupportedModelError, NonFiniteError):
             raise
         except Exception as error:  # whatever the family's own code asks for
             raise UnsupportedModelError(

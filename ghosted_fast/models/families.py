@@ -14,6 +14,7 @@ from torch import nn
 
 from ghosted_fast.errors import UnknownFamilyError, UnsupportedModelError
 from ghosted_fast.models.built_whole import text_config_of
+from ghosted_fast.models.checked.usable import check_unwrapped
 from ghosted_fast.models.structure import find_layers, language_model_of
 from ghosted_fast.models.versions import check_transformers
 
@@ -238,6 +239,7 @@ def num_layers(model: Any) -> int:
 
 
 def _config_of(model: Any) -> Any:
+    check_unwrapped(model)
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,10 @@ from ghosted_fast.errors import (
 )
 from ghosted_fast.models.auto_classes import WITH_PICTURES, auto_classes
 from ghosted_fast.models.built_whole import text_config_of
-from ghosted_fast.models.gguf_header import read_gguf_header
-from ghosted_fast.models.hub import hub_options, near_paths
+from ghosted_fast.models.checked.gguf_header import read_gguf_header
+from ghosted_fast.models.checked.hub import hub_options, near_paths
+from ghosted_fast.models.checked.usable import repair_generation
+from ghosted_fast.models.families import GHOSTED_PREFIX
 from ghosted_fast.text.files import first_line, is_readable_name
 from ghosted_fast.text.loading import is_hub_id
 
@@ -80,6 +83,7 @@ def load_model(
     """
     wanted = resolve_dtype(dtype)
     name, gguf_file = locate_model(str(spec), gguf_file)
+    _refuse_lost_ghosts(name, gguf_file)
     options: dict[str, Any] = {}
     if gguf_file is not None:
         _require_gguf()
@@ -103,6 +107,7 @@ def load_model(
             f"{', ...' * (len(missing) > 4)} ({len(missing)} missing): they would be random; copy "
             "or download the model again"
         )
+    repair_generation(model)
     return model.eval(), tokenizer
 
 
@@ -130,6 +135,27 @@ def loading(spec: str | Path) -> Iterator[None]:
         elif not isinstance(error, OSError | ValueError):
             said += f" ({type(error).__name__})"
         raise SourceError(f"cannot load the model {str(spec)!r}: {said}; {advice}") from error
+
+
+def _refuse_lost_ghosts(name: str, gguf_file: str | None) -> None:
+    """Raise if a folder's configuration records ghosts, and names a class without any.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    path = Path(name) / "config.json"
+    if gguf_file is not None or not path.is_file():
+        return
+    try:
+        values = json.loads(path.read_bytes())
+        family, ghost = values.get("model_type"), values.get("ghost")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # the configuration's own reader says what is wrong with it
+    if ghost is not None and not str(family).startswith(GHOSTED_PREFIX):
+        raise CheckpointError(
+            f"expected a model type that begins with {GHOSTED_PREFIX} in {str(path)!r}, which "
+            f"records ghosts, got {family!r}: it was edited, save or copy the model again"
+        )
 
 
 def source_options(name: str, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ from ghosted_fast.measure.models_table import ratio
 from ghosted_fast.timing.conditions import Conditions
 from ghosted_fast.timing.estimates import estimate_from, ratio_text, speed_text
 
+_TIMES = {
+    "select": "choosing the layers",
+    "calibrate": "passes over the text",
+    "solve": "solving for the ghosts",
+    "correct": "corrections",
+    "heal": "healing",
+}
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -27,8 +35,9 @@ def write_report(
             whole or not at all.
         report: What `GhostReport.to_dict()` returns. Three more keys are shown where present:
             `models` (a list of `ModelRow.to_dict()`, the dense model of each dtype first),
-            `samples` (a list of dicts with name, prompt, text), `checks` (a list of dicts with
-            label, passed and detail) and `machine` (label to value). Every key may be absent.
+            `samples` (a list of dicts with name, prompt, text; those of one prompt stand side by
+            side), `checks` (a list of dicts with label, passed and detail) and `machine` (label to
+            value). Every key may be absent.
         title: The page's heading; by default the model's name.
         overwrite: Whether an existing file may be replaced.
 
@@ -62,6 +71,11 @@ def render_report(report: Mapping[str, Any], title: str | None = None) -> str:
         layers=layers_as_text(report.get("removed") or []),
         rows=[_with_ratios(row, rows) for row in rows],
         headline=_headline(rows),
+        with_perplexity=any(row.get("perplexity") for row in rows),
+        with_speed=any(row.get("throughput") for row in rows),
+        samples=_by_prompt(report.get("samples") or []),
+        times=_times(report.get("seconds") or {}),
+        commands=_commands(report),
         selection_svg=selection_figure(
             report.get("scores") or [], report.get("removed") or [], report.get("criterion")
         ),
@@ -96,6 +110,35 @@ def page_template(name: str) -> Any:
         healing=healing_text,
     )
     return environment.get_template(name)
+
+
+def _by_prompt(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Return what was written, by what was asked."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        found.setdefault(sample.get("prompt") or "", []).append(sample)
+    return list(found.items())
+
+
+def _times(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Return how long each part of the work took, those that took any time."""
+    return [(_TIMES.get(name, name), value) for name, value in seconds.items() if value >= 0.05]
+
+
+def _commands(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what can be done with a folder that was written, if there is one."""
+    folder = report.get("output")
+    if not folder:
+        return []
+    name = shlex.quote(str(folder))
+    heal = f"ghosted-fast heal {name} --dense DENSE --calibration TEXT --output healed"
+    return [
+        ("measure its speed", f"ghosted-fast bench --model DENSE --model {name}"),
+        ("train it a little", heal),
+        ("serve it (vLLM)", f"vllm serve {name}"),
+        ("for llama.cpp", f"ghosted-fast export {name} --to gguf"),
+        ("for ONNX Runtime", f"ghosted-fast export {name} --to ort-genai"),
+    ]
 
 
 def _with_ratios(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from ghosted_fast.checkpoint import save
 from ghosted_fast.cli.app import app
 from ghosted_fast.errors import CheckpointError, OutputError, SourceError
-from ghosted_fast.models import hub, loading
-from ghosted_fast.models.ahead import Ahead, look_ahead
-from ghosted_fast.models.gguf_header import read_gguf_header
+from ghosted_fast.models import loading
+from ghosted_fast.models.checked import hub
+from ghosted_fast.models.checked.ahead import Ahead, look_ahead
+from ghosted_fast.models.checked.gguf_header import read_gguf_header
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.testing import tiny_model
 

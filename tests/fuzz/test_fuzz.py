@@ -18,7 +18,7 @@ from support.tiny_text import TEXT, tiny_tokenizer
 from fuzz.damages import BYTES, damaged_copy
 from fuzz.judge import Outcomes
 from ghosted_fast.checkpoint.save import save_model
-from ghosted_fast.models.gguf_header import read_gguf_header
+from ghosted_fast.models.checked.gguf_header import read_gguf_header
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.surgery.cut import remove_layers

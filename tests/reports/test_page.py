@@ -209,3 +209,43 @@ def test_compare_models() -> None:
     assert rows[0].parameters == sum(p.numel() for p in models["dense"].parameters())
     assert all(item.perplexity and item.throughput for item in rows)
     assert compare_models(models)[0].perplexity is None
+
+
+def test_sentences_have_spaces_between_them() -> None:
+    report = full_report()
+    step = {"before": 0.5, "after": 0.4, "accepted": True}
+    page = render_report({**report, "corrections": [step] * 6})
+    said = " ".join(re.sub("<[^>]*>", "", page).split())
+    assert "nothing was trained. 6 corrections of the ghosts" in said
+
+
+def test_columns_that_were_not_measured_are_left_out() -> None:
+    report = full_report()
+    page = render_report(report)
+    assert "prefill, tok/s" in page and "<th>perplexity</th>" in page
+    for row in report["models"]:
+        row["throughput"] = None
+    page = render_report(report)
+    assert "tok/s" not in page and "to dense" not in page and "<th>perplexity</th>" in page
+    for row in report["models"]:
+        row["perplexity"] = None
+    assert "<th>perplexity</th>" not in render_report(report)
+
+
+def test_answers_stand_side_by_side_and_what_comes_next_is_said() -> None:
+    report = {**full_report(), "output": "my model"}
+    report["samples"] = [
+        {"name": name, "prompt": prompt, "text": f"{name} says"}
+        for prompt in ("Why?", "When?")
+        for name in ("dense", "pruned", "ghosted")
+    ]
+    page = render_report(report)
+    assert page.count('<div class="answers">') == 2 and page.count("<figcaption>") == 6
+    assert "<dt>choosing the layers</dt><dd>60.0 s</dd>" in page
+    assert (
+        "<dt>for llama.cpp</dt><dd><code>ghosted-fast export &#39;my model&#39; --to gguf" in page
+    )
+    assert "What to do next" not in render_report(full_report())
+    balance = Balance()
+    balance.feed(page)
+    assert "src=" not in page and "http" not in re.sub(r'xmlns[^"]*"[^"]*"|"http[^"]*"', "", page)

@@ -11,7 +11,7 @@ import torch
 from ghosted_fast.checkpoint.save import check_place, weight_bytes
 from ghosted_fast.cli._shared.verb import usage_error
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.models.ahead import look_ahead
+from ghosted_fast.models.checked.ahead import look_ahead
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.models.quantized.loading import load_quantized

@@ -8,7 +8,7 @@ from typing import Any
 
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.models.built_whole import text_config_of
-from ghosted_fast.models.gguf_header import read_gguf_header
+from ghosted_fast.models.checked.gguf_header import read_gguf_header
 from ghosted_fast.models.loading import locate_model, read_config
 from ghosted_fast.models.structure import counts_of
 

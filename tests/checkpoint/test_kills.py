@@ -1,0 +1,92 @@
+"""A process that is killed while it saves leaves the old folder or the new one, whole."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_text import tiny_tokenizer
+
+from ghosted_fast import _atomic_files
+from ghosted_fast.checkpoint import save
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.loading import load_model
+from ghosted_fast.surgery.cut import remove_layers
+from ghosted_fast.testing import random_tokens, tiny_model
+
+TOKENS = random_tokens(1, 8)
+
+
+def ghosted(removed: list[int]) -> torch.nn.Module:
+    ghost = GhostLinear(32, norm_eps=1e-6)
+    torch.nn.init.constant_(ghost.weight, 0.01)
+    model: torch.nn.Module = remove_layers(tiny_model("llama"), removed, [ghost])
+    return model
+
+
+def can_exchange(target: Path) -> bool:
+    return _atomic_files.exchange(target, target)
+
+
+def test_an_old_folder_is_there_until_the_new_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = save.save_model(ghosted([2]), tmp_path / "model")
+    if not can_exchange(target):
+        pytest.skip("this file system cannot let names change places")
+
+    def rename(*_: object) -> None:
+        raise AssertionError("for a moment there was no folder")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    save.save_model(ghosted([2, 3]), target, overwrite=True)
+    assert load_model_layers(target) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def load_model_layers(folder: Path) -> int:
+    from transformers import AutoModelForCausalLM
+
+    return len(AutoModelForCausalLM.from_pretrained(folder).model.layers)
+
+
+def test_systems_that_cannot_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_atomic_files, "exchange", lambda *_: False)
+    target = save.save_model(ghosted([2]), tmp_path / "model")
+    save.save_model(ghosted([2, 3]), target, overwrite=True)
+    assert load_model_layers(target) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_is_not_there_cannot_be_exchanged(tmp_path: Path) -> None:
+    assert not _atomic_files.exchange(tmp_path / "nowhere", tmp_path)
+
+
+@pytest.mark.slow
+def test_kills_while_a_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GHOSTED_FAST_VERIFY", "1")
+    models, tokenizer = [ghosted([2]), ghosted([2, 3])], tiny_tokenizer()
+    with torch.inference_mode():
+        known = [model(TOKENS).logits for model in models]
+    target = save.save_model(models[0], tmp_path / "model", tokenizer)
+    if not can_exchange(target):
+        pytest.skip("this file system cannot let names change places")
+    chance = random.Random(0)
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            while True:
+                for model in models:
+                    save.save_model(model, target, tokenizer, overwrite=True)
+        time.sleep(chance.uniform(0.0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found, _tokenizer = load_model(target)
+        with torch.inference_mode():
+            logits = found(TOKENS).logits
+        assert any(torch.equal(logits, expected) for expected in known if expected is not None)
