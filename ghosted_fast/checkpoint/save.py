@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +45,48 @@ def save_model(
     target = Path(folder)
     if not distributed.is_writer():
         return target
-    if target.exists() and not target.is_dir():
-        raise ArgumentError(f"expected a folder to save to, got the file {str(target)!r}")
-    if target.exists() and not overwrite:
-        raise ArgumentError(
-            f"the folder {str(target)!r} exists: choose another, or pass overwrite=True"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        fresh = workspace / "new"
+    with whole_folder(target, overwrite) as fresh:
         saved = model if is_ghosted(model.config) else packed_again(model)
         saved.save_pretrained(fresh)
         align_weights(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+    return target
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise unless a folder can be made, or replaced.
+
+    Raises:
+        ArgumentError: The folder exists and `overwrite` is False, or a file has its name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError(f"expected a folder to save to, got the file {str(folder)!r}")
+    if folder.exists() and not overwrite:
+        raise ArgumentError(
+            f"the folder {str(folder)!r} exists: choose another, or pass overwrite=True"
+        )
+
+
+@contextmanager
+def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that takes its place once the block has ended well.
+
+    Args:
+        target: The folder. Its parents are made as needed.
+        overwrite: Whether an existing folder is replaced. A README.md that this library did not
+            write is kept.
+
+    Raises:
+        ArgumentError: See `check_target`.
+    """
+    check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        fresh = workspace / "new"
+        fresh.mkdir()
+        yield fresh
         if target.exists():
             card = target / CARD
             if card.is_file() and not is_ours(card):
@@ -70,4 +99,3 @@ def save_model(
         raise
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
-    return target
