@@ -155,6 +155,7 @@ def cut_folder(
     model: str | Path | Unloaded,
     removed: Iterable[int],
     ghosts: Sequence[GhostLinear | None] | None = None,
+    checked: bool = False,
 ) -> FolderCut:
     """Plan how layers are removed from a checkpoint, and a ghost put into each gap.
 
@@ -166,6 +167,7 @@ def cut_folder(
         removed: Indices of the layers to remove.
         ghosts: One ghost or None for each gap, in the order of `removed_intervals`; they are cast
             to the model's dtype, and left as they are.
+        checked: Whether `check_removable_unloaded` was asked already.
 
     Returns:
         The checkpoint, ready to be saved.
@@ -180,7 +182,8 @@ def cut_folder(
     count = decoder.num_layers
     gaps = removed_intervals(removed, count)
     layers = [layer for start, stop in gaps for layer in range(start, stop)]
-    check_removable_unloaded(source, layers)
+    if not checked:
+        check_removable_unloaded(source, layers)
     placed, cut = _cut_on_meta(source, layers, ghosts)
     kept = [layer for layer in range(count) if layer not in layers]
     pieces = kept_tensors(source, cut, kept)

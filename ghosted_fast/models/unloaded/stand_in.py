@@ -6,6 +6,7 @@ What a cut would break shows with any weights, so the proofs of a cut (`Decoder.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -61,14 +62,18 @@ def stand_ins(model: Any) -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _random_block() -> Tensor:
+    return torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0))
+
+
 class _Lender:
     """Lends and takes back. Its copies, in copies of the model, lend the same."""
 
     def __init__(self, head: nn.Module | None) -> None:
         self._head = head
         self._layer: nn.Module | None = None
-        generator = torch.Generator().manual_seed(0)
-        self._block = torch.randn(_BLOCK, generator=generator)
+        self._block = _random_block()
         self._lent: dict[nn.Module, dict[tuple[nn.Module, str], Tensor]] = {}
         self._padding: dict[nn.Module, int] = {}
 
@@ -123,16 +128,16 @@ class _Lender:
     def _values(self, name: str, shape: list[int], like: Tensor) -> Tensor:
         found = torch.zeros(shape, dtype=like.dtype)
         if like.is_floating_point():
-            start = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
-            block = self._block.roll(start % _BLOCK)
+            digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
+            start, flat, done = int.from_bytes(digest, "little") % _BLOCK, found.view(-1), 0
+            while done < len(flat):
+                part = self._block[start : start + len(flat) - done]
+                flat[done : done + len(part)].copy_(part)
+                start, done = 0, done + len(part)
             if len(shape) > 1:
-                block = block / shape[-1] ** 0.5
+                found.div_(shape[-1] ** 0.5)
             else:
-                block = 0.1 * block + (0.0 if name.endswith("bias") else 1.0)
-            block, flat = block.to(like.dtype), found.view(-1)
-            for begin in range(0, len(flat), _BLOCK):
-                part = flat[begin : begin + _BLOCK]
-                part.copy_(block[: len(part)])
+                found.mul_(0.1).add_(0.0 if name.endswith("bias") else 1.0)
         if isinstance(like, nn.Parameter):
             return nn.Parameter(found, requires_grad=False)
         return found
