@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -16,14 +16,17 @@ from ghosted_fast.cli._shared.input_args import (
     EvaluationArgs,
     ModelArgs,
 )
-from ghosted_fast.cli._shared.output_args import OutputArgs, heal_state
+from ghosted_fast.cli._shared.output_args import OutputArgs, heal_state, states
 from ghosted_fast.cli._shared.results import Result, TextTable
+from ghosted_fast.cli._shared.sweep_args import SweptModelArgs
 from ghosted_fast.cli._shared.verb import usage_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ghosted_fast.models.unloaded.opening import Unloaded
     from ghosted_fast.options import HealOptions
+    from ghosted_fast.swept.run import Asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ class FitCalibrationArgs(CalibrationArgs):
 
 
 def fit(
-    model: ModelArgs,
+    model: SweptModelArgs,
     calibration: FitCalibrationArgs,
     how_many: HowManyArgs,
     ghosts: GhostArgs,
@@ -113,9 +116,18 @@ def fit(
     from ghosted_fast.options import RunOptions
     from ghosted_fast.pipeline import ghost_model
     from ghosted_fast.surgery.transfer import put_ghosts, take_ghosts
+    from ghosted_fast.swept.run import Asked
     from ghosted_fast.text.loading import first_rows
 
     options = ghosts.options(recovery.sequential)
+    run = RunOptions(
+        beam=how_many.beam,
+        corrections=recovery.corrections,
+        heal=recovery.heal_options(calibration.seed),
+        memory=model.memory,
+        state=model.state,
+    )
+    asked = Asked(how_many.how_many(), how_many.criterion, recovery.recovery, options, run)
     healing = recovery.heal_options(calibration.seed)
     with process_group(launch.rank_timeout, model.device) as first:
         if not launch.dry_run:
@@ -124,13 +136,17 @@ def fit(
             calibration.check()
             evaluation.check(calibration)
         calibration.check_model(model.model)
+        if launch.dry_run:
+            return _memory(model, calibration, how_many, asked)
+        swept = None if calibration.calibrate_in else _swept(model, calibration, asked, output)
+        if swept is not None:
+            facts = _fit_swept(*swept, calibration, evaluation, output, first)
+            return Result(facts, _said(facts)) if first else None
         dense, tokenizer = calibration.open(model)
         beside = load_processor(model.model) or tokenizer
         check_layers(dense, how_many.how_many())
         if healing is not None and calibration.calibrate_in is None:
             check_healable(dense, healing)
-        if launch.dry_run:
-            return _memory(dense, how_many, options)
         held_out = evaluation.load(calibration, tokenizer) if first else None
         text = _text(calibration, healing, dense, tokenizer, first)
         smaller, found = ghost_model(
@@ -141,7 +157,7 @@ def fit(
             criterion=how_many.criterion,
             recovery=recovery.recovery,
             options=options,
-            run=RunOptions(beam=how_many.beam, corrections=recovery.corrections, progress=first),
+            run=replace(run, heal=None, progress=first),
         )
         facts = found.to_dict() | {"calibration": Path(calibration.calibration).name}
         if calibration.calibrate_in is not None and (first or healing is not None):
@@ -250,16 +266,60 @@ def _heal(
     facts["seconds"]["heal"] = healed.seconds
 
 
-def _memory(dense: Any, how_many: HowManyArgs, options: Any) -> Result:
+def _memory(
+    model: SweptModelArgs, calibration: CalibrationArgs, how_many: HowManyArgs, asked: Asked
+) -> Result:
     """Return what a dry run finds out."""
+    from ghosted_fast.cli._shared.loading import check_layers
+    from ghosted_fast.cli._shared.sweep_args import dry_run
     from ghosted_fast.cli._shared.tables import memory_line
     from ghosted_fast.options import Count, Layers
     from ghosted_fast.pipeline import statistics_bytes_needed
 
     wanted = how_many.how_many()
     assert isinstance(wanted, Count | Layers)
-    needed = statistics_bytes_needed(dense, wanted, how_many.criterion, options)
-    return Result({"statistics_bytes": needed}, [memory_line(needed, "all intervals")])
+    dense, facts, lines = dry_run(model, calibration, asked)
+    check_layers(dense, wanted)
+    needed = statistics_bytes_needed(dense, wanted, how_many.criterion, asked.options)
+    first = memory_line(needed, "all intervals")
+    return Result({"statistics_bytes": needed, **facts}, [first, *lines])
+
+
+def _swept(
+    model: SweptModelArgs, calibration: CalibrationArgs, asked: Asked, output: OutputArgs
+) -> tuple[Unloaded, Asked] | None:
+    """Return a model that is to be swept through and how, None for one that is to be loaded."""
+    from ghosted_fast.cli._shared.sweep_args import swept
+
+    return swept(model, calibration, asked, states(output.folder))
+
+
+def _fit_swept(
+    unloaded: Unloaded,
+    asked: Asked,
+    calibration: CalibrationArgs,
+    evaluation: EvaluationArgs,
+    output: OutputArgs,
+    first: bool,
+) -> dict[str, Any]:
+    """Fit a model that stays in its files, write what is left of it, and return the facts."""
+    from ghosted_fast.checkpoint.model_card import attach_report
+    from ghosted_fast.cli._shared.sweep_args import read_text
+    from ghosted_fast.swept.run import ghost_unloaded
+
+    if evaluation.evaluation is not None:
+        raise usage_error(
+            "expected no text to measure on for a model that is swept through layer by layer: "
+            "measure the folder with ghosted-fast eval where it fits in memory",
+            "--evaluation",
+        )
+    asked = replace(asked, run=replace(asked.run, progress=first))
+    text = read_text(unloaded, calibration, first)
+    smaller, found = ghost_unloaded(unloaded, text, asked)
+    facts = found.to_dict() | {"calibration": Path(calibration.calibration).name, "swept": True}
+    attach_report(smaller.config, facts)
+    smaller.save(output.folder, overwrite=output.overwrite, progress=first)
+    return facts | {"output": str(output.folder)}
 
 
 def _save(smaller: Any, facts: dict[str, Any], tokenizer: Any, output: OutputArgs) -> None:

@@ -185,28 +185,18 @@ def ghost_unloaded(
     Raises:
         ArgumentError: A sweep cannot do what is asked; or see `ghost_model`, as for the others.
     """
-    asked.check()
-    options, run = asked.options, asked.run
-    if run.corrections == "auto" and asked.recovery == "ghost":
+    options = asked.options
+    if asked.run.corrections == "auto" and asked.recovery == "ghost":
         _LOGGER.warning(
             "ghosts are not corrected: that needs gradients through all layers, which a model that "
             "is swept through does not have in memory"
         )
-    text = CalibrationText.of(batches)
-    plan = asked.plan(unloaded, text.hold())
-    source = FolderSource(unloaded, plan.prefetch)
-    decoder = source.decoder
-    if isinstance(asked.wanted, Layers):
-        check_removable_unloaded(unloaded, asked.wanted.removed)
-    checkpoint = stored_digest(unloaded.tensors)
-    quiet = replace(asked, run=replace(run, progress=False, inplace=False, state=None, memory=None))
-    distributed.check_same({"asked": quiet, "weights of the model": checkpoint})
-    distributed.same_text_everywhere(text)
     seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "heal"), 0.0)
-    digest = f"{checkpoint} {text.digest} {decoder.dtype} {quiet!r}"
-    with _shelf(run, plan, digest) as shelf:
-        swept = SweptText.of(text.hold(), decoder.device)
-        sweep = Sweep(source, swept, shelf, run.progress)
+    text = CalibrationText.of(batches)
+    with _sweep(unloaded, text, asked) as sweep:
+        decoder = sweep.source.decoder
+        if isinstance(asked.wanted, Layers):
+            check_removable_unloaded(unloaded, asked.wanted.removed)
         with adding_time(seconds, "select"):
             selection = _choose(sweep, text, asked)
         if not isinstance(asked.wanted, Layers):
@@ -232,6 +222,38 @@ def ghost_unloaded(
     cut = cut_folder(unloaded, selection.removed, ghosts, checked=True)
     attach_report(cut.config, report.to_dict())
     return cut, report
+
+
+def select_unloaded(unloaded: Unloaded, batches: Iterable[Any], asked: Asked) -> Selection:
+    """Do what `select_layers` does with a model that stays in its files.
+
+    Args:
+        unloaded: The dense model.
+        batches: Calibration tokens; held in memory as token ids.
+        asked: How many layers, and the criterion.
+
+    Raises:
+        ArgumentError: A sweep cannot do what is asked; or see `select_layers`.
+    """
+    text = CalibrationText.of(batches)
+    with distributed.failing_together(), _sweep(unloaded, text, asked) as sweep:
+        return _choose(sweep, text, asked)
+
+
+@contextmanager
+def _sweep(unloaded: Unloaded, text: CalibrationText, asked: Asked) -> Iterator[Sweep]:
+    """Yield a sweep of a text through a model, after all ranks were found to ask for the same."""
+    asked.check()
+    plan = asked.plan(unloaded, text.hold())
+    source = FolderSource(unloaded, plan.prefetch)
+    checkpoint = stored_digest(unloaded.tensors)
+    run = replace(asked.run, progress=False, inplace=False, state=None, memory=None)
+    quiet = replace(asked, run=run)
+    distributed.check_same({"asked": quiet, "weights of the model": checkpoint})
+    distributed.same_text_everywhere(text)
+    device, dtype = source.decoder.device, source.decoder.dtype
+    with _shelf(asked.run, plan, f"{checkpoint} {text.digest} {dtype} {quiet!r}") as shelf:
+        yield Sweep(source, SweptText.of(text.hold(), device), shelf, asked.run.progress)
 
 
 def _choose(sweep: Sweep, text: CalibrationText, asked: Asked) -> Selection:
