@@ -113,35 +113,23 @@ def fit(
     from ghosted_fast.cli._shared.loading import check_layers
     from ghosted_fast.improve.healing import check_healable
     from ghosted_fast.models.loading import load_processor
-    from ghosted_fast.options import RunOptions
     from ghosted_fast.pipeline import ghost_model
     from ghosted_fast.surgery.transfer import put_ghosts, take_ghosts
-    from ghosted_fast.swept.run import Asked
     from ghosted_fast.text.loading import first_rows
 
-    options = ghosts.options(recovery.sequential)
-    run = RunOptions(
-        beam=how_many.beam,
-        corrections=recovery.corrections,
-        heal=recovery.heal_options(calibration.seed),
-        memory=model.memory,
-        state=model.state,
-    )
-    asked = Asked(how_many.how_many(), how_many.criterion, recovery.recovery, options, run)
+    asked = _asked(model, calibration, how_many, ghosts, recovery)
     healing = recovery.heal_options(calibration.seed)
     with process_group(launch.rank_timeout, model.device) as first:
-        if not launch.dry_run:
-            if first:
-                output.check()
-            calibration.check()
-            evaluation.check(calibration)
-        calibration.check_model(model.model)
         if launch.dry_run:
             return _memory(model, calibration, how_many, asked)
-        swept = None if calibration.calibrate_in else _swept(model, calibration, asked, output)
-        if swept is not None:
-            facts = _fit_swept(*swept, calibration, evaluation, output, first)
-            return Result(facts, _said(facts)) if first else None
+        if first:
+            output.check()
+        calibration.check()
+        evaluation.check(calibration)
+        calibration.check_model(model.model)
+        left = _left_in_files(model, calibration, asked, output)
+        if left is not None:
+            return _fit_swept(*left, calibration, evaluation, output, first)
         dense, tokenizer = calibration.open(model)
         beside = load_processor(model.model) or tokenizer
         check_layers(dense, how_many.how_many())
@@ -156,8 +144,8 @@ def fit(
             removed=how_many.removed,
             criterion=how_many.criterion,
             recovery=recovery.recovery,
-            options=options,
-            run=replace(run, heal=None, progress=first),
+            options=asked.options,
+            run=replace(asked.run, heal=None, progress=first),
         )
         facts = found.to_dict() | {"calibration": Path(calibration.calibration).name}
         if calibration.calibrate_in is not None and (first or healing is not None):
@@ -285,12 +273,36 @@ def _memory(
     return Result({"statistics_bytes": needed, **facts}, [first, *lines])
 
 
-def _swept(
-    model: SweptModelArgs, calibration: CalibrationArgs, asked: Asked, output: OutputArgs
+def _asked(
+    model: SweptModelArgs,
+    calibration: CalibrationArgs,
+    how_many: HowManyArgs,
+    ghosts: GhostArgs,
+    recovery: RecoveryArgs,
+) -> Asked:
+    """Return what is asked for, as the library takes it."""
+    from ghosted_fast.options import RunOptions
+    from ghosted_fast.swept.run import Asked
+
+    run = RunOptions(
+        beam=how_many.beam,
+        corrections=recovery.corrections,
+        heal=recovery.heal_options(calibration.seed),
+        memory=model.memory,
+        state=model.state,
+    )
+    options = ghosts.options(recovery.sequential)
+    return Asked(how_many.how_many(), how_many.criterion, recovery.recovery, options, run)
+
+
+def _left_in_files(
+    model: SweptModelArgs, calibration: FitCalibrationArgs, asked: Asked, output: OutputArgs
 ) -> tuple[Unloaded, Asked] | None:
     """Return a model that is to be swept through and how, None for one that is to be loaded."""
     from ghosted_fast.cli._shared.sweep_args import swept
 
+    if calibration.calibrate_in is not None:
+        return None
     return swept(model, calibration, asked, states(output.folder))
 
 
@@ -301,8 +313,8 @@ def _fit_swept(
     evaluation: EvaluationArgs,
     output: OutputArgs,
     first: bool,
-) -> dict[str, Any]:
-    """Fit a model that stays in its files, write what is left of it, and return the facts."""
+) -> Result | None:
+    """Fit a model that stays in its files, and write what is left of it."""
     from ghosted_fast.checkpoint.model_card import attach_report
     from ghosted_fast.cli._shared.sweep_args import read_text
     from ghosted_fast.swept.run import ghost_unloaded
@@ -319,7 +331,13 @@ def _fit_swept(
     facts = found.to_dict() | {"calibration": Path(calibration.calibration).name, "swept": True}
     attach_report(smaller.config, facts)
     smaller.save(output.folder, overwrite=output.overwrite, progress=first)
-    return facts | {"output": str(output.folder)}
+    if not first:
+        return None
+    facts["output"] = str(output.folder)
+    shown = _said(facts)
+    if output.report is not None:
+        shown += ["", output.write(facts)]
+    return Result(facts, shown)
 
 
 def _save(smaller: Any, facts: dict[str, Any], tokenizer: Any, output: OutputArgs) -> None:
