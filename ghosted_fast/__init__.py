@@ -57,6 +57,9 @@ if TYPE_CHECKING:
     from ghosted_fast.surgery.adopt.from_operators import import_ghosts as import_ghosts
     from ghosted_fast.surgery.adopt.swap import swap_ghosts as swap_ghosts
     from ghosted_fast.surgery.cut import prune_model as prune_model
+    from ghosted_fast.surgery.folder import FolderCut as FolderCut
+    from ghosted_fast.surgery.folder import cut_folder as cut_folder
+    from ghosted_fast.surgery.folder import prune_folder as prune_folder
     from ghosted_fast.surgery.removable import check_removable as check_removable
     from ghosted_fast.surgery.transfer import TakenGhosts as TakenGhosts
     from ghosted_fast.surgery.transfer import put_ghosts as put_ghosts
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CalibrationText": "text.calibration_text",
+    "FolderCut": "surgery.folder",
     "GhostLinear": "models.ghost_linear",
     "GhostOptions": "options",
     "GhostReport": "reports.ghost_report",
@@ -89,6 +93,7 @@ _HOMES = {
     "accuracy": "measure.tasks",
     "check_removable": "surgery.removable",
     "correct_ghosts": "improve.correction",
+    "cut_folder": "surgery.folder",
     "evaluate_tasks": "measure.tasks",
     "fetch_demo_assets": "assets.downloads",
     "ghost_apply": "ops",
@@ -100,6 +105,7 @@ _HOMES = {
     "load_quantized": "models.quantized.loading",
     "load_texts": "text.loading",
     "perplexity": "measure.perplexity",
+    "prune_folder": "surgery.folder",
     "prune_model": "surgery.cut",
     "put_ghosts": "surgery.transfer",
     "run_grid": "grid",

@@ -117,6 +117,11 @@ class RunOptions:
         heal_state: File that the healing is kept in, so that it can go on after it was killed.
         memory_budget: Bytes that statistics may take; several passes are made where they would take
             more. None for half of the free memory.
+        memory: Bytes that all of a run may take, where the model is given as a folder or hub id; it
+            is swept through layer by layer where it would take more. None for four fifths of what
+            is free.
+        state: Folder that a sweep keeps its states in, so that it can go on after it was killed.
+            None for a temporary one, if any is needed.
         inplace: Whether to cut the given model. Default: a new one that shares its weights.
         progress: Whether to show progress bars on stderr.
 
@@ -130,12 +135,16 @@ class RunOptions:
     heal: HealOptions | None = None
     heal_state: str | Path | None = None
     memory_budget: int | None = None
+    memory: int | None = None
+    state: str | Path | None = None
     inplace: bool = False
     progress: bool = False
 
     def __post_init__(self) -> None:
         check_corrections(self.corrections)
         check_at_least(1, beam=self.beam, score_tokens=self.score_tokens)
+        if self.memory is not None:
+            check_at_least(1, memory=self.memory)
 
 
 def check_corrections(corrections: Any) -> None:

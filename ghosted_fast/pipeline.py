@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ghosted_fast import distributed
@@ -18,6 +17,7 @@ from ghosted_fast.improve.healing import check_healable, heal
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.quantized.loading import quantization_of
 from ghosted_fast.models.structure import share_copy
+from ghosted_fast.models.unloaded.opening import Unloaded
 from ghosted_fast.options import (
     Bound,
     Count,
@@ -29,16 +29,18 @@ from ghosted_fast.options import (
     how_many,
 )
 from ghosted_fast.recovery import RECOVERIES, Patch, check_recovery
+from ghosted_fast.recovery.facts import fitted_facts
 from ghosted_fast.recovery.patches import fit_gaps, put_patches
-from ghosted_fast.reports.ghost_report import GhostFacts, GhostReport
+from ghosted_fast.reports.ghost_report import GhostReport
 from ghosted_fast.selection.criteria import CRITERIA, check_criterion
 from ghosted_fast.selection.how_many import choose_layers, remeasured
 from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.statistics.interval import interval_bytes
-from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals
 from ghosted_fast.surgery.removable import check_removable
+from ghosted_fast.swept.run import Asked, ghost_unloaded, loaded_or_unloaded
 from ghosted_fast.text.calibration_text import CalibrationText
+from ghosted_fast.timing.stopwatch import adding_time
 
 _LOGGER = logging.getLogger(__name__)
 _OPTIONS, _RUN = "a field of options=GhostOptions(...)", "a field of run=RunOptions(...)"
@@ -72,7 +74,9 @@ def ghost_model(
     same model, arguments and whole text, and all get the same ghosts, to the bit.
 
     Args:
-        model: A transformers causal language model of a known family.
+        model: A transformers causal language model of a known family; or a folder or hub id. Of
+            that a model is loaded if `RunOptions.memory` suffices, else it stays in its files and
+            is swept through layer by layer, as is one of `open_unloaded`.
         batches: Calibration tokens: dicts of `input_ids` [batch, length] and `attention_mask`, or
             token tensors. Read once where `removed` is given, nothing is corrected or healed and
             there are no other ranks, else held in memory as token ids.
@@ -91,7 +95,8 @@ def ghost_model(
             given model is cut in place; whether to show progress.
 
     Returns:
-        The smaller model, in the dtype and on the device of the given one, and a report.
+        The smaller model, in the dtype and on the device of the given one, and a report. Of a model
+        that was swept through it is a `FolderCut`, to be saved.
 
     Raises:
         ArgumentError: An option has no such value, or the layers cannot be removed.
@@ -108,6 +113,12 @@ def ghost_model(
     options, run = options or GhostOptions(), run or RunOptions()
     wanted = how_many(remove, removed)
     _check(wanted, criterion, recovery, run)
+    if isinstance(model, str | Path | Unloaded):
+        request = Asked(wanted, criterion, recovery, options, run)
+        batches = CalibrationText.of(batches)
+        model = loaded_or_unloaded(model, batches, request)
+        if isinstance(model, Unloaded):
+            return ghost_unloaded(model, batches, request)
     method = RECOVERIES[recovery]
     decoder = Decoder.of(model)
     which = None if removed is None else list(removed)
@@ -127,7 +138,7 @@ def ghost_model(
     compared = isinstance(wanted, SpeedBound) or run.heal is not None
     dense = share_copy(model) if run.inplace and compared else model
     seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "heal"), 0.0)
-    with _timed(seconds, "select"):
+    with adding_time(seconds, "select"):
         selection, budget = choose_layers(decoder, text, wanted, criterion, options, run)
     if which is None:
         check_removable(model, selection.removed)
@@ -143,13 +154,13 @@ def ghost_model(
         seconds=seconds,
         calibrated_in=quantization_of(model.config),
     )
-    with _timed(seconds, "calibrate"):
+    with adding_time(seconds, "calibrate"):
         patches = fit_gaps(
             decoder, text, recovery, gaps, options=options, run=run, known=selection.statistics
         )
     seconds["solve"] = sum(patch.solve_seconds for patch in patches)
     seconds["calibrate"] -= seconds["solve"]
-    report = replace(report, **_fitted(gaps, patches, options, text))
+    report = replace(report, **fitted_facts(gaps, patches, options, text))
     if corrects:
         report = _correct(decoder, text, report, patches, run)
     smaller = put_patches(model, selection.removed, patches, run.inplace)
@@ -196,47 +207,6 @@ def _passes_gradients(model: Any, run: RunOptions) -> bool:
     return True
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the wall-clock time of what is done to an entry."""
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] += time.perf_counter() - began
-
-
-def _fitted(
-    gaps: Sequence[Interval],
-    patches: Sequence[Patch],
-    options: GhostOptions,
-    text: CalibrationText,
-) -> dict[str, Any]:
-    """Return what the report says of the fit."""
-    facts = []
-    for (start, stop), patch in zip(gaps, patches, strict=True):
-        solution = patch.solution
-        if solution is None or patch.ghost is None:
-            continue
-        facts.append(
-            GhostFacts(
-                start=start,
-                stop=stop,
-                features=options.features,
-                bias=options.bias,
-                first_state=patch.ghost.first_state is not None,
-                fit_error=solution.fit_error,
-                held_out_error=solution.held_out_error,
-                condition=solution.condition,
-                damping=solution.damping,
-                num_tokens=solution.num_tokens,
-            )
-        )
-    if facts:
-        return {"ghosts": facts, "num_tokens": max(item.num_tokens for item in facts)}
-    return {"num_tokens": text.num_tokens}
-
-
 def _correct(
     decoder: Decoder,
     text: CalibrationText,
@@ -246,7 +216,7 @@ def _correct(
 ) -> GhostReport:
     """Correct the ghosts, in place, and return the report with what was done."""
     trial = remove_layers(decoder.model, report.removed, [patch.ghost for patch in patches])
-    with _timed(report.seconds, "correct"):
+    with adding_time(report.seconds, "correct"):
         corrected = correct_ghosts(
             trial, decoder.model, text, run.corrections, progress=run.progress
         )
@@ -257,7 +227,7 @@ def _heal(
     smaller: Any, dense: Any, text: CalibrationText, report: GhostReport, run: RunOptions
 ) -> GhostReport:
     """Heal the smaller model, in place, and return the report with what was done."""
-    with _timed(report.seconds, "heal"):
+    with adding_time(report.seconds, "heal"):
         healed = heal(smaller, dense, text, run.heal, state=run.heal_state, progress=run.progress)
     return replace(report, healing=healed)
 

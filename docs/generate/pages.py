@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from docs.generate import engines, operators, program, quick_start, recovery, speed, sweep
+from docs.generate import engines, memory, operators, program, quick_start, recovery, speed, sweep
 from docs.generate.markers import block_names, replace_blocks
 from docs.generate.plots import pictures
 from docs.generate.results import ROOT
@@ -54,6 +54,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/import.md": {"against-hooks": operators.against_hooks},
     "docs/cli.md": {"verbs": program.verbs},
+    "docs/memory.md": {"shapes": memory.shapes},
     "docs/families.md": {"families": program.families, "swept": sweep.swept},
 }
 GPU_PAGE, GPU_PROGRAM = "docs/gpu-roofline.md", "benchmarks/gpu_roofline.py"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +116,7 @@ def save_model(
     target = Path(folder)
     if not distributed.is_writer():
         return target
-    if target.exists() and not target.is_dir():
-        raise ArgumentError(f"expected a folder to save to, got the file {str(target)!r}")
-    if target.exists() and not overwrite:
-        raise ArgumentError(
-            f"the folder {str(target)!r} exists: choose another, or pass overwrite=True"
-        )
-    if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise ArgumentError(
-            f"expected a model's folder to replace, got {str(target)!r}, which holds other files: "
-            "name another"
-        )
+    check_target(target, overwrite)
     check_place(target)
     check_room(target, weight_bytes(model))
     repair_generation(model)
@@ -140,14 +132,52 @@ def save_model(
 
 
 def _save(model: Any, target: Path, tokenizer: Any) -> Path:
-    with atomic_folder(target) as workspace:
-        fresh = workspace / "new"
+    with whole_folder(target, overwrite=True) as fresh:
         saved = model if is_ghosted(model.config) else packed_again(model)
         saved.save_pretrained(fresh)
         align_weights(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+    return target
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise unless a folder can be made, or replaced.
+
+    Raises:
+        ArgumentError: The folder exists and `overwrite` is False, a file has its name, or it holds
+            something that is no model.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError(f"expected a folder to save to, got the file {str(folder)!r}")
+    if folder.exists() and not overwrite:
+        raise ArgumentError(
+            f"the folder {str(folder)!r} exists: choose another, or pass overwrite=True"
+        )
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ArgumentError(
+            f"expected a model's folder to replace, got {str(folder)!r}, which holds other files: "
+            "name another"
+        )
+
+
+@contextmanager
+def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that takes a model's place once the block has ended well.
+
+    Args:
+        target: The folder. Its parents are made as needed.
+        overwrite: Whether an existing folder is replaced. A README.md that this library did not
+            write is kept.
+
+    Raises:
+        ArgumentError: See `check_target`.
+    """
+    check_target(target, overwrite)
+    with atomic_folder(target) as workspace:
+        fresh = workspace / "new"
+        fresh.mkdir()
+        yield fresh
         card = target / CARD
         if card.is_file() and not is_ours(card):
             shutil.copy2(card, fresh / CARD)
-    return target

@@ -19,6 +19,7 @@ from ghosted_fast.cli.fit import fit
 from ghosted_fast.cli.grid import grid
 from ghosted_fast.cli.heal import heal_folder
 from ghosted_fast.cli.import_ghosts import import_operators
+from ghosted_fast.cli.prune import prune
 from ghosted_fast.cli.select import select
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command("demo", cls=Verb)(verb(demo))
 app.command("select", cls=Verb)(verb(select, shares=True))
 app.command("fit", cls=Verb)(verb(fit, shares=True))
 app.command("heal", cls=Verb)(verb(heal_folder, shares=True))
+app.command("prune", cls=Verb)(verb(prune))
 app.command("import", cls=Verb)(verb(import_operators))
 app.command("eval", cls=Verb)(verb(evaluate))
 app.command("grid", cls=Verb)(verb(grid))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -16,14 +16,17 @@ from ghosted_fast.cli._shared.input_args import (
     EvaluationArgs,
     ModelArgs,
 )
-from ghosted_fast.cli._shared.output_args import OutputArgs, heal_state
+from ghosted_fast.cli._shared.output_args import OutputArgs, heal_state, states
 from ghosted_fast.cli._shared.results import Result, TextTable
+from ghosted_fast.cli._shared.sweep_args import SweptModelArgs
 from ghosted_fast.cli._shared.verb import usage_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ghosted_fast.models.unloaded.opening import Unloaded
     from ghosted_fast.options import HealOptions
+    from ghosted_fast.swept.run import Asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ class FitCalibrationArgs(CalibrationArgs):
 
 
 def fit(
-    model: ModelArgs,
+    model: SweptModelArgs,
     calibration: FitCalibrationArgs,
     how_many: HowManyArgs,
     ghosts: GhostArgs,
@@ -113,22 +116,24 @@ def fit(
     from ghosted_fast.cli._shared.loading import check_layers, least_bytes
     from ghosted_fast.improve.healing import check_healable
     from ghosted_fast.models.loading import load_processor
-    from ghosted_fast.options import RunOptions
     from ghosted_fast.pipeline import ghost_model
     from ghosted_fast.surgery.transfer import put_ghosts, take_ghosts
     from ghosted_fast.text.loading import first_rows
 
-    options = ghosts.options(recovery.sequential)
+    asked = _asked(model, calibration, how_many, ghosts, recovery)
     healing = recovery.heal_options(calibration.seed)
     with process_group(launch.rank_timeout, model.device) as first:
         _check_ahead(model, calibration, how_many, evaluation, output if first else None, launch)
+        if launch.dry_run:
+            return _memory(model, calibration, how_many, asked)
+        left = _left_in_files(model, calibration, asked, output)
+        if left is not None:
+            return _fit_swept(*left, calibration, evaluation, output, first)
         dense, tokenizer = calibration.open(model)
         beside = load_processor(model.model, model.trust_remote_code) or tokenizer
         check_layers(dense, how_many.how_many())
         if healing is not None and calibration.calibrate_in is None:
             check_healable(dense, healing)
-        if launch.dry_run:
-            return _memory(dense, how_many, options)
         if first:
             check_room(output.folder, least_bytes(dense, how_many.how_many()))
         held_out = evaluation.load(calibration, tokenizer) if first else None
@@ -140,8 +145,8 @@ def fit(
             removed=how_many.removed,
             criterion=how_many.criterion,
             recovery=recovery.recovery,
-            options=options,
-            run=RunOptions(beam=how_many.beam, corrections=recovery.corrections, progress=first),
+            options=asked.options,
+            run=replace(asked.run, heal=None, progress=first),
         )
         facts = found.to_dict() | {"calibration": Path(calibration.calibration).name}
         if calibration.calibrate_in is not None and (first or healing is not None):
@@ -275,16 +280,90 @@ def _heal(
     facts["seconds"]["heal"] = healed.seconds
 
 
-def _memory(dense: Any, how_many: HowManyArgs, options: Any) -> Result:
+def _memory(
+    model: SweptModelArgs, calibration: CalibrationArgs, how_many: HowManyArgs, asked: Asked
+) -> Result:
     """Return what a dry run finds out."""
+    from ghosted_fast.cli._shared.loading import check_layers
+    from ghosted_fast.cli._shared.sweep_args import dry_run
     from ghosted_fast.cli._shared.tables import memory_line
     from ghosted_fast.options import Count, Layers
     from ghosted_fast.pipeline import statistics_bytes_needed
 
     wanted = how_many.how_many()
     assert isinstance(wanted, Count | Layers)
-    needed = statistics_bytes_needed(dense, wanted, how_many.criterion, options)
-    return Result({"statistics_bytes": needed}, [memory_line(needed, "all intervals")])
+    dense, facts, lines = dry_run(model, calibration, asked)
+    check_layers(dense, wanted)
+    needed = statistics_bytes_needed(dense, wanted, how_many.criterion, asked.options)
+    first = memory_line(needed, "all intervals")
+    return Result({"statistics_bytes": needed, **facts}, [first, *lines])
+
+
+def _asked(
+    model: SweptModelArgs,
+    calibration: CalibrationArgs,
+    how_many: HowManyArgs,
+    ghosts: GhostArgs,
+    recovery: RecoveryArgs,
+) -> Asked:
+    """Return what is asked for, as the library takes it."""
+    from ghosted_fast.options import RunOptions
+    from ghosted_fast.swept.run import Asked
+
+    run = RunOptions(
+        beam=how_many.beam,
+        corrections=recovery.corrections,
+        heal=recovery.heal_options(calibration.seed),
+        memory=model.memory,
+        state=model.state,
+    )
+    options = ghosts.options(recovery.sequential)
+    return Asked(how_many.how_many(), how_many.criterion, recovery.recovery, options, run)
+
+
+def _left_in_files(
+    model: SweptModelArgs, calibration: FitCalibrationArgs, asked: Asked, output: OutputArgs
+) -> tuple[Unloaded, Asked] | None:
+    """Return a model that is to be swept through and how, None for one that is to be loaded."""
+    from ghosted_fast.cli._shared.sweep_args import swept
+
+    if calibration.calibrate_in is not None:
+        return None
+    return swept(model, calibration, asked, states(output.folder))
+
+
+def _fit_swept(
+    unloaded: Unloaded,
+    asked: Asked,
+    calibration: CalibrationArgs,
+    evaluation: EvaluationArgs,
+    output: OutputArgs,
+    first: bool,
+) -> Result | None:
+    """Fit a model that stays in its files, and write what is left of it."""
+    from ghosted_fast.checkpoint.model_card import attach_report
+    from ghosted_fast.cli._shared.sweep_args import read_text
+    from ghosted_fast.swept.run import ghost_unloaded
+
+    if evaluation.evaluation is not None:
+        raise usage_error(
+            "expected no text to measure on for a model that is swept through layer by layer: "
+            "measure the folder with ghosted-fast eval where it fits in memory",
+            "--evaluation",
+        )
+    asked = replace(asked, run=replace(asked.run, progress=first))
+    text = read_text(unloaded, calibration, first)
+    smaller, found = ghost_unloaded(unloaded, text, asked)
+    facts = found.to_dict() | {"calibration": Path(calibration.calibration).name, "swept": True}
+    attach_report(smaller.config, facts)
+    smaller.save(output.folder, overwrite=output.overwrite, progress=first)
+    if not first:
+        return None
+    facts["output"] = str(output.folder)
+    shown = _said(facts)
+    if output.report is not None:
+        shown += ["", output.write(facts)]
+    return Result(facts, shown)
 
 
 def _save(smaller: Any, facts: dict[str, Any], tokenizer: Any, output: OutputArgs) -> None:

@@ -88,14 +88,14 @@ def score_gaps(
         Mean cross-entropy per token, nats, in the order of the candidates.
     """
     decoder = Decoder.of(model)
-    losses: list[list[Tensor]] = [[] for _ in candidates]
-    running = list(range(len(candidates)))
+    race = Race(len(candidates), keep)
     bar = progress_bar("scoring", progress, of=len(batches) * len(candidates))
     with bar, torch.inference_mode():
         for left, batch in zip(
             range(len(batches) - 1, -1, -1), iterate_batches(batches, decoder.device), strict=True
         ):
             states: dict[int, Tensor] = {}
+            running = race.running
             shared = list(distributed.my_share(running))
             if starts := sorted({candidates[index][0].start for index in shared}):
                 visit_boundaries(decoder, batch, starts, states.__setitem__)
@@ -108,13 +108,36 @@ def score_gaps(
                 loss, _ = token_losses(logits, batch.input_ids, batch.attention_mask)
                 found[index] = loss[predicted].double().cpu()
             distributed.add_up([found])
-            for index in running:
-                losses[index].append(found[index])
-                bar.update()
-            good = _still_good(losses, running, keep)
-            bar.update((len(running) - len(good)) * left)
-            running = good
-    return _mean_losses(losses, running)
+            race.add(found)
+            bar.update(len(running) + (len(running) - len(race.running)) * left)
+    return race.scores()
+
+
+class Race:
+    """The losses of candidates, batch by batch; those that are clearly worse are dropped.
+
+    Args:
+        count: How many candidates there are.
+        keep: How many of the best are wanted: what may still be one of them is not dropped.
+
+    Attributes:
+        running: Those that were not dropped.
+    """
+
+    def __init__(self, count: int, keep: int = 1) -> None:
+        self._losses: list[list[Tensor]] = [[] for _ in range(count)]
+        self._keep = keep
+        self.running = list(range(count))
+
+    def add(self, found: Tensor) -> None:
+        """Add the losses [candidates, tokens] of one batch; those of dropped ones do not count."""
+        for index in self.running:
+            self._losses[index].append(found[index])
+        self.running = _still_good(self._losses, self.running, self._keep)
+
+    def scores(self) -> list[float]:
+        """Return each candidate's mean loss, see `score_gaps`."""
+        return _mean_losses(self._losses, self.running)
 
 
 def _still_good(losses: Sequence[Sequence[Tensor]], running: Sequence[int], keep: int) -> list[int]:

@@ -153,24 +153,39 @@ def walk(
             tokens += turn.batch.num_tokens
             if turn.is_own:
 
-                def show(place: int, x: Tensor, y: Tensor, turn: Turn = turn) -> None:
+                def hand_on(place: int, x: Tensor, y: Tensor, turn: Turn = turn) -> None:
                     output = outputs.get(intervals[place][0] - 1)
-                    _show(fed[place], intervals[place], turn, (x, y, output))
+                    show(fed[place], intervals[place], turn, (x, y, output))
 
                 gone = [gap.on(turn.batch) for gap in gaps]
-                visit_intervals(decoder, turn.batch, intervals, show, gone)
+                visit_intervals(decoder, turn.batch, intervals, hand_on, gone)
                 outputs.clear()
     in_order = sorted(listeners, key=lambda item: item.interval[::-1])
-    for item in in_order:
-        item.settle()
-    least = max((item.least_tokens for item in listeners), default=0)
-    check_enough_tokens(tokens, least, decoder.hidden_size)
-    for item in in_order:
-        item.add_ranks(sequences)
+    finish(in_order, tokens, sequences, decoder.hidden_size)
     return time.perf_counter() - began - sum(item.seconds for item in listeners)
 
 
-def _show(
+def finish(listeners: Sequence[Listener], tokens: int, sequences: int, size: int) -> None:
+    """Give listeners that have seen all batches the sums of all ranks.
+
+    Args:
+        listeners: In the order in which a batch visits their intervals.
+        tokens: Attended tokens of the whole text.
+        sequences: Its sequences.
+        size: Width of the hidden state.
+
+    Raises:
+        CalibrationError: There are fewer tokens than a listener needs.
+    """
+    for item in listeners:
+        item.settle()
+    least = max((item.least_tokens for item in listeners), default=0)
+    check_enough_tokens(tokens, least, size)
+    for item in listeners:
+        item.add_ranks(sequences)
+
+
+def show(
     listeners: Sequence[Listener],
     interval: Interval,
     turn: Turn,

@@ -160,7 +160,12 @@ def plain_tokens(model: Any, length: int = _LENGTH) -> Tensor:
                 special |= set(value if isinstance(value, list) else [value])
     vocabulary = int(text_config_of(config).vocab_size)
     tokens = [token for token in range(vocabulary) if token not in special][:length]
-    return torch.tensor([tokens], device=next(model.parameters()).device)
+    return torch.tensor([tokens], device=device_of(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first weight in memory; the processor if none is."""
+    return next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))
 
 
 class _Look:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.built_whole import text_config_of
-from ghosted_fast.models.contract import Contract, contract_of
+from ghosted_fast.models.contract import Contract, contract_of, device_of
 from ghosted_fast.models.families import (
     Family,
     decoder_layers,
@@ -37,7 +37,7 @@ class Decoder:
         layers: The decoder layers.
         hidden_size: Width of the hidden state between two of them.
         dtype: Of its weights, and so of ghosts.
-        device: Of its first weight: where tokens go.
+        device: Of its first weight in memory: where tokens go.
     """
 
     model: Any
@@ -59,15 +59,14 @@ class Decoder:
         if isinstance(model, cls):
             return model
         family = find_family(model)
-        parameter = next(model.parameters())
         return cls(
             model=model,
             family=family,
             owner=decoder_of(model, family),
             layers=decoder_layers(model, family),
             hidden_size=hidden_size(model),
-            dtype=parameter.dtype,
-            device=parameter.device,
+            dtype=next(model.parameters()).dtype,
+            device=device_of(model),
         )
 
     @property

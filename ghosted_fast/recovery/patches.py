@@ -141,7 +141,7 @@ def fit_patches(
         if not collectors:
             continue
         seconds = walk(decoder, text, list(collectors.values()), gaps=below, progress=progress)
-        solved = distributed.one_item_per_rank(list(collectors.values()), _solve, decoder.device)
+        solved = distributed.one_item_per_rank(list(collectors.values()), solve, decoder.device)
         for (job, item), found in zip(collectors.items(), solved, strict=True):
             with _refusing(job, refused):
                 if isinstance(found, GhostedFastError):
@@ -161,7 +161,7 @@ def _collector(decoder: Decoder, job: Job, options: GhostOptions) -> Collector:
     return collector
 
 
-def _solve(collector: Collector) -> Patch | GhostedFastError:
+def solve(collector: Collector) -> Patch | GhostedFastError:
     """Return a collector's operator, or why there is none."""
     began = time.perf_counter()
     try:

@@ -69,7 +69,7 @@ def select_layers(
     for count in (remove, *also):
         check_layer_count(count, decoder.num_layers)
     check_criterion(criterion)
-    alike = _alike(decoder)
+    alike = are_alike(decoder)
     distributed.check_same(
         {
             "remove": remove,
@@ -84,7 +84,7 @@ def select_layers(
     return CRITERIA[criterion].choose(Request(decoder, text, remove, options, run, also, alike))
 
 
-def _alike(decoder: Decoder) -> bool:
+def are_alike(decoder: Decoder) -> bool:
     """Return whether the first layer, one in the middle and the last can all be removed.
 
     Where they can, the others are taken to be alike; else each candidate is tried before anything

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -29,4 +30,19 @@ def model_digest(model: nn.Module) -> str:
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         first = weight.detach().reshape(-1)[:_NUMBERS_PER_WEIGHT].cpu().float()
         digest.update(first.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def stored_digest(tensors: Mapping[str, Any]) -> str:
+    """Return a digest of weights in files: names, places, shapes and the first bytes of each.
+
+    Args:
+        tensors: `StoredTensor`s by name.
+    """
+    digest = hashlib.sha256()
+    for name, item in tensors.items():
+        digest.update(f"{name} {item.path.name} {item.offset} {item.dtype} {item.shape}".encode())
+        with item.path.open("rb") as file:
+            file.seek(item.offset)
+            digest.update(file.read(min(item.nbytes, 4 * _NUMBERS_PER_WEIGHT)))
     return digest.hexdigest()[:16]

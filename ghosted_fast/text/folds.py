@@ -125,6 +125,21 @@ def held_out_batches(
     return selected
 
 
+def held_out_places(
+    batches: Sequence[Batch], options: GhostOptions, score_tokens: int
+) -> list[tuple[int, int]]:
+    """Return where the sequences of `held_out_batches` are: the batch and the row in it."""
+    places: list[tuple[int, int]] = []
+    sequences = tokens = 0
+    for index, batch in enumerate(batches):
+        for row, count in enumerate(batch.attention_mask.sum(1).tolist()):
+            if is_held_out(sequences, options) and tokens < score_tokens:
+                places.append((index, row))
+                tokens += int(count)
+            sequences += 1
+    return places
+
+
 def training_batches(batches: Sequence[Batch], options: GhostOptions) -> list[Batch]:
     """Return the sequences of all folds but the held-out one."""
     selected: list[Batch] = []

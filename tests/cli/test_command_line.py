@@ -19,6 +19,7 @@ VERBS = (
     "select",
     "fit",
     "heal",
+    "prune",
     "import",
     "eval",
     "grid",

@@ -76,6 +76,22 @@ def test_statistics_are_those_of_one_process(
             assert relative_rms(mine, one) <= 1e-12
 
 
+@pytest.mark.parametrize(("size", "kept"), [(2, True), (4, False)])
+def test_a_sweep_chooses_and_fits_as_that_of_one_process(
+    tmp_path: Path, size: int, kept: bool
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    states = tmp_path / "states" if kept else None
+    removed, scores, ghosts = rank_programs.swept(tmp_path / "dense", None)
+    results = run_ranks(rank_programs.swept, size, tmp_path, tmp_path / "dense", states)
+    for found in results:
+        assert found[0] == removed
+        assert found[1] == pytest.approx(scores, rel=1e-6)
+        for mine, first, one in zip(found[2], results[0][2], ghosts, strict=True):
+            assert torch.equal(mine, first), "all ranks hold the same bits"
+            assert relative_rms(mine, one) <= 1e-6
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_criterion_chooses_as_one_process_does(tmp_path: Path, size: int) -> None:
     expected = rank_programs.choices()

@@ -23,6 +23,8 @@ from ghosted_fast.fit import walk
 from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.grid import run_grid
 from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.unloaded.files import HeldTensor
+from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.options import GhostOptions, HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.selection.criteria import CRITERIA
@@ -106,6 +108,15 @@ def checkpoints(folder: Path) -> None:
         dist.destroy_process_group()
     save_model(smaller, folder / f"ghosted{rank}")
     save_model(patched, folder / f"patched{rank}")
+
+
+def swept(dense: Path, states: Path | None) -> tuple[list[int], list[float], list[Tensor]]:
+    """Return what a sweep through a folder chooses, with all scores, and its ghost."""
+    run = RunOptions(corrections=0, score_tokens=200, state=states)
+    cut, report = ghost_model(open_unloaded(dense), text(9), 2, run=run)
+    pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
+    ghosts = [piece.tensor for piece in pieces if isinstance(piece, HeldTensor)]
+    return report.removed, [item.score for item in report.scores], ghosts
 
 
 def healing(folder: Path) -> tuple[dict[str, Tensor], list[float], bool]:

@@ -200,5 +200,8 @@ class LaunchArgs(RanksArgs):
     title: ClassVar = "This run"
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only print the memory that the statistics would take."),
+        typer.Option(
+            "--dry-run",
+            help="Only print the memory, disk, reads and about the time that it would take.",
+        ),
     ] = False

@@ -92,3 +92,8 @@ class NewFolderArgs(ReportArgs):
 def heal_state(folder: Path) -> Path:
     """Return the file beside a checkpoint from which a healing that was killed goes on."""
     return folder.with_name(f"{folder.name}.heal")
+
+
+def states(folder: Path) -> Path:
+    """Return the folder beside a checkpoint from which a sweep that was killed goes on."""
+    return folder.with_name(f"{folder.name}.states")

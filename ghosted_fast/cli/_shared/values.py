@@ -5,6 +5,7 @@ Each `parse_*` is the `parser=` of an option: typer names the option in the erro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation, Overflow
 from typing import Any, Literal, get_args
@@ -77,6 +78,24 @@ def parse_token_count(text: str) -> int:
             f"expected a number of tokens such as '100k', '1M' or '1_000_000', got {text!r}"
         )
     return int(count)
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that a text such as '7GB', '500 MB' or '16GiB' names.
+
+    Raises:
+        typer.BadParameter: It names none above 0.
+    """
+    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
+    try:
+        number = Decimal(match[1]) if match else Decimal(0)
+    except InvalidOperation:
+        number = Decimal(0)
+    power = " kmgt".index(match[2].lower() or " ") if match else 0
+    count = int(number * (1024 if match and match[3] else 1000) ** power)
+    if count < 1:
+        raise typer.BadParameter(f"expected a size such as '7GB' or '500MB', got {text!r}")
+    return count
 
 
 def parse_damping(text: str) -> float | Literal["auto"]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, cosine_similarity
 
 from ghosted_fast.facts import IntervalScore
+from ghosted_fast.fit.sweep.climb import show_stored
 from ghosted_fast.fit.walk import Listener, walk
 from ghosted_fast.selection.criteria.request import Request
 from ghosted_fast.statistics.sample import Interval, Sample
@@ -50,13 +51,16 @@ def mean_distances(
         CalibrationError: There is no text.
     """
     listeners = [_Distances(interval, compare) for interval in intervals]
-    walk(
-        request.decoder,
-        request.text,
-        listeners,
-        title="comparing",
-        progress=request.run.progress,
-    )
+    if request.sweep is not None:
+        show_stored(request.sweep, listeners)
+    else:
+        walk(
+            request.decoder,
+            request.text,
+            listeners,
+            title="comparing",
+            progress=request.run.progress,
+        )
     return [
         IntervalScore(*item.interval, float(item.total[0] / item.total[1])) for item in listeners
     ]

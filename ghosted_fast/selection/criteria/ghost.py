@@ -14,7 +14,7 @@ from ghosted_fast.selection.criteria.request import Request, Selection
 from ghosted_fast.statistics.interval import IntervalStatistics
 
 # What is left after as many tokens as other criteria use differs by less than the noise of those.
-_TOKENS_FOR_THE_BEST = 4
+TOKENS_FOR_THE_BEST = 4
 
 
 def by_ghost(request: Request) -> Selection:
@@ -26,7 +26,7 @@ def by_ghost(request: Request) -> Selection:
     intervals = request.intervals(request.remove)
     budget = request.run.memory_budget or default_memory_budget(decoder.device)
     groups = passes_within(intervals, decoder.hidden_size, options, budget)
-    held_out = request.held_out(_TOKENS_FOR_THE_BEST)
+    held_out = request.held_out(TOKENS_FOR_THE_BEST)
     scores: list[IntervalScore] = []
     best: tuple[float, IntervalStatistics] | None = None
     for group in groups:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.facts import IntervalScore, SetScore
+from ghosted_fast.fit.sweep.climb import Sweep
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.statistics.interval import IntervalStatistics
@@ -55,6 +56,7 @@ class Request:
         also: Other numbers of layers, to be settled too where that takes no pass of its own.
         alike: Whether layers are taken to be alike, so that any run can go that `Decoder.needs`
             allows; if not, each candidate is tried.
+        sweep: The states of the text at all boundaries, where a sweep has them.
     """
 
     decoder: Decoder
@@ -64,6 +66,7 @@ class Request:
     run: RunOptions
     also: tuple[int, ...] = ()
     alike: bool = True
+    sweep: Sweep | None = None
 
     @property
     def num_layers(self) -> int:

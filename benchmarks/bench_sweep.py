@@ -1,0 +1,270 @@
+"""The sweep: layers chosen and fitted, and a folder cut, under a limit of the operating system.
+
+A checkpoint of a known shape with random weights is written, a few megabytes at a time. New
+processes then work on it, each under a limit on its memory (RLIMIT_DATA: the kernel refuses what
+goes beyond), and say their peak and their time. Gate first: on a small model what a sweep gives is
+compared with what the way in memory gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ghosted_fast.cli._shared.values import parse_bytes
+from ghosted_fast.errors import GateError
+from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
+from ghosted_fast.fit.sweep.shelf import FolderShelf
+from ghosted_fast.measure.system import machine_facts
+from ghosted_fast.models.unloaded.files import Piece, bytes_of, write_tensors
+from ghosted_fast.models.unloaded.opening import meta_tensors, open_unloaded
+from ghosted_fast.models.unloaded.source import FolderSource
+from ghosted_fast.options import Count, GhostOptions, RunOptions
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.surgery.folder import prune_folder
+from ghosted_fast.swept.run import Asked, ghost_unloaded
+from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
+from ghosted_fast.text.batches import iterate_batches
+
+RESULTS = Path(__file__).parent / "results" / "bench_sweep.jsonl"
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+_BLOCK = 1_000_003
+_SHARD_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class RandomPiece:
+    """A tensor of random numbers that is never in memory whole."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block: torch.Tensor
+
+    def chunks(self) -> Iterator[Any]:
+        """Yield its bytes: norms are ones, the rest is normal, scaled by its width."""
+        left = int(torch.Size(self.shape).numel())
+        scale = 0.7 / self.shape[-1] ** 0.5
+        part = (self.block * scale if len(self.shape) > 1 else torch.ones_like(self.block)).to(
+            self.dtype
+        )
+        while left:
+            found = part[:left].contiguous()
+            left -= len(found)
+            yield bytes_of(found)
+
+
+def make_checkpoint(folder: Path, shape: str, layers: int | None = None) -> None:
+    """Write a llama of some shape with random weights, unless it is there."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.initialization import no_init_weights
+
+    if (folder / "config.json").exists():
+        return
+    sizes = {**SHAPES[shape], "max_position_embeddings": 8192}
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
+    config = LlamaConfig(**sizes, dtype="bfloat16", tie_word_embeddings=False)
+    with torch.device("meta"), no_init_weights():
+        names = AutoModelForCausalLM.from_config(config).state_dict()
+    block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0))
+    shards: dict[int, dict[str, Piece]] = {}
+    for name, tensor in names.items():
+        number = int(name.split(".")[2]) // _SHARD_LAYERS + 1 if ".layers." in name else 0
+        shards.setdefault(number, {})[name] = RandomPiece(
+            tuple(tensor.shape), torch.bfloat16, block
+        )
+    files: dict[str, str] = {}
+    count = len(shards)
+    for number, (_, pieces) in enumerate(sorted(shards.items()), start=1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors"
+        write_tensors(folder / file, pieces)
+        files |= dict.fromkeys(pieces, file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.save_pretrained(folder)
+
+
+def check() -> None:
+    """Raise GateError unless a sweep gives what the way in memory gives."""
+    model, batches = tiny_model("llama"), [random_tokens(4, 48, seed=seed) for seed in range(5)]
+    run = RunOptions(corrections=0, score_tokens=64)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        cut, report = ghost_model(open_unloaded(folder), batches, 2, run=run)
+        smaller, expected = ghost_model(model, batches, 2, run=run)
+        cut.save(Path(folder) / "cut")
+        tensors = open_unloaded(Path(folder) / "cut").tensors
+    ghost = next(item for name, item in smaller.named_parameters() if name.endswith("ghost.weight"))
+    if report.removed != expected.removed or not any(n.endswith("ghost.weight") for n in tensors):
+        raise GateError(f"the sweep chose {report.removed}, the way in memory {expected.removed}")
+    errors = [item.held_out_error for item in (*report.ghosts, *expected.ghosts)]
+    if relative_rms(torch.tensor(errors[:1]), torch.tensor(errors[1:])) > 1e-5 or not ghost.numel():
+        raise GateError(f"the held-out errors differ: {errors}")
+
+
+def text_of(tokens: int, length: int, rows: int, vocabulary: int) -> list[torch.Tensor]:
+    """Return random tokens in batches of some rows."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, vocabulary, (tokens // length, length), generator=generator)
+    return list(ids.split(rows))
+
+
+def work(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Do one piece of work in this process, under its limit, and return what it took."""
+    limit = parse_bytes(arguments.limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    torch.set_num_threads(arguments.threads)
+    dense, out = Path(arguments.folder) / "dense", Path(arguments.folder) / arguments.work
+    facts: dict[str, Any] = {}
+    began = time.perf_counter()
+    if arguments.work == "cut":
+        prune_folder(dense, range(4, 4 + arguments.remove), out, overwrite=True)
+    else:
+        unloaded = open_unloaded(dense)
+        vocabulary = unloaded.model.config.vocab_size
+        batches = text_of(arguments.tokens, arguments.length, arguments.rows, vocabulary)
+        if arguments.work == "bare":
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as states:
+                swept = SweptText.of(iterate_batches(batches), torch.device("cpu"))
+                sweep = Sweep(FolderSource(unloaded), swept, FolderShelf(Path(states) / "s"))
+                began = time.perf_counter()
+                climb(sweep, sweep.source.decoder.num_layers, lambda _: None)
+        else:
+            run = RunOptions(
+                corrections=0,
+                memory=limit,
+                state=Path(arguments.folder) / "states",
+                score_tokens=arguments.score_tokens,
+            )
+            asked = Asked(Count(arguments.remove), "ghost", "ghost", GhostOptions(), run)
+            plan = asked.plan(unloaded, list(iterate_batches(batches)))
+            facts["planned_bytes"] = plan.memory_bytes
+            smaller, report = ghost_unloaded(unloaded, batches, asked)
+            facts["removed"] = report.removed
+            smaller.save(out, overwrite=True)
+    facts["seconds"] = time.perf_counter() - began
+    facts["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    facts["limit_bytes"] = limit
+    return facts
+
+
+def in_new_process(arguments: argparse.Namespace, what: str, limit: str) -> dict[str, Any]:
+    """Return what a piece of work took in a process of its own."""
+    command = [sys.executable, __file__, "--work", what, "--limit", limit]
+    for name in ("folder", "tokens", "length", "rows", "remove", "threads", "score_tokens"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if finished.returncode:
+        raise GateError(f"{what} under {limit} failed: {finished.stderr.strip()[-2000:]}")
+    facts: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return facts
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each piece of work."""
+    check()
+    dense = Path(arguments.folder) / "dense"
+    make_checkpoint(dense, arguments.shape, arguments.layers)
+    unloaded = open_unloaded(dense)
+    about = {
+        "shape": arguments.shape,
+        "layers": unloaded.model.config.num_hidden_layers,
+        "weight_bytes": unloaded.nbytes,
+        "tokens": arguments.tokens,
+        "remove": arguments.remove,
+        "threads": arguments.threads,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine_facts(),
+    }
+    assert meta_tensors(unloaded.tensors)
+    limits = {"bare": arguments.memory, "fit": arguments.memory, "cut": arguments.cut_memory}
+    works = {what: limits[what] for what in arguments.works}
+    rows = []
+    for what, limit in works.items():
+        rows.append({"work": what, **in_new_process(arguments, what, limit), **about})
+    return rows
+
+
+def parsed() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--remove", type=int, default=2)
+    parser.add_argument("--score-tokens", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", default="7GB", help="limit of the fit")
+    parser.add_argument("--cut-memory", default="1.5GB", help="limit of the cut")
+    parser.add_argument("--works", nargs="+", choices=("bare", "fit", "cut"),
+                        default=["bare", "fit", "cut"])  # fmt: skip
+    parser.add_argument("--folder", default="build/bench_sweep")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--work", choices=("bare", "fit", "cut"), help=argparse.SUPPRESS)
+    parser.add_argument("--limit", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed()
+    if arguments.work is not None:
+        sys.stdout.write(json.dumps(work(arguments)) + "\n")
+        return
+    console = Console()
+    rows = measure(arguments)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.output.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for row in rows:
+        peak, allowed, weights = (
+            row[name] / 1e9 for name in ("peak_bytes", "limit_bytes", "weight_bytes")
+        )
+        console.print(
+            f"{row['work']}: peak {peak:.2f} GB of {allowed:.2f} allowed, {row['seconds']:.0f} s; "
+            f"weights {weights:.2f} GB"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What a sweep takes for well-known shapes of models, computed as a dry run computes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from docs.generate.markdown import table
+from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep, resident_bytes
+from ghosted_fast.options import GhostOptions
+
+TOKENS, LENGTH, ROWS, SCORED = 32768, 512, 8, 8192
+_ITEMSIZE = 2  # bf16
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a model: the width, layers, and so on as configurations name them."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool = False
+
+    def shape(self) -> Shape:
+        """Return the sizes that the plan asks for."""
+        width, keys = self.hidden_size, 2 * self.key_value_heads
+        attention = width * self.head_size * (2 * self.heads + keys)
+        layer = attention + 3 * width * self.intermediate_size + 2 * width
+        words = self.vocabulary * width
+        return Shape(
+            hidden_size=width,
+            num_layers=self.num_layers,
+            vocabulary=self.vocabulary,
+            itemsize=_ITEMSIZE,
+            layer_bytes=layer * _ITEMSIZE,
+            layer_parameters=layer,
+            all_bytes=_ITEMSIZE * (layer * self.num_layers + words * (1 if self.tied else 2)),
+            beside=(words * _ITEMSIZE, words * _ITEMSIZE),
+        )
+
+    @property
+    def removed(self) -> int:
+        """How many layers go: a quarter."""
+        return self.num_layers // 4
+
+
+MODELS = (
+    Model("SmolLM2-135M", 576, 1536, 30, 9, 3, 64, 49152, tied=True),
+    Model("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128256, tied=True),
+    Model("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128, 128256, tied=True),
+    Model("Qwen3-4B", 2560, 9728, 36, 32, 8, 128, 151936, tied=True),
+    Model("Mistral-7B-v0.3", 4096, 14336, 32, 32, 8, 128, 32768),
+    Model("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128, 128256),
+    Model("Qwen3-14B", 5120, 17408, 40, 40, 8, 128, 151936),
+    Model("Qwen3-32B", 5120, 25600, 64, 64, 8, 128, 151936),
+    Model("Llama-3.1-70B", 8192, 28672, 80, 64, 8, 128, 128256),
+    Model("Qwen2.5-72B", 8192, 29568, 80, 64, 8, 128, 152064),
+)
+
+
+def planned(model: Model) -> tuple[int, SweepPlan]:
+    """Return the memory that a model takes with its pass, and what a sweep takes."""
+    options, shape, removed = GhostOptions(), model.shape(), model.removed
+    count = model.num_layers - removed + 1
+    work = Work(
+        tokens=TOKENS,
+        batch_tokens=LENGTH * ROWS,
+        row_tokens=LENGTH,
+        held_out_tokens=SCORED,
+        candidates=count,
+        length=removed,
+        statistics=count + 1,
+        boundaries=model.num_layers + 1,
+    )
+    plan = plan_sweep(shape, work, options, memory=1 << 62, on_disk=True)
+    return resident_bytes(shape, work, options), plan
+
+
+def shapes() -> str:
+    """Return the table of models."""
+    rows = []
+    for model in MODELS:
+        resident, plan = planned(model)
+        weights = model.shape().all_bytes
+        sizes = (weights, resident, plan.memory_bytes, plan.disk_bytes, plan.read_bytes)
+        layers = f"{model.removed} of {model.num_layers}"
+        rows.append([model.name, layers, *(f"{size / 1e9:.1f}" for size in sizes)])
+    columns = ["shape", "layers removed", "weights, bf16", "memory, model loaded"]
+    columns += ["memory, swept", "disk for states", "read"]
+    return table(columns, rows)

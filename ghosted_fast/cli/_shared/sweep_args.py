@@ -1,0 +1,155 @@
+"""How much memory a run may take, and what is done with a model that needs more.
+
+See `input_args` for what a group is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import typer
+
+from ghosted_fast.cli._shared import values
+from ghosted_fast.cli._shared.input_args import CalibrationArgs, ModelArgs
+from ghosted_fast.cli._shared.verb import usage_error
+
+if TYPE_CHECKING:
+    from ghosted_fast.fit.sweep.plan import SweepPlan
+    from ghosted_fast.models.unloaded.opening import Unloaded
+    from ghosted_fast.swept.run import Asked
+    from ghosted_fast.text.batches import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweptModelArgs(ModelArgs):
+    """One model, which need not fit in memory."""
+
+    title: ClassVar = "Memory"
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            "--memory",
+            parser=values.parse_bytes,
+            metavar="SIZE",
+            help="What all may take: '7GB'. A model that takes more stays in its files and is "
+            "swept through layer by layer. If not given: four fifths of what is free.",
+        ),
+    ] = None
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state",
+            help="Folder that such a sweep keeps its states in, to go on after it was stopped.",
+        ),
+    ] = None
+
+    def left_in_files(self) -> Unloaded | None:
+        """Return the model without its weights; None if it can only be loaded."""
+        from ghosted_fast.cli._shared.loading import choose_device
+        from ghosted_fast.errors import UnsupportedModelError
+        from ghosted_fast.models.unloaded.opening import open_unloaded
+
+        if choose_device(self.device).type != "cpu" or self.trust_remote_code:
+            return None
+        try:
+            return open_unloaded(self.model, self.dtype)
+        except UnsupportedModelError:
+            return None
+
+
+def swept(
+    model: SweptModelArgs, calibration: CalibrationArgs, asked: Asked, beside: Path | None
+) -> tuple[Unloaded, Asked] | None:
+    """Return a model that is to be swept through and how, None for one that is to be loaded.
+
+    Args:
+        model: Which model.
+        calibration: Which text.
+        asked: What is asked for.
+        beside: Folder for states, where some must go to files and none was named.
+
+    Raises:
+        ArgumentError: It has to be swept through, and that cannot do what is asked.
+        CalibrationError: Too little memory is allowed for that.
+    """
+    from ghosted_fast.swept.run import fits
+
+    unloaded, batches = model.left_in_files(), text_shape(calibration)
+    if unloaded is None or fits(unloaded, batches, asked):
+        return None
+    if calibration.from_model:
+        raise usage_error(
+            "expected a text for a model that is swept through layer by layer, got 'self': text "
+            "that the model generates needs it in memory",
+            "--calibration",
+        )
+    asked.check()
+    if asked.plan(unloaded, batches).disk_bytes and asked.run.state is None:
+        asked = replace(asked, run=replace(asked.run, state=beside))
+    return unloaded, asked
+
+
+def text_shape(calibration: CalibrationArgs) -> list[Batch]:
+    """Return batches without memory, as many and as large as those of a text will be."""
+    import torch
+
+    from ghosted_fast.text.batches import Batch
+
+    length, rows = calibration.sequence_length, calibration.tokens // calibration.sequence_length
+    sizes = [calibration.batch_size] * (rows // calibration.batch_size)
+    sizes += [rows % calibration.batch_size] if rows % calibration.batch_size else []
+    empty = [torch.empty(size, length, dtype=torch.int64, device="meta") for size in sizes]
+    return [Batch(ids, ids) for ids in empty]
+
+
+def read_text(unloaded: Unloaded, calibration: CalibrationArgs, first: bool) -> list[Any]:
+    """Return the batches of a text for a model that stays in its files."""
+    from transformers import AutoTokenizer
+
+    return calibration.load(unloaded.model, AutoTokenizer.from_pretrained(unloaded.spec), first)
+
+
+def dry_run(
+    model: SweptModelArgs, calibration: CalibrationArgs, asked: Asked
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """Return a model for a dry run, which is not loaded if that can be, and what it would take.
+
+    Returns:
+        The model; facts and lines for people, none where it had to be loaded.
+
+    Raises:
+        ArgumentError: There are no such layers.
+    """
+    from ghosted_fast.errors import GhostedFastError
+    from ghosted_fast.fit.sweep.plan import Shape, operations_per_second, resident_bytes
+    from ghosted_fast.models.decoder import Decoder
+
+    unloaded = model.left_in_files()
+    if unloaded is None:
+        return model.open()[0], {}, []
+    shape, batches = Shape.of(unloaded), text_shape(calibration)
+    needed = resident_bytes(shape, asked.work(batches, shape), asked.options)
+    facts: dict[str, Any] = {"resident_bytes": needed}
+    lines = [f"{needed / 1e9:.1f} GB of memory with the model in it"]
+    try:
+        asked.check()
+        plan = asked.plan(unloaded, batches)
+    except GhostedFastError as error:
+        return unloaded.model, facts, [*lines, f"no sweep: {error}"]
+    seconds = plan.operations / operations_per_second(
+        Decoder.of(unloaded.model).dtype, shape.hidden_size
+    )
+    facts["sweep"] = plan.to_dict() | {"seconds": seconds}
+    return unloaded.model, facts, [*lines, sweep_line(plan, seconds)]
+
+
+def sweep_line(plan: SweepPlan, seconds: float) -> str:
+    """Return what a sweep takes, for people."""
+    about = f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"
+    return (
+        f"swept through layer by layer: {plan.memory_bytes / 1e9:.1f} GB of memory, "
+        f"{plan.disk_bytes / 1e9:.1f} GB of disk, {plan.read_bytes / 1e9:.1f} GB of reads, about "
+        f"{about} on this machine"
+    )

@@ -1,0 +1,281 @@
+"""What a sweep takes: memory, disk, reads and work, known before it starts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ghosted_fast.errors import CalibrationError
+from ghosted_fast.models.built_whole import text_config_of
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.unloaded.files import StoredTensor
+from ghosted_fast.models.unloaded.opening import Unloaded
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.statistics.interval import interval_bytes
+from ghosted_fast.text.batches import Batch
+
+# Python, torch and transformers themselves.
+_PROGRAM_BYTES = 600 << 20
+# Matrices [d, d] in fp64 that a solve holds beside the statistics.
+_SOLVE_MATRICES = 8
+# Vectors of width d in one layer that a token has at once, at most.
+_MOST_VECTORS = 24
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the sizes of a sweep follow from.
+
+    Attributes:
+        hidden_size: Width of the hidden state.
+        num_layers: Layers of the model.
+        vocabulary: Words.
+        itemsize: Bytes of a number.
+        layer_bytes: Bytes of the largest layer in memory, conversion included.
+        layer_parameters: Its parameters.
+        all_bytes: Bytes of all weights.
+        beside: Bytes that are held at the bottom, and at the top.
+    """
+
+    hidden_size: int
+    num_layers: int
+    vocabulary: int
+    itemsize: int
+    layer_bytes: int
+    layer_parameters: int
+    all_bytes: int
+    beside: tuple[int, int]
+
+    @classmethod
+    def of(cls, unloaded: Unloaded) -> Shape:
+        """Return those of a model in files."""
+        decoder, names = Decoder.of(unloaded.model), unloaded.names
+        itemsize = decoder.dtype.itemsize
+
+        def size(found: Sequence[str]) -> int:
+            return sum(_in_memory(unloaded.tensors[name], itemsize) for name in found)
+
+        layers = {k: found for k, found in unloaded.by_layer.items() if k is not None}
+        largest = max(layers.values(), key=size)
+        merged = len({names[name] for name in largest}) < len(largest)
+        cast = any(unloaded.tensors[name].dtype != decoder.dtype for name in largest)
+        outside = unloaded.by_layer.get(None, [])
+        embedding, head = _weights_beside(unloaded)
+        one = size(largest)
+        return cls(
+            hidden_size=decoder.hidden_size,
+            num_layers=decoder.num_layers,
+            vocabulary=int(text_config_of(unloaded.model.config).vocab_size),
+            itemsize=itemsize,
+            layer_bytes=one * (2 if merged or cast else 1),
+            layer_parameters=sum(math.prod(unloaded.tensors[n].shape) for n in largest),
+            all_bytes=size(list(unloaded.tensors)),
+            beside=(
+                size([name for name in outside if name not in head or name in embedding]),
+                size([name for name in outside if name not in embedding or name in head]),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a sweep has to do.
+
+    Attributes:
+        tokens: Tokens of the text, padding included.
+        batch_tokens: Those of its largest batch.
+        row_tokens: Those of its longest sequence.
+        held_out_tokens: Tokens that candidates are scored on.
+        candidates: How many there are.
+        length: Layers of each.
+        statistics: How many intervals' statistics are gathered.
+        boundaries: How many boundaries' states are kept.
+    """
+
+    tokens: int
+    batch_tokens: int
+    row_tokens: int
+    held_out_tokens: int
+    candidates: int
+    length: int
+    statistics: int
+    boundaries: int
+
+    @classmethod
+    def of(
+        cls, batches: Sequence[Batch], shape: Shape, chosen: int | None, scored: int, gaps: int = 0
+    ) -> Work:
+        """Return that of a text.
+
+        Args:
+            batches: The text.
+            shape: That of the model.
+            chosen: How many layers the criterion "ghost" chooses; None for given layers, or another
+                criterion.
+            scored: Held-out tokens that candidates are scored on.
+            gaps: How many gaps are fitted where `chosen` is None.
+        """
+        sizes = [batch.input_ids.numel() for batch in batches] or [0]
+        count = shape.num_layers - chosen + 1 if chosen is not None else 0
+        return cls(
+            tokens=sum(sizes),
+            batch_tokens=max(sizes),
+            row_tokens=max((batch.input_ids.shape[1] for batch in batches), default=0),
+            held_out_tokens=min(scored, sum(sizes)) if count else 0,
+            candidates=count,
+            length=chosen or 0,
+            statistics=count + 1 if count else gaps,
+            boundaries=shape.num_layers + 1,
+        )
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep takes.
+
+    Attributes:
+        memory_bytes: The most memory at any time.
+        disk_bytes: States in files; 0 where they fit in memory.
+        read_bytes: What is read of the checkpoint.
+        resident_bytes: What the model and its pass would take in memory.
+        prefetch: Whether the next layer is read while one computes.
+        operations: Multiplications and additions.
+    """
+
+    memory_bytes: int
+    disk_bytes: int
+    read_bytes: int
+    resident_bytes: int
+    prefetch: bool
+    operations: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return asdict(self)
+
+
+def plan_sweep(
+    shape: Shape, work: Work, options: GhostOptions, memory: int, on_disk: bool = False
+) -> SweepPlan:
+    """Decide how a model is swept through within some memory.
+
+    Args:
+        shape: The model's sizes.
+        work: What there is to do.
+        options: How ghosts are fitted.
+        memory: Bytes that all may take.
+        on_disk: Whether states go to files in any case.
+
+    Raises:
+        CalibrationError: It does not suffice for one layer, or for one interval's statistics.
+    """
+    state = shape.hidden_size * shape.itemsize
+    stored = work.tokens * state * work.boundaries
+    # Behind each layer a candidate's states are there twice for a moment.
+    stored += work.held_out_tokens * state * (work.candidates + 1)
+    best: SweepPlan | None = None
+    for prefetch, in_memory in ((True, True), (True, False), (False, False)):
+        if in_memory and on_disk:
+            continue
+        needed = _most_memory(shape, work, options, prefetch) + (stored if in_memory else 0)
+        best = SweepPlan(
+            memory_bytes=needed,
+            disk_bytes=0 if in_memory else stored,
+            read_bytes=shape.all_bytes - shape.beside[0] + sum(shape.beside),
+            resident_bytes=resident_bytes(shape, work, options),
+            prefetch=prefetch,
+            operations=_operations(shape, work),
+        )
+        if needed <= memory:
+            return best
+    assert best is not None
+    raise CalibrationError(
+        f"expected at least {best.memory_bytes / 1e9:.1f} GB of memory to sweep through this model "
+        f"(its largest layer has {shape.layer_bytes / 1e9:.1f} GB, the statistics of one interval "
+        f"{interval_bytes(shape.hidden_size, options) / 1e9:.1f} GB), got {memory / 1e9:.1f} GB: "
+        "allow more, or use fewer folds, smaller batches or shorter sequences"
+    )
+
+
+def resident_bytes(shape: Shape, work: Work, options: GhostOptions) -> int:
+    """Return the memory that the model and a pass of it take, with one interval's statistics."""
+    logits = work.batch_tokens * shape.vocabulary * shape.itemsize
+    statistics = interval_bytes(shape.hidden_size, options) + _solve_bytes(shape)
+    return _PROGRAM_BYTES + shape.all_bytes + max(logits, statistics) + _activations(shape, work)
+
+
+def _most_memory(shape: Shape, work: Work, options: GhostOptions, prefetch: bool) -> int:
+    """Return the most memory at any time, without the states on the shelf."""
+    coming = shape.layer_bytes if prefetch else 0
+    logits = work.row_tokens * shape.vocabulary * shape.itemsize if work.candidates else 0
+    bottom, top = shape.beside
+    phases = (
+        bottom + _activations(shape, work),
+        shape.layer_bytes + coming + _activations(shape, work),
+        coming + interval_bytes(shape.hidden_size, options) + _solve_bytes(shape),
+        top + 2 * logits if work.candidates else 0,
+    )
+    return _PROGRAM_BYTES + max(phases)
+
+
+def _activations(shape: Shape, work: Work) -> int:
+    """Return the bytes that one batch takes inside a layer."""
+    vectors = min(_MOST_VECTORS, 4 + shape.layer_parameters / shape.hidden_size**2)
+    return int(work.batch_tokens * shape.hidden_size * vectors * shape.itemsize)
+
+
+def _solve_bytes(shape: Shape) -> int:
+    return _SOLVE_MATRICES * 8 * shape.hidden_size**2
+
+
+def _operations(shape: Shape, work: Work) -> float:
+    """Return how many multiplications and additions a sweep does, about."""
+    riding = work.held_out_tokens * work.candidates * (shape.num_layers - work.length) / 2
+    layers = 2.0 * shape.layer_parameters * (work.tokens * shape.num_layers + riding)
+    square = float(shape.hidden_size) ** 2
+    sums = 4.0 * square * work.tokens * work.statistics
+    solves = 20.0 * square * shape.hidden_size * work.statistics
+    head = 2.0 * shape.vocabulary * shape.hidden_size * work.held_out_tokens * work.candidates
+    return layers + sums + solves + head
+
+
+def operations_per_second(dtype: torch.dtype, width: int) -> float:
+    """Measure how many multiplications and additions this machine does in a product of states.
+
+    Args:
+        dtype: Of the model.
+        width: Its hidden size.
+    """
+    x = torch.ones(512, width, dtype=dtype)
+    weight = torch.ones(4 * width, width, dtype=dtype)
+    torch.nn.functional.linear(x, weight)  # what is loaded once
+    began, rounds = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.3:
+        torch.nn.functional.linear(x, weight)
+        rounds += 1
+    return 2.0 * 512 * 4 * width * width * rounds / (time.perf_counter() - began)
+
+
+def _in_memory(tensor: StoredTensor, itemsize: int) -> int:
+    """Return the bytes of a tensor once it is loaded."""
+    each = itemsize if tensor.dtype.is_floating_point else tensor.dtype.itemsize
+    return math.prod(tensor.shape) * each
+
+
+def _weights_beside(unloaded: Unloaded) -> tuple[set[str], set[str]]:
+    """Return the names in the files of the weight of the embedding, and of that of the head."""
+    model, names = unloaded.model, unloaded.names
+    paths = {module: path for path, module in model.named_modules()}
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    found = []
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        wanted = {f"{paths[module]}.weight"} if module is not None else set()
+        for pair in ties.items():
+            wanted |= set(pair) if wanted & set(pair) else set()
+        found.append({name for name, inside in names.items() if inside in wanted})
+    return found[0], found[1]

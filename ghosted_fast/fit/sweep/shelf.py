@@ -1,0 +1,155 @@
+"""Where a sweep keeps hidden states: in memory, or in a folder that a killed run goes on from."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghosted_fast._atomic_files import write_atomically
+from ghosted_fast.errors import ArgumentError
+from ghosted_fast.models.unloaded.files import HeldTensor, StoredTensor
+
+_RECORD = "sweep.json"
+_SUFFIX = ".states"
+
+
+class Shelf(ABC):
+    """Lists of states by name."""
+
+    @abstractmethod
+    def add(self, name: str, states: Tensor) -> None:
+        """Put a tensor at the end of a list."""
+
+    @abstractmethod
+    def get(self, name: str, place: int) -> Tensor:
+        """Return one of a list."""
+
+    @abstractmethod
+    def drop(self, name: str) -> None:
+        """Forget a list, if there is one."""
+
+    def keep(self, facts: dict[str, Any]) -> None:  # noqa: B027 - memory keeps nothing
+        """Keep the lists as they are now for a run that goes on, and some facts beside them."""
+
+    def kept(self) -> dict[str, Any] | None:
+        """Return the facts that were kept last, with the lists as they were then."""
+        return None
+
+
+class MemoryShelf(Shelf):
+    """Keeps the tensors themselves."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, states: Tensor) -> None:
+        """Put a tensor at the end of a list."""
+        self._lists.setdefault(name, []).append(states)
+
+    def get(self, name: str, place: int) -> Tensor:
+        """Return one of a list."""
+        return self._lists[name][place]
+
+    def drop(self, name: str) -> None:
+        """Forget a list, if there is one."""
+        self._lists.pop(name, None)
+
+
+class FolderShelf(Shelf):
+    """Keeps the tensors in files, one for each list.
+
+    Args:
+        folder: An empty folder, or that of a run that was killed. It is made as needed.
+        digest: What stands for all that the states follow from: text, options, checkpoint. "" for a
+            folder that no run will go on from.
+
+    Raises:
+        ArgumentError: The folder holds something else, or the states of another run.
+    """
+
+    def __init__(self, folder: Path, digest: str = "") -> None:
+        self._folder, self._digest = folder, digest
+        self._lists: dict[str, list[StoredTensor]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._record = folder / _RECORD
+        others = [p.name for p in folder.iterdir() if p.suffix != _SUFFIX and p != self._record]
+        if others and not self._record.exists():
+            raise ArgumentError(
+                f"expected an empty folder for the states of a sweep, or that of one which was "
+                f"stopped, got {str(folder)!r}, which holds {', '.join(sorted(others)[:3])}"
+            )
+        if self._record.exists() and json.loads(self._record.read_text())["digest"] != digest:
+            raise ArgumentError(
+                f"expected the states of the same sweep in {str(folder)!r}, got those of one with "
+                "another text, other options or another checkpoint: name another folder, or "
+                "remove this one"
+            )
+
+    def add(self, name: str, states: Tensor) -> None:
+        """Put a tensor at the end of a list."""
+        held = self._lists.setdefault(name, [])
+        path = self._folder / f"{name}{_SUFFIX}"
+        offset = held[-1].offset + held[-1].nbytes if held else 0
+        with path.open("r+b" if held else "wb") as file:
+            file.seek(offset)
+            file.writelines(HeldTensor(states).chunks())
+        held.append(StoredTensor(path, offset, tuple(states.shape), states.dtype))
+
+    def get(self, name: str, place: int) -> Tensor:
+        """Return one of a list."""
+        return self._lists[name][place].read()
+
+    def drop(self, name: str) -> None:
+        """Forget a list, if there is one; of one that was kept the file stays until it is not."""
+        self._lists.pop(name, None)
+        if not self._digest:
+            (self._folder / f"{name}{_SUFFIX}").unlink(missing_ok=True)
+
+    def keep(self, facts: dict[str, Any]) -> None:
+        """Keep the lists as they are now for a run that goes on, and some facts beside them."""
+        if not self._digest:
+            return
+        lists = {
+            name: [[item.offset, list(item.shape), str(item.dtype)[6:]] for item in held]
+            for name, held in self._lists.items()
+        }
+        record = {"digest": self._digest, "facts": facts, "lists": lists}
+        write_atomically(self._record, json.dumps(record))
+        self._tidy()
+
+    def kept(self) -> dict[str, Any] | None:
+        """Return the facts that were kept last, with the lists as they were then."""
+        if not self._record.exists():
+            return None
+        record = json.loads(self._record.read_text())
+        self._lists = {
+            name: [
+                StoredTensor(
+                    self._folder / f"{name}{_SUFFIX}", offset, tuple(shape), getattr(torch, dtype)
+                )
+                for offset, shape, dtype in held
+            ]
+            for name, held in record["lists"].items()
+        }
+        self._tidy()
+        facts: dict[str, Any] = record["facts"]
+        return facts
+
+    def clear(self) -> None:
+        """Remove all files, and the folder if nothing else is in it."""
+        self._lists = {}
+        self._tidy()
+        self._record.unlink(missing_ok=True)
+        if not any(self._folder.iterdir()):
+            self._folder.rmdir()
+
+    def _tidy(self) -> None:
+        """Remove the files of lists that are no more."""
+        for path in self._folder.glob(f"*{_SUFFIX}"):
+            if path.stem not in self._lists:
+                path.unlink()

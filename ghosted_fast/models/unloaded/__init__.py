@@ -1,0 +1,1 @@
+"""Models that stay in their files: opened without memory, read a piece at a time."""

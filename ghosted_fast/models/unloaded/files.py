@@ -1,0 +1,218 @@
+"""Tensors in safetensors files: where they are, read one at a time and never mapped.
+
+A file begins with the length of its header (8 bytes, little endian), then the header: JSON that
+says of each tensor its dtype, its shape and its place in what follows.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from torch import Tensor
+
+from ghosted_fast._atomic_files import atomic_file
+from ghosted_fast.errors import CheckpointError
+
+_LENGTH = struct.Struct("<Q")
+_ALIGNMENT = 64  # a cache line, as in `ghosted_fast.checkpoint.alignment`
+_CHUNK = 1 << 24
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class Piece(Protocol):
+    """What a tensor in a file is made of."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+
+    def chunks(self) -> Iterator[Any]:
+        """Yield its bytes, a few megabytes at a time."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        path: The file.
+        offset: Where the tensor begins, in bytes from the start of the file.
+        shape: Its shape.
+        dtype: Its dtype.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """Return the tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: The file ends before it.
+        """
+        found = torch.empty(self.shape, dtype=self.dtype)
+        view = memoryview(bytes_of(found))
+        with self.path.open("rb", buffering=0) as file:
+            done = 0
+            while done < len(view):
+                count = os.preadv(file.fileno(), [view[done : done + _CHUNK]], self.offset + done)
+                if not count:
+                    raise self._ended()
+                done += count
+        return found
+
+    def chunks(self) -> Iterator[Any]:
+        """Yield its bytes, a few megabytes at a time.
+
+        Raises:
+            CheckpointError: The file ends before it.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            done = 0
+            while done < self.nbytes:
+                wanted = min(_CHUNK, self.nbytes - done)
+                found = os.pread(file.fileno(), wanted, self.offset + done)
+                if not found:
+                    raise self._ended()
+                done += len(found)
+                yield found
+
+    def _ended(self) -> CheckpointError:
+        return CheckpointError(
+            f"expected {self.nbytes} bytes of a tensor from byte {self.offset} of "
+            f"{str(self.path)!r} on, but the file ends before: it is incomplete, copy it again"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class HeldTensor:
+    """A tensor in memory that shall be written.
+
+    Attributes:
+        tensor: It.
+    """
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return self.tensor.dtype
+
+    def chunks(self) -> Iterator[Any]:
+        """Yield its bytes."""
+        yield bytes_of(self.tensor.detach().cpu().contiguous())
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the memory of a contiguous tensor on the processor as numpy bytes, no copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def num_bytes(piece: Piece) -> int:
+    """Return the bytes of a tensor."""
+    return math.prod(piece.shape) * piece.dtype.itemsize
+
+
+def tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name, in the order in which they lie.
+
+    Raises:
+        CheckpointError: It is no such file, or shorter than its header says.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        start = _LENGTH.size + length
+        found = {
+            name: StoredTensor(
+                path, start + item["data_offsets"][0], tuple(item["shape"]), _DTYPES[item["dtype"]]
+            )
+            for name, item in header.items()
+        }
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+        raise CheckpointError(
+            f"expected a safetensors file of tensors of known dtypes, got {str(path)!r}, whose "
+            f"header cannot be read ({type(error).__name__}: {error}): copy or save it again"
+        ) from error
+    end = max((item.offset + item.nbytes for item in found.values()), default=0)
+    if end > size:
+        raise CheckpointError(
+            f"expected {end} bytes in {str(path)!r}, as its header says, got {size}: the file is "
+            "incomplete, copy it again"
+        )
+    return dict(sorted(found.items(), key=lambda pair: pair[1].offset))
+
+
+def write_tensors(path: Path, pieces: dict[str, Piece]) -> None:
+    """Write a safetensors file that is there whole or not at all, its tensors aligned.
+
+    Args:
+        path: The file.
+        pieces: The tensors by name, in the order in which they shall lie. Wide dtypes should come
+            first, or those behind are not aligned to their own size.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, piece in pieces.items():
+        end = offset + num_bytes(piece)
+        header[name] = {
+            "dtype": _CODES[piece.dtype],
+            "shape": list(piece.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNMENT)
+    with atomic_file(path) as file:
+        file.write(_LENGTH.pack(len(text)))
+        file.write(text)
+        for piece in pieces.values():
+            _copy(piece, file)
+
+
+def _copy(piece: Piece, file: BinaryIO) -> None:
+    file.writelines(piece.chunks())

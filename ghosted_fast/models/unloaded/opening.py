@@ -1,0 +1,313 @@
+"""Open a model as transformers loads it, but leave all weights in their files.
+
+The class, the configuration, the dtype and what checkpoint names mean are transformers' own: it
+runs its loading to the end, with tensors that have a shape and no memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghosted_fast.errors import (
+    CheckpointError,
+    GhostedFastError,
+    SourceError,
+    UnsupportedModelError,
+)
+from ghosted_fast.models.auto_classes import auto_classes
+from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.loading import auto_class, locate_model, resolve_dtype
+from ghosted_fast.models.unloaded.files import StoredTensor, tensors_in
+from ghosted_fast.text.files import first_line
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True, eq=False)
+class Unloaded:
+    """A model whose weights are in files.
+
+    Attributes:
+        model: The model. Its parameters, and the buffers that are saved, are on the meta device;
+            other buffers, such as rotary frequencies, are in memory.
+        spec: What it was opened from.
+        tensors: Every tensor in its files, by the name that it has there.
+        settings: How transformers would load it.
+        missing: Parameters that the files do not hold, and that are tied to no others.
+    """
+
+    model: Any
+    spec: str
+    tensors: dict[str, StoredTensor]
+    settings: Any
+    missing: frozenset[str]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the files."""
+        return next(iter(self.tensors.values())).path.parent
+
+    @cached_property
+    def layers_path(self) -> str:
+        """Path of the decoder layers in the model."""
+        return layers_path_of(self.model)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What each tensor in the files is called in the model."""
+        return names_in(self.model, self.settings, self.tensors)
+
+    @cached_property
+    def by_layer(self) -> dict[int | None, list[str]]:
+        """The names of tensors in the files by layer; None for what is in no layer."""
+        found: dict[int | None, list[str]] = {}
+        for name in self.tensors:
+            found.setdefault(layer_in(self.names[name], self.layers_path), []).append(name)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(item.nbytes for item in self.tensors.values())
+
+
+def layers_path_of(model: Any) -> str:
+    """Return the path of a model's decoder layers in it."""
+    layers = decoder_layers(model)
+    return next(name for name, module in model.named_modules() if module is layers)
+
+
+def layer_in(name: str, layers_path: str) -> int | None:
+    """Return the number of the layer that a weight of a model is in, None if it is in none."""
+    number, _, _ = name.removeprefix(f"{layers_path}.").partition(".")
+    return int(number) if name.startswith(f"{layers_path}.") and number.isdigit() else None
+
+
+def open_unloaded(spec: str | Path, dtype: str | torch.dtype | None = None) -> Unloaded:
+    """Open a model and leave its weights in their files.
+
+    Args:
+        spec: A local folder, or a hub id.
+        dtype: As in `load_model`.
+
+    Raises:
+        SourceError: There is no such model, or transformers cannot load it.
+        UnsupportedModelError: Its weights are in no safetensors files, or quantized.
+        CheckpointError: A file is damaged, or does not hold what a ghosted model needs.
+    """
+    from transformers import AutoConfig
+
+    wanted = resolve_dtype(dtype)
+    name, gguf_file = locate_model(str(spec), None)
+    if gguf_file is not None:
+        raise UnsupportedModelError(
+            f"expected a folder of safetensors files, got the GGUF file {gguf_file!r}: load it, "
+            "save it once with save_model, and name that folder"
+        )
+    seen: list[Any] = []
+    try:
+        config = AutoConfig.from_pretrained(name)
+        _check_plain(config, spec)
+        model_class = _class_for(config, auto_class(config))
+        opened = _without_weights(model_class, seen)
+        with _quietly():
+            model = opened.from_pretrained(name, dtype=wanted or "auto")
+    except GhostedFastError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"cannot open the model {str(spec)!r}: {first_line(error)}") from error
+    model.__class__ = model_class
+    tensors, settings, missing = seen[0]
+    _give_buffers(model)
+    found = Unloaded(model.eval(), str(spec), tensors, settings, frozenset(missing))
+    lacking = sorted(n for n in missing if layer_in(n, found.layers_path) is not None)
+    if lacking:
+        raise CheckpointError(
+            f"expected all weights of the layers in the files of {str(spec)!r}, which lack "
+            f"{', '.join(lacking[:4])}: copy or save the model again"
+        )
+    return found
+
+
+def names_in(model: Any, settings: Any, names: Mapping[str, Any]) -> dict[str, str]:
+    """Return what tensors in files are called in a model; of several that become one, that one.
+
+    Args:
+        model: The model.
+        settings: How transformers loads it.
+        names: The names in the files.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    known = model.state_dict()
+    mapping = settings.weight_mapping or []
+    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+    converters = [item for item in mapping if isinstance(item, WeightConverter)]
+    prefix = model.base_model_prefix
+    found = {}
+    for name in names:
+        new, _ = rename_source_key(name, renamings, converters, prefix, known)
+        if new not in known and name in known:  # as in transformers' own loop
+            new, _ = rename_source_key(name, [], [], prefix, known)
+        found[name] = new
+    return found
+
+
+def load_into(model: Any, settings: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Put some tensors of a model's files into it, as transformers does.
+
+    Args:
+        model: The model.
+        settings: How transformers loads it.
+        tensors: By their names in the files. Those of the meta device stay there.
+
+    Returns:
+        Transformers' record of what was missing, unexpected and of another shape.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+    device = next(iter(tensors.values())).device if tensors else _META
+    settings = replace(settings, device_map={"": str(device)})
+    conversions = getattr(model, "_weight_conversions", None)
+    with _quietly():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
+    if device != _META:
+        model._weight_conversions = conversions  # those of the whole model
+    return info
+
+
+def finished(model: Any, info: Any) -> Any:
+    """Tie what is tied, and return the record without what is not missed."""
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    return info
+
+
+def meta_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return tensors without memory of the same shapes and dtypes."""
+    return {
+        name: torch.empty(tuple(item.shape), dtype=item.dtype, device=_META)
+        for name, item in tensors.items()
+    }
+
+
+def _class_for(config: Any, auto: Any) -> Any:
+    """Return the class that an auto class of transformers loads for a configuration."""
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    try:
+        return _get_model_class(config, auto._model_mapping)
+    except KeyError:
+        found = auto_classes(type(config)).get(auto)
+        if found is None:
+            raise
+        return found
+
+
+def _check_plain(config: Any, spec: str | Path) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"expected unquantized weights to leave in their files, got {str(spec)!r}, which is "
+            "quantized: load it (load_model), or name the model that it was made of"
+        )
+
+
+def _without_weights(model_class: Any, seen: list[Any]) -> Any:
+    """Return a class that loads as another one does, but for the weights."""
+
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, files: Any, settings: Any, *_: Any, **__: Any
+    ) -> Any:
+        if not files or not all(str(file).endswith(".safetensors") for file in files):
+            raise UnsupportedModelError(
+                "expected weights in safetensors files, got "
+                f"{', '.join(Path(file).name for file in files or []) or 'none'}: load the model "
+                "and save it once with save_model"
+            )
+        tensors: dict[str, StoredTensor] = {}
+        for file in files:
+            tensors |= tensors_in(Path(file))
+        info = load_into(model, settings, meta_tensors(tensors))
+        seen.append((tensors, settings, info.missing_keys))
+        return info, None
+
+    def _finalize_model_loading(model: Any, settings: Any, info: Any) -> Any:
+        finished(model, info)
+        seen[0] = (*seen[0][:2], set(info.missing_keys))
+        return info
+
+    marks = ("_derived_step", "_derived_from")  # of what is made at run time
+    return type(model_class)(
+        model_class.__name__,
+        (model_class,),
+        {
+            **{name: value for name, value in vars(model_class).items() if name in marks},
+            "__module__": model_class.__module__,
+            "__qualname__": model_class.__qualname__,
+            "_load_pretrained_model": staticmethod(_load_pretrained_model),
+            "_finalize_model_loading": staticmethod(_finalize_model_loading),
+        },
+    )
+
+
+def _give_buffers(model: Any) -> None:
+    """Give a model on meta the buffers that no file holds, with their values."""
+    for owner in model.modules():
+        for name in owner._non_persistent_buffers_set:
+            buffer = owner._buffers.get(name)
+            if buffer is not None and buffer.device == _META:
+                owner._buffers[name] = torch.empty_like(buffer, device="cpu")
+    for module in model.modules():
+        vars(module).pop("_is_hf_initialized", None)
+    with torch.no_grad():
+        model.initialize_weights()
+
+
+def replace_tensors(owner: nn.Module, found: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+    """Put tensors into the modules of another, in the places of parameters and buffers.
+
+    Args:
+        owner: Only modules in it are changed.
+        found: By module and name.
+    """
+    inside = set(owner.modules())
+    for (module, name), tensor in found.items():
+        if module in inside:
+            held: Any = module._parameters if name in module._parameters else module._buffers
+            held[name] = tensor
+
+
+def tensors_on_meta(owner: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
+    """Return the parameters and buffers without memory in a module, by module and name."""
+    return {
+        (module, name): tensor
+        for module in owner.modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None and tensor.device == _META
+    }
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers from reporting on each piece that it loads."""
+    from transformers.utils import logging as of_transformers
+
+    level, shown = of_transformers.get_verbosity(), of_transformers.is_progress_bar_enabled()
+    of_transformers.set_verbosity(logging.ERROR)
+    of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        of_transformers.set_verbosity(level)
+        if shown:
+            of_transformers.enable_progress_bar()

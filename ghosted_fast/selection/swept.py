@@ -1,0 +1,182 @@
+"""Criteria in a sweep: layers are chosen while each of them is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from ghosted_fast import distributed
+from ghosted_fast.errors import ArgumentError
+from ghosted_fast.facts import IntervalScore
+from ghosted_fast.fit.candidates import Race
+from ghosted_fast.fit.collect import StatisticsListener
+from ghosted_fast.fit.ghosts import fit_on_training_folds
+from ghosted_fast.fit.sweep.climb import Riders, Row, Sweep, climb, show_stored
+from ghosted_fast.measure.perplexity import predicted_positions, token_losses
+from ghosted_fast.models.gap import Gap
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.unloaded.stand_in import stand_ins
+from ghosted_fast.options import GhostOptions, RunOptions
+from ghosted_fast.selection.criteria import CRITERIA, check_criterion
+from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
+from ghosted_fast.selection.criteria.request import Request, Selection
+from ghosted_fast.selection.select import are_alike, check_layer_count
+from ghosted_fast.statistics.sample import Interval
+from ghosted_fast.text.batches import Batch
+from ghosted_fast.text.calibration_text import CalibrationText
+from ghosted_fast.text.folds import held_out_batches, held_out_places
+
+SWEPT = ("ghost", "streamline", "shortgpt", "angular")
+
+
+def check_swept(criterion: str) -> None:
+    """Raise ArgumentError unless a criterion can choose layers in a sweep."""
+    check_criterion(criterion)
+    if criterion not in SWEPT:
+        raise ArgumentError(
+            f"expected a criterion out of {', '.join(SWEPT)} for a model that is swept through "
+            f"layer by layer, got {criterion!r}, which needs all layers at once: choose another, "
+            "or give more memory"
+        )
+
+
+def choose_swept(
+    sweep: Sweep,
+    text: CalibrationText,
+    remove: int,
+    criterion: str,
+    options: GhostOptions,
+    run: RunOptions,
+) -> Selection:
+    """Choose layers to remove in one sweep, see `select_layers`.
+
+    All boundaries' states are on the shelf afterwards.
+
+    Args:
+        sweep: Of the text.
+        text: Calibration tokens.
+        remove: How many layers to remove.
+        criterion: One of `SWEPT`.
+        options: How ghosts are fitted.
+        run: Held-out tokens that candidates are scored on.
+
+    Raises:
+        ArgumentError, UnsupportedModelError, CalibrationError, NonFiniteError: As `select_layers`.
+    """
+    decoder = sweep.source.decoder
+    check_layer_count(remove, decoder.num_layers)
+    check_swept(criterion)
+    with stand_ins(decoder.model):
+        alike = are_alike(decoder)
+        request = Request(decoder, text, remove, options, run, alike=alike, sweep=sweep)
+        intervals = request.intervals(remove)
+    if criterion == "ghost":
+        return _by_ghost(request, sweep, intervals)
+    climb(sweep, decoder.num_layers, lambda _: None)
+    with stand_ins(decoder.model):
+        return CRITERIA[criterion].choose(request)
+
+
+def _by_ghost(request: Request, sweep: Sweep, intervals: Sequence[Interval]) -> Selection:
+    """Score every interval with its ghost in place, see `by_ghost`.
+
+    The statistics of an interval are gathered when its upper end is reached, and solved at once;
+    the held-out states behind its ghost then go up with the rest. All candidates see all tokens;
+    those that would have been dropped on the way are scored as if they had been.
+    """
+    options, top = request.options, request.num_layers
+    tokens = TOKENS_FOR_THE_BEST * request.run.score_tokens
+    rows = held_out_rows(sweep, request.text.hold(), options, tokens)
+    riders = Riders(rows, sweep.shelf, [stop for _, stop in intervals])
+
+    def reached(boundary: int) -> None:
+        for pair in intervals:
+            if pair[1] == boundary:
+                riders.join(Gap(*pair, _candidate(sweep, pair, options)))
+
+    climb(sweep, top, reached, riders)
+    losses = _losses(sweep, riders, intervals, top)
+    scores = [IntervalScore(*pair, loss) for pair, loss in zip(intervals, losses, strict=True)]
+    best = min(scores, key=lambda item: item.score)
+    removed = list(range(best.start, best.stop))
+    statistics = StatisticsListener(sweep.source.decoder, (best.start, best.stop), options)
+    show_stored(sweep, [statistics])
+    return Selection(
+        removed, scores, "ghost", {request.remove: removed}, best.score, statistics.statistics
+    )
+
+
+def held_out_rows(
+    sweep: Sweep, batches: Sequence[Batch], options: GhostOptions, tokens: int
+) -> list[Row]:
+    """Return the held-out sequences that candidates are scored on, and where they are.
+
+    Args:
+        sweep: Of the text.
+        batches: The text.
+        options: How ghosts are fitted: which fold is held out.
+        tokens: How many tokens are wanted.
+
+    Raises:
+        CalibrationError: No sequence is held out.
+    """
+    own = {turn.index: place for place, turn in enumerate(sweep.text.turns)}
+    device = sweep.source.decoder.device
+    found = held_out_batches(batches, options, tokens)
+    places = held_out_places(batches, options, tokens)
+    # A batch without tokens is no rank's: its sequences have nothing to score.
+    return [
+        Row(number, batch.to(device), own.get(index), row)
+        for number, (batch, (index, row)) in enumerate(zip(found, places, strict=True))
+    ]
+
+
+def _candidate(sweep: Sweep, pair: Interval, options: GhostOptions) -> GhostLinear:
+    """Return the ghost of an interval whose upper end was reached, fitted on the training folds."""
+    decoder = sweep.source.decoder
+    listener = StatisticsListener(decoder, pair, options)
+    show_stored(sweep, [listener])
+
+    def fit() -> GhostLinear:
+        return fit_on_training_folds(listener.statistics, options).module_of(decoder)
+
+    return distributed.on_first(fit, decoder.device)
+
+
+def _losses(sweep: Sweep, riders: Riders, intervals: Sequence[Interval], top: int) -> list[float]:
+    """Return the loss of each candidate, whose states have come to the top."""
+    race = Race(len(intervals))
+    predicted = [predicted_positions(row.batch.attention_mask) for row in riders.rows]
+    found = [
+        torch.zeros(len(intervals), int(where.sum()), dtype=torch.float64) for where in predicted
+    ]
+    with sweep.source.head(), torch.inference_mode():
+        for index, pair in enumerate(intervals):
+            for row, hidden in zip(riders.own, riders.states(pair, top), strict=True):
+                batch = row.batch
+                logits = sweep.source.logits(batch, hidden)
+                loss, _ = token_losses(logits, batch.input_ids, batch.attention_mask)
+                found[row.number][index] = loss[predicted[row.number]].double().cpu()
+    distributed.add_up(found)
+    for losses in found:
+        race.add(losses)
+    return race.scores()
+
+
+def statistics_of(
+    sweep: Sweep, intervals: Sequence[Interval], options: GhostOptions
+) -> list[StatisticsListener]:
+    """Return listeners that have gathered the statistics of intervals, one sweep for all.
+
+    Args:
+        sweep: Of the text.
+        intervals: Pairs (start, stop).
+        options: How the ghosts will be fitted.
+    """
+    make = partial(StatisticsListener, sweep.source.decoder, options=options)
+    listeners = [make(interval=pair) for pair in intervals]
+    climb(sweep, max(stop for _, stop in intervals), lambda _: None)
+    show_stored(sweep, listeners)
+    return listeners

@@ -1,0 +1,1 @@
+"""What the pipeline does with a model that stays in its files."""

@@ -1,0 +1,41 @@
+"""Tiny models in folders, and a text, for tests of the sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghosted_fast.fit.sweep.climb import Sweep, SweptText
+from ghosted_fast.fit.sweep.shelf import MemoryShelf, Shelf
+from ghosted_fast.models.unloaded.opening import open_unloaded
+from ghosted_fast.models.unloaded.source import FolderSource
+from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.text.batches import iterate_batches
+from support.tiny_text import tiny_tokenizer
+
+
+def text(batches: int = 5, length: int = 48) -> list[Any]:
+    """Return a text with padding on the left, a sequence without tokens and one of another size."""
+    found: list[Any] = [random_tokens(4, length, seed=seed) for seed in range(batches)]
+    mask = torch.ones_like(found[2])
+    mask[2, :20], mask[3] = 0, 0
+    found[2] = {"input_ids": found[2], "attention_mask": mask}
+    found[3] = found[3][:1, : length // 2]
+    return found
+
+
+def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32, layers: int = 6) -> Any:
+    """Save a model in several files, with a tokenizer, and return it."""
+    model = tiny_model(family, layers, dtype=dtype)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def sweep_of(folder: Path, batches: list[Any], shelf: Shelf | None = None) -> Sweep:
+    """Return a sweep of a text through a model in a folder."""
+    source = FolderSource(open_unloaded(folder))
+    held = list(iterate_batches(batches))
+    return Sweep(source, SweptText.of(held, source.decoder.device), shelf or MemoryShelf())
