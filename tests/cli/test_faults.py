@@ -77,7 +77,7 @@ def test_sigterm_ends_the_work_as_ctrl_c_does(
     model = tiny_model("llama", 2)
 
     def killed(folder: Path, *_: Any, **__: Any) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "half").touch()
         os.kill(os.getpid(), signal.SIGTERM)
 
