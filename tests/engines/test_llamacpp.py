@@ -92,7 +92,7 @@ def test_the_ghost_matters_and_q8_is_near(tmp_path: Path) -> None:
 @pytest.mark.real_model
 @pytest.mark.skipif(not (cache_folder() / "demo").is_dir(), reason="no demo model: `make setup`")
 def test_smollm2(tmp_path: Path, smollm2: Any) -> None:
-    model, base, tokenizer = smollm2(input="normed", first_state="off")
+    model, base, tokenizer = smollm2(features="normed", first_state="off")
     vocabulary = model.config.vocab_size
     engine = LlamaCpp(export_gguf(model, tmp_path / "f32.gguf", base))
     prompt = tokenizer("The history of the city begins")["input_ids"]

@@ -45,7 +45,7 @@ def test_compiled_and_parallel(serve: Callable[..., Vllm], options: dict[str, An
 @pytest.mark.real_model
 @pytest.mark.skipif(not (cache_folder() / "demo").is_dir(), reason="no demo model: `make setup`")
 def test_smollm2(serve: Callable[..., Vllm], smollm2: Any) -> None:
-    model, _, tokenizer = smollm2(input="normed", first_state="on")
+    model, _, tokenizer = smollm2(features="normed", first_state="on")
     engine = serve(model, tokenizer, max_model_len=1024)
     prompt = tokenizer("The history of the city begins")["input_ids"]
     assert engine.greedy_tokens([prompt], 64) == [greedy_tokens(model, prompt)]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ghosted_fast.errors import NonFiniteError, UnsupportedModelError
 
 _LOGGER = logging.getLogger(__name__)
+# What a module without weights is marked by while random ones stand in for them.
+STAND_IN = "_stands_in_for"
 # What an invalid generation configuration is repaired to.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
@@ -38,6 +40,11 @@ def _adapters(name: str) -> UnsupportedModelError:
         f"expected a model without adapters, got {name} with some: merge them first (PEFT's "
         "model.merge_and_unload()), and pass what that returns"
     )
+
+
+def has_stand_ins(model: nn.Module) -> bool:
+    """Return whether a model's weights are in files, and others are lent to it while it runs."""
+    return any(STAND_IN in vars(module) for module in model.modules())
 
 
 def check_in_memory(model: nn.Module) -> None:

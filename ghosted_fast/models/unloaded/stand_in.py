@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghosted_fast.models.checked.usable import STAND_IN
 from ghosted_fast.models.families import decoder_layers, decoder_of
 from ghosted_fast.models.unloaded.opening import replace_tensors, tensors_on_meta
 
 _BLOCK = 1_000_003  # no multiple of any row's length, so that rows differ
 # Rows of an embedding or a head that a proof on a few tokens can do with.
 _ROWS = 4096
-_NAME = "_stand_in_name"
 
 
 @contextmanager
@@ -45,8 +45,8 @@ def stand_ins(model: Any) -> Iterator[None]:
             is_layer = module in layers
             if not is_layer and (module in inside or not _has_own(module)):
                 continue
-            vars(module)[_NAME] = name
-            stack.callback(vars(module).pop, _NAME)
+            vars(module)[STAND_IN] = name
+            stack.callback(vars(module).pop, STAND_IN)
             if not is_layer and (module is head or module in beside):
                 # For the whole time: models ask on which device these are, and some are cut too.
                 lender.lend_beside(module)
@@ -120,7 +120,7 @@ class _Lender:
             shape = list(tensor.shape)
             if rows is not None and shape:
                 shape[0] = min(shape[0], rows)
-            value = self._values(f"{vars(unit)[_NAME]}.{paths[module]}.{name}", shape, tensor)
+            value = self._values(f"{vars(unit)[STAND_IN]}.{paths[module]}.{name}", shape, tensor)
             made[module, name] = value
         self._lent[unit] = wanted
         replace_tensors(unit, made)
