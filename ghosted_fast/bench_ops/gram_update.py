@@ -18,6 +18,7 @@ from torch import Tensor
 from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant, flops_kind
 from ghosted_fast.ops import gram_update
 from ghosted_fast.ops.backends import BACKENDS
+from ghosted_fast.ops.compiled import extension
 from ghosted_fast.ops.operands import GramOperands
 from ghosted_fast.ops.reference import gram_update_reference
 from ghosted_fast.testing import relative_rms
@@ -123,7 +124,9 @@ def _case(
         variants.append(Variant(name, run, gate))
     inputs = x.nbytes * (1 if outputs is None else 2)
     results = sum((8 if name == "gram" else 16) * width**2 for name in sums)
-    return Case(float(inputs + results), _flops(width, tokens, dtype, wanted, normed), variants)
+    in_tiles = setting.device.type == "cpu" and dtype == torch.bfloat16 and _multiplies_in_tiles()
+    flops = _flops(width, tokens, dtype, wanted, normed, in_tiles)
+    return Case(float(inputs + results), flops, variants)
 
 
 def _rivals(
@@ -137,13 +140,20 @@ def _rivals(
     yield "torch fp64", torch.float64, _product
 
 
+def _multiplies_in_tiles() -> bool:
+    """Return whether the path in use splits fp32 numbers into three of bf16."""
+    module = extension()
+    return module is not None and module.cpu_path() == "amx"
+
+
 def _flops(
-    width: int, tokens: int, dtype: torch.dtype, wanted: str, normed: bool
+    width: int, tokens: int, dtype: torch.dtype, wanted: str, normed: bool, in_tiles: bool
 ) -> dict[str, float]:
     # The normed form multiplies C in fp32: y times a row's weight is no bf16 number.
     kinds = {"gram": flops_kind(dtype), "cross": "fp32" if normed else flops_kind(dtype)}
     flops: dict[str, float] = {}
     for name in _SUMS[wanted]:
         count = (1.0 if name == "gram" else 2.0) * tokens * width**2
-        flops[kinds[name]] = flops.get(kinds[name], 0.0) + count
+        kind = "bf16" if in_tiles else kinds[name]
+        flops[kind] = flops.get(kind, 0.0) + count * (3 if in_tiles and normed else 1)
     return flops

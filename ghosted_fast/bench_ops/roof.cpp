@@ -10,6 +10,11 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define WITH_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -43,6 +48,36 @@ double multiply_adds(int64_t rounds, Step step) {
   return total;
 }
 
+#ifdef WITH_TILES
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  static const bool may = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return may;
+}
+
+// One product of tiles in each round; four sums hide its latency. Returns the flops.
+double multiply_tiles(int64_t rounds) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = 16;
+  }
+  asm volatile("ldtilecfg %0" ::"m"(config));  // and zero tiles
+  for (int64_t round = 0; round < rounds; round += 4) {
+    asm volatile("tdpbf16ps %tmm5, %tmm4, %tmm0");
+    if (round + 1 < rounds) asm volatile("tdpbf16ps %tmm5, %tmm4, %tmm1");
+    if (round + 2 < rounds) asm volatile("tdpbf16ps %tmm5, %tmm4, %tmm2");
+    if (round + 3 < rounds) asm volatile("tdpbf16ps %tmm5, %tmm4, %tmm3");
+  }
+  asm volatile("tilerelease");
+  return 2.0 * 16 * 16 * 32 * rounds;
+}
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -60,6 +95,10 @@ double roof_fp64(int64_t rounds, double* sink) {
 
 // 0 where the processor has no bf16 multiply-add of its own.
 double roof_bf16(int64_t rounds, double* sink) {
+#ifdef WITH_TILES
+  *sink = 0;
+  if (may_use_tiles()) return multiply_tiles(rounds);
+#endif
 #if defined(__AVX512BF16__)
   *sink = multiply_adds<Floats>(rounds, [](Floats s, Floats a, Floats b) {
     return (Floats)_mm512_dpbf16_ps((__m512)s, (__m512bh)(__m512)a, (__m512bh)(__m512)b);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -54,9 +55,21 @@ std::string name_of(const char* op, std::vector<int64_t> numbers) {
 
 float widen(uint16_t half) { return bits_to_float(static_cast<uint32_t>(half) << 16); }
 
-std::unique_ptr<uint16_t[]> random_rows(int64_t count, float size = 1.0f) {
+// Memory of exactly the given size that starts at a cache line, as tensors do.
+constexpr std::align_val_t kAlignment{64};
+struct Release {
+  void operator()(uint16_t* data) const { ::operator delete[](data, kAlignment); }
+};
+typedef std::unique_ptr<uint16_t[], Release> Halves;
+
+Halves make_halves(int64_t count) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(uint16_t);
+  return Halves(static_cast<uint16_t*>(::operator new[](bytes, kAlignment)));
+}
+
+Halves random_rows(int64_t count, float size = 1.0f) {
   std::normal_distribution<float> normal;
-  std::unique_ptr<uint16_t[]> values(new uint16_t[count > 0 ? count : 1]);
+  Halves values = make_halves(count);
   for (int64_t i = 0; i < count; ++i) values[i] = float_to_bfloat16(size * normal(generator));
   return values;
 }
@@ -101,7 +114,7 @@ struct GramCase {
 };
 
 struct GramData {
-  std::unique_ptr<uint16_t[]> x, y;
+  Halves x, y;
   std::vector<float> weight;
 };
 
@@ -172,9 +185,10 @@ void check_gram(const GramCase& c) {
 
 enum class Form { kPacked, kPlain, kInt8 };
 
-std::unique_ptr<uint16_t[]> packed(const uint16_t* weight, int64_t size) {
+Halves packed(const uint16_t* weight, int64_t size) {
   const int64_t dwords = (size + 1) / 2, count = (size + 15) / 16 * dwords * 32;
-  std::unique_ptr<uint16_t[]> panels(new uint16_t[count]());
+  Halves panels = make_halves(count);
+  std::memset(panels.get(), 0, static_cast<size_t>(count) * sizeof(uint16_t));
   for (int64_t out = 0; out < size; ++out) {
     for (int64_t in = 0; in < size; ++in) {
       panels[((out / 16 * dwords + in / 2) * 16 + out % 16) * 2 + in % 2] = weight[out * size + in];

@@ -121,7 +121,9 @@ def test_a_rival_that_does_not_run_here_is_left_out_and_ours_is_not() -> None:
         runner.check_gates(plan, plan.make(SMALL))
 
 
-def test_bytes_and_flops() -> None:
+@pytest.mark.parametrize("in_tiles", [False, True])
+def test_bytes_and_flops(in_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram_update, "_multiplies_in_tiles", lambda: in_tiles)
     forms = list(gram_update.plans(64, 300, BF16))
     found = [plan.make(SMALL) for plan in forms]
     rows, square = 300 * 64 * 2.0, 64 * 64
@@ -136,7 +138,7 @@ def test_bytes_and_flops() -> None:
         {"bf16": work},
         {"bf16": 2 * work},
         {"bf16": 3 * work},
-        {"bf16": work, "fp32": 2 * work},
+        {"bf16": 9 * work} if in_tiles else {"bf16": work, "fp32": 2 * work},
     ]
     (plan,) = ghost_apply.plans(64, 3, FP32)
     case = plan.make(SMALL)

@@ -146,6 +146,7 @@ def test_the_real_timer_and_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(roofs, "_STREAM_BYTES", 1 << 20)
     monkeypatch.setattr(roofs, "_STEPS", 1000)
+    monkeypatch.setattr(gram_update, "_multiplies_in_tiles", lambda: False)  # two roofs of flops
     setting = runner.Setting(torch.device("cpu"), rotated_bytes=1 << 16, compiled=False)
     plans = [
         *gram_update.plans(16, 8, torch.bfloat16, [("G+C", True)]),

@@ -73,14 +73,39 @@ MUTANTS = (
     _fault(
         "one tile further in the rows",
         "ghost_block.h",
-        "product.lower = rows + steps * kRowTile;",
-        "product.lower = rows + (steps - 1) * kRowTile;",
+        "product.lower = product.upper + product.steps * kRowTile;",
+        "product.lower = product.upper + (product.steps - 1) * kRowTile;",
+    ),
+    _fault(
+        "one row less between the tiles that are read in place",
+        "ghost_block.h",
+        "product.lower = product.upper + kAmxRows * size;",
+        "product.lower = product.upper + (kAmxRows - 1) * size;",
     ),
     _fault(
         "panels over their end not copied",
         "ghost_block.h",
         "panels.panel_stride % kAmxDwords != 0",
         "false",
+    ),
+    # Digits.
+    _fault(
+        "digits in the wrong order",
+        "ghost_int8.h",
+        "for (int64_t digit = kDigits - 1; digit >= 0; --digit) {",
+        "for (int64_t digit = 0; digit < kDigits; ++digit) {",
+    ),
+    _fault(
+        "second chain of int8 dropped",
+        "ghost_int8.h",
+        "(VecI)load(stored[0] + i) + (VecI)load(stored[1] + i)",
+        "(VecI)load(stored[0] + i)",
+    ),
+    _fault(
+        "end of the int8 weight not copied",
+        "ghost_int8.h",
+        "if (rows == kAmxRows && count == kByteInputs) return",
+        "if (count == kByteInputs) return",
     ),
     # Sums.
     _fault(
@@ -107,8 +132,8 @@ MUTANTS = (
     _fault(
         "sums of the earlier passes dropped",
         "ghost_block.h",
-        "multiply_pair(product, pass == 0 ? nullptr : sums,",
-        "multiply_pair(product, nullptr,",
+        "const TileTurn turn{former_, pass == 0 ? nullptr : sums};",
+        "const TileTurn turn{former_, nullptr};",
     ),
     _fault(
         "outputs of the last rows forgotten",

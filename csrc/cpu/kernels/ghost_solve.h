@@ -12,6 +12,8 @@ namespace {
 // Residuals above this are refined.
 constexpr double kRefineAbove = 1e-12;
 constexpr int kProbes = 8;
+// Strips that are solved together: each copy of U serves so many.
+constexpr int64_t kGroupStrips = 16;
 // Rows of a matrix that one thread takes at a time.
 constexpr int64_t kSharedRows = 64;
 constexpr int kProbeVectors = kProbes / kDoubleLanes;
@@ -154,12 +156,12 @@ inline double inverse_norm(const Factor& u, int64_t size, double* strip) {
       strip[i * kDoubleLanes + c] = i < size ? sign * share : 0.0;
     }
   }
-  solve_strips<1>(u, 1, strip);
+  solve_strips<1>(u, 1, strip, nullptr);
   measure();
   for (int64_t i = 0; i < u.size * kDoubleLanes; ++i) {
     strip[i] = i >= size * kDoubleLanes ? 0.0 : strip[i] < 0.0 ? -1.0 : 1.0;
   }
-  solve_strips<1>(u, 1, strip);
+  solve_strips<1>(u, 1, strip, nullptr);
   for (int64_t i = 0; i < size; ++i) {
     largest[i] = 0.0;
     for (int c = 0; c < kDoubleLanes; ++c) {
@@ -173,7 +175,7 @@ inline double inverse_norm(const Factor& u, int64_t size, double* strip) {
     strip[best * kDoubleLanes + c] = 1.0;
     largest[best] = -1.0;
   }
-  solve_strips<1>(u, 1, strip);
+  solve_strips<1>(u, 1, strip, nullptr);
   measure();
   return norm;
 }
@@ -229,18 +231,59 @@ inline double scale_matrix(const SolveArgs& args, const Factor& u, int64_t threa
   return norm;
 }
 
-// strip[row][c] = scale * matrix[row][column + c]; zeros beyond the matrix.
-inline void load_strip(const double* matrix, int64_t size, int64_t columns, int64_t column,
-                       const double* scale, bool divide, int64_t padded, double* strip) {
-  const int64_t width = min64(kStripWidth, columns - column);
-  for (int64_t i = 0; i < padded; ++i) {
-    double* to = strip + i * kStripWidth;
-    for (int64_t c = 0; c < kStripWidth; ++c) to[c] = 0.0;
-    if (i >= size) continue;
-    const double* from = matrix + i * columns + column;
-    const double factor = divide ? 1.0 / scale[i] : scale[i];
-    for (int64_t c = 0; c < width; ++c) to[c] = from[c] * factor;
+// Strips that lie side by side in a matrix of `columns` columns, from `column` on.
+struct StripColumns {
+  int64_t column, columns, strips, strip_size;
+
+  // Calls body(s, width) for the strips and their columns; the compiler knows the usual width.
+  template <class Body>
+  void for_each(Body&& body) const {
+    for (int64_t s = 0; s < strips; ++s) {
+      const int64_t left = columns - column - s * kStripWidth;
+      if (left >= kStripWidth) {
+        body(s, std::integral_constant<int64_t, kStripWidth>());
+      } else {
+        body(s, left);
+      }
+    }
   }
+};
+
+// data[strip][row][c] = scale * matrix[row][column of the strip + c]; zeros beyond the matrix. All
+// strips of a row before the next: a row is on a page of its own.
+inline void load_strips(const double* matrix, int64_t size, const StripColumns& of,
+                        const double* scale, bool divide, int64_t padded, double* data) {
+  for (int64_t i = 0; i < padded; ++i) {
+    const double factor = i >= size ? 0.0 : divide ? 1.0 / scale[i] : scale[i];
+    of.for_each([&](int64_t s, auto width) {
+      double* to = data + s * of.strip_size + i * kStripWidth;
+      const double* from = matrix + i * of.columns + of.column + s * kStripWidth;
+      const int64_t there = i < size ? int64_t{width} : int64_t{0};
+      for (int64_t c = 0; c < there; ++c) to[c] = from[c] * factor;
+      for (int64_t c = there; c < kStripWidth; ++c) to[c] = 0.0;
+    });
+  }
+}
+
+// solution[row][column of the strip + c] = or += scale * data[strip][row][c].
+inline void store_strips(const double* data, int64_t size, const StripColumns& of,
+                         const double* scale, bool add, double* solution) {
+  for (int64_t i = 0; i < size; ++i) {
+    of.for_each([&](int64_t s, auto width) {
+      const double* from = data + s * of.strip_size + i * kStripWidth;
+      double* to = solution + i * of.columns + of.column + s * kStripWidth;
+      if (add) {
+        for (int64_t c = 0; c < width; ++c) to[c] += scale[i] * from[c];
+      } else {
+        for (int64_t c = 0; c < width; ++c) to[c] = scale[i] * from[c];
+      }
+    });
+  }
+}
+
+// The doubles that a thread needs to solve `group` strips together.
+inline int64_t slot_size(const Factor& u, int64_t group) {
+  return (group + 1) * u.size * kStripWidth + (group > 1 ? kCopiedRows * kSolveBlock : 0);
 }
 
 // Solves, or with `refine` improves, all columns.
@@ -250,28 +293,18 @@ inline void solve_columns(const SolveArgs& args, const Factor& u, const double* 
   const int64_t strip_size = u.size * kStripWidth;
   for_each_task((strips + group - 1) / group, threads, [&](int64_t task, int64_t slot) {
     const int64_t first = task * group, count = min64(group, strips - first);
-    double* right = buffers + slot * (group + 1) * strip_size;
+    double* right = buffers + slot * slot_size(u, group);
     double* x = right + group * strip_size;
-    for (int64_t s = 0; s < count; ++s) {
-      double* strip = right + s * strip_size;
-      const int64_t column = (first + s) * kStripWidth;
-      load_strip(args.cross, args.size, args.num_outputs, column, scale, false, u.size, strip);
-      if (!refine) continue;
-      load_strip(args.solution, args.size, args.num_outputs, column, scale, true, u.size, x);
-      subtract_matrix_product<kSolveVectors>(u, x, strip);
+    double* copies = group > 1 ? x + strip_size : nullptr;
+    const StripColumns columns{first * kStripWidth, args.num_outputs, count, strip_size};
+    load_strips(args.cross, args.size, columns, scale, false, u.size, right);
+    for (int64_t s = 0; refine && s < count; ++s) {
+      const StripColumns column{(first + s) * kStripWidth, args.num_outputs, 1, strip_size};
+      load_strips(args.solution, args.size, column, scale, true, u.size, x);
+      subtract_matrix_product<kSolveVectors>(u, x, right + s * strip_size);
     }
-    solve_strips<kSolveVectors>(u, count, right);
-    for (int64_t s = 0; s < count; ++s) {
-      const int64_t column = (first + s) * kStripWidth;
-      const int64_t width = min64(kStripWidth, args.num_outputs - column);
-      for (int64_t i = 0; i < args.size; ++i) {
-        const double* from = right + s * strip_size + i * kStripWidth;
-        double* to = args.solution + i * args.num_outputs + column;
-        for (int64_t c = 0; c < width; ++c) {
-          to[c] = (refine ? to[c] : 0.0) + scale[i] * from[c];
-        }
-      }
-    }
+    solve_strips<kSolveVectors>(u, count, right, copies);
+    store_strips(right, args.size, columns, scale, refine, args.solution);
   });
 }
 
@@ -292,9 +325,9 @@ inline SolveInfo ghost_solve(const SolveArgs& args) {
   // cache sets.
   u.stride = round_up(u.size + kStripWidth, 8) + 8;
   const int64_t strips = (args.num_outputs + kStripWidth - 1) / kStripWidth;
-  const int64_t group = max64(1, min64(8, (strips + 2 * threads - 1) / (2 * threads)));
+  const int64_t group = max64(1, min64(kGroupStrips, (strips + 2 * threads - 1) / (2 * threads)));
   const int64_t panel_size = kSolveBlock * (u.stride + kStripWidth);
-  const int64_t buffer_size = threads * (group + 1) * u.size * kStripWidth;
+  const int64_t buffer_size = threads * slot_size(u, group);
   const int64_t probe_size = (args.num_outputs + 2 * u.size) * kProbes;
   const int64_t shared =
       max64(max64(panel_size, buffer_size), max64(probe_size, 2 * u.size * kDoubleLanes));

@@ -27,6 +27,8 @@ constexpr int kSolveVectors = 2;
 constexpr int64_t kStripWidth = kSolveVectors * kDoubleLanes;
 // Rows of U per step: a strip of them (18 KiB) stays in the L1 cache.
 constexpr int64_t kSolveBlock = 96;
+// Rows of U that are copied at a time: 384 KiB, in the L2 cache.
+constexpr int64_t kCopiedRows = 512;
 // A pivot of a matrix with unit diagonal that is not above this is rounding noise.
 constexpr double kSmallestPivot = 4 * 2.220446049250313e-16;
 
@@ -144,6 +146,11 @@ inline void backward_block(const Factor& u, int64_t begin, int64_t end, double* 
   }
 }
 
+// Rows of a strip that are subtracted from, [first, last), and those that are multiplied.
+struct StripRows {
+  int64_t first, last, begin, end;
+};
+
 // to[k][row] = from[row * row_step + k * k_step], k in [0, count).
 inline void copy_left(int64_t count, const double* from, int64_t row_step, int64_t k_step,
                       double* to) {
@@ -153,36 +160,51 @@ inline void copy_left(int64_t count, const double* from, int64_t row_step, int64
     }
     return;
   }
-  for (int64_t k = 0; k < count; ++k) {
+  // Counts are multiples of kSolveRows: squares, whose rows are read as vectors.
+  for (int64_t k = 0; k < count; k += kSolveRows) {
     GHOSTED_FAST_UNROLL
-    for (int64_t r = 0; r < kSolveRows; ++r) to[k * kSolveRows + r] = from[r * row_step + k];
+    for (int64_t r = 0; r < kSolveRows; ++r) {
+      GHOSTED_FAST_UNROLL
+      for (int64_t c = 0; c < kSolveRows; ++c) {
+        to[(k + c) * kSolveRows + r] = from[r * row_step + k + c];
+      }
+    }
   }
 }
 
-// The tile of every strip that lies at `row`, less the product of a piece of U, given as for
-// subtract_product, with `count` rows of the strip from `begin` on.
+// Rows [first, last) of every strip, less the products of U with the rows [begin, end) of the
+// strip. The piece of U for row r and strip row k is u[r * row_step + k * k_step]. With `copies`,
+// kCopiedRows * kSolveBlock doubles, U is copied first: a strip's rows then stay in the L1 cache
+// while U streams past, and the strip is read in order.
 template <int kVectors>
-inline void subtract_from_strips(int64_t strips, int64_t strip_size, int64_t count, const double* a,
-                                 int64_t row_step, int64_t k_step, int64_t begin, int64_t row,
-                                 double* data) {
+inline void subtract_from_strips(const StripRows& rows, const double* u, int64_t row_step,
+                                 int64_t k_step, int64_t strips, int64_t strip_size, double* data,
+                                 double* copies) {
   constexpr int64_t kWidth = kVectors * kDoubleLanes;
-  alignas(64) double left[kSolveBlock * kSolveRows];
-  if (strips > 1) {
-    copy_left(count, a, row_step, k_step, left);
-    a = left;
-    row_step = 1;
-    k_step = kSolveRows;
-  }
-  for (int64_t s = 0; s < strips; ++s) {
-    double* strip = data + s * strip_size;
-    subtract_product<kVectors>(count, a, row_step, k_step, strip + begin * kWidth, kWidth,
-                               strip + row * kWidth, kWidth);
+  const int64_t count = rows.end - rows.begin;
+  for (int64_t from = rows.first; from < rows.last; from += kCopiedRows) {
+    const int64_t to = min64(rows.last, from + kCopiedRows);
+    for (int64_t row = from; copies != nullptr && row < to; row += kSolveRows) {
+      copy_left(count, u + row * row_step + rows.begin * k_step, row_step, k_step,
+                copies + (row - from) * kSolveBlock);
+    }
+    for (int64_t s = 0; s < strips; ++s) {
+      double* strip = data + s * strip_size;
+      for (int64_t row = from; row < to; row += kSolveRows) {
+        const double* left = u + row * row_step + rows.begin * k_step;
+        if (copies != nullptr) left = copies + (row - from) * kSolveBlock;
+        subtract_product<kVectors>(
+            count, left, copies != nullptr ? 1 : row_step, copies != nullptr ? kSolveRows : k_step,
+            strip + rows.begin * kWidth, kWidth, strip + row * kWidth, kWidth);
+      }
+    }
   }
 }
 
-// Solves U^T U X = B in place for `strips` strips that lie u.size rows apart.
+// Solves U^T U X = B in place for `strips` strips that lie u.size rows apart. `copies`: memory for
+// subtract_from_strips, or null.
 template <int kVectors>
-inline void solve_strips(const Factor& u, int64_t strips, double* data) {
+inline void solve_strips(const Factor& u, int64_t strips, double* data, double* copies) {
   constexpr int64_t kWidth = kVectors * kDoubleLanes;
   const int64_t strip_size = u.size * kWidth;
   for (int64_t begin = 0; begin < u.size; begin += kSolveBlock) {
@@ -190,20 +212,16 @@ inline void solve_strips(const Factor& u, int64_t strips, double* data) {
     for (int64_t s = 0; s < strips; ++s) {
       forward_block<kVectors>(u, begin, end, data + s * strip_size);
     }
-    for (int64_t row = end; row < u.size; row += kSolveRows) {
-      subtract_from_strips<kVectors>(strips, strip_size, end - begin, u.at(begin, row), 1, u.stride,
-                                     begin, row, data);
-    }
+    subtract_from_strips<kVectors>({end, u.size, begin, end}, u.data, 1, u.stride, strips,
+                                   strip_size, data, copies);
   }
   for (int64_t end = u.size; end > 0;) {
     const int64_t begin = (end - 1) / kSolveBlock * kSolveBlock;
     for (int64_t s = 0; s < strips; ++s) {
       backward_block<kVectors>(u, begin, end, data + s * strip_size);
     }
-    for (int64_t row = 0; row < begin; row += kSolveRows) {
-      subtract_from_strips<kVectors>(strips, strip_size, end - begin, u.at(row, begin), u.stride, 1,
-                                     begin, row, data);
-    }
+    subtract_from_strips<kVectors>({0, begin, begin, end}, u.data, u.stride, 1, strips, strip_size,
+                                   data, copies);
     end = begin;
   }
 }

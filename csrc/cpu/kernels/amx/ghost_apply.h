@@ -10,12 +10,14 @@ namespace {
 // Rows of x that are in tiles at a time, for each thread: four blocks.
 constexpr int64_t kTiledRows = 4 * kBlockRows;
 
-// Rows [row, row + rows) of x as [pass][row tile][step][16][32], zeros beyond them.
+// Rows [row, row + rows) of x as [pass][row tile][step][16][32], zeros beyond them, but for those
+// that are read in place.
 inline void tile_block(const ApplyArgs& args, const Passes& passes, int64_t row, int64_t rows,
                        uint16_t* to) {
   const int64_t size = args.hidden_size, tiles = round_up(rows, 2 * kAmxRows) / kAmxRows;
   constexpr int64_t kRowTile = kAmxRows * kTileInputs;
-  for (int64_t r = 0; r < tiles * kAmxRows; ++r) {
+  const int64_t first = reads_in_place(args) ? rows / (2 * kAmxRows) * 2 * kAmxRows : 0;
+  for (int64_t r = first; r < tiles * kAmxRows; ++r) {
     const uint16_t* from = static_cast<const uint16_t*>(args.x) + (row + r) * size;
     for (int64_t pass = 0; pass < passes.count; ++pass) {
       const int64_t steps = passes.length_of(pass);

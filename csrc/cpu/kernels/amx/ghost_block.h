@@ -1,9 +1,9 @@
 // ghost_apply in tiles for many rows: blocks of 512 rows and 256 outputs.
 //
-// x is copied once into tiles. A pair of panels over one pass of the inputs (at most 36 KiB) stays
-// in the L1 cache while the rows are loaded past it and multiplied, 2 x 2 tiles at a time; x over
-// one pass and the block's sums stay in the L2 cache. The sums of the last pass become outputs one
-// micro-kernel later, in the shadow of the tiles.
+// x is copied once into tiles, unless its rows can be read where they lie. A pair of panels over
+// one pass of the inputs (at most 36 KiB) stays in the L1 cache while the rows are loaded past it
+// and multiplied, 2 x 2 tiles at a time; x over one pass and the block's sums stay in the L2 cache.
+// The sums of the last pass become outputs one micro-kernel later, in the shadow of the tiles.
 #pragma once
 
 #include "ghost_stream.h"
@@ -77,9 +77,18 @@ inline void turn_tile(const TileTurn& turn) {
   }
 }
 
+// Whether tiles of x are read where they lie: whole steps of whole cache lines, of rows that do not
+// fall into the same cache sets.
+inline bool reads_in_place(const ApplyArgs& args) {
+  constexpr int64_t kConflict = 1024;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(args.x) % kAmxRowBytes == 0;
+  return is_aligned && args.hidden_size % kTileInputs == 0 && 2 * args.hidden_size % kConflict != 0;
+}
+
 // What one micro-kernel multiplies: `steps` steps of two row tiles with two panels.
 struct PairProduct {
-  const uint16_t *upper, *lower;  // [step][16 rows][32 inputs]
+  const uint16_t *upper, *lower;  // of the first step
+  int64_t x_step, x_stride;       // numbers from one step to the next, bytes from row to row
   const float *left, *right;      // [step][16 dwords][16 outputs]
   int64_t steps;
 };
@@ -88,12 +97,11 @@ struct PairProduct {
 // them. work(k) is done in the shadow of step k.
 template <class Work>
 inline void multiply_pair(const PairProduct& p, const TileTurn& turn, Work&& work) {
-  constexpr int64_t kRowTile = kAmxRows * kTileInputs;
   for (int64_t k = 0; k < p.steps; ++k) {
     tile_load<6>(p.left + k * kAmxDwords, kAmxRowBytes);
     tile_load<7>(p.right + k * kAmxDwords, kAmxRowBytes);
-    tile_load_past_l1<4>(p.upper + k * kRowTile, kAmxRowBytes);
-    tile_load_past_l1<5>(p.lower + k * kRowTile, kAmxRowBytes);
+    tile_load_past_l1<4>(p.upper + k * p.x_step, p.x_stride);
+    tile_load_past_l1<5>(p.lower + k * p.x_step, p.x_stride);
     if (k == 0) turn_tile<0>(turn);
     tile_dot<0, 4, 6>();
     if (k == 0) turn_tile<1>(turn);
@@ -127,7 +135,7 @@ struct BlockMemory {
 };
 
 // The outputs of `rows` rows from `row` on, for the pairs of panels [begin, end) whose panels begin
-// at `panels`. x: [pass][row tile][step][16][32], `tiles` row tiles.
+// at `panels`. x: [pass][row tile][step][16][32], which may lack what is read in place.
 class BlockProduct {
  public:
   BlockProduct(const Epilogue& epilogue, const Passes& passes, const BlockMemory& memory,
@@ -138,7 +146,8 @@ class BlockProduct {
         x_(x),
         row_(row),
         rows_(rows),
-        tiles_(round_up(rows, 2 * kAmxRows) / kAmxRows) {}
+        tiles_(round_up(rows, 2 * kAmxRows) / kAmxRows),
+        in_place_(reads_in_place(epilogue.args)) {}
 
   void run(const BlockPanels& panels, int64_t begin, int64_t end) {
     const Tiles tiles(whole_tiles());
@@ -185,11 +194,29 @@ class BlockProduct {
     }
   }
 
+  // Two tiles of rows from 32 * t on, over one pass.
+  void set_rows(int64_t pass, int64_t t, PairProduct& product) const {
+    const int64_t row = 2 * t * kAmxRows, size = epilogue_.args.hidden_size;
+    if (in_place_ && row + 2 * kAmxRows <= rows_) {
+      product.upper = static_cast<const uint16_t*>(epilogue_.args.x) + (row_ + row) * size +
+                      pass * passes_.length * kTileInputs;
+      product.lower = product.upper + kAmxRows * size;
+      product.x_step = kTileInputs;
+      product.x_stride = 2 * size;
+      return;
+    }
+    constexpr int64_t kRowTile = kAmxRows * kTileInputs;
+    product.upper = x_ + (pass * tiles_ * passes_.length + 2 * t * product.steps) * kRowTile;
+    product.lower = product.upper + product.steps * kRowTile;
+    product.x_step = kRowTile;
+    product.x_stride = kAmxRowBytes;
+  }
+
   void multiply_rows(const BlockPanels& panels, int64_t pass, int64_t pair, int64_t slot,
                      const float* next) {
     const int64_t steps = passes_.length_of(pass), row_pairs = tiles_ / 2;
     const bool is_last_pass = pass + 1 == passes_.count;
-    PairProduct product{nullptr, nullptr, at(panels, pair, pass), nullptr, steps};
+    PairProduct product{nullptr, nullptr, 0, 0, at(panels, pair, pass), nullptr, steps};
     product.right = product.left + panels.panel_stride;
     if (2 * pair + 1 >= panels.count || (is_last_pass && panels.panel_stride % kAmxDwords != 0)) {
       copy_panel(panels, 2 * pair, pass, memory_.ends);
@@ -201,10 +228,8 @@ class BlockProduct {
     const int64_t lines = steps * kAmxRows, all_steps = row_pairs * steps;
     int64_t step = 0, line = 0;
     for (int64_t t = 0; t < row_pairs; ++t) {
-      const uint16_t* rows = x_ + (pass * tiles_ * passes_.length + 2 * t * steps) * kRowTile;
       const int64_t column = pair * kPairOutputs, row = 2 * t * kAmxRows;
-      product.upper = rows;
-      product.lower = rows + steps * kRowTile;
+      set_rows(pass, t, product);
       float* sums = memory_.sums + (slot * kBlockRows / (2 * kAmxRows) + t) * kPairSums;
       const TileTurn turn{former_, pass == 0 ? nullptr : sums};
       multiply_pair(product, turn, [&](int64_t k) {
@@ -227,12 +252,12 @@ class BlockProduct {
     }
   }
 
-  static constexpr int64_t kRowTile = kAmxRows * kTileInputs;
   const Epilogue& epilogue_;
   const Passes& passes_;
   const BlockMemory& memory_;
   const uint16_t* x_;
   int64_t row_, rows_, tiles_;
+  bool in_place_;
   float* former_ = nullptr;
   PendingSums pending_;
 };
