@@ -33,7 +33,7 @@ def given(tmp_path: Path) -> tuple[object, ...]:
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
     """Options that a tiny model does not fit in: the program itself is taken to be small."""
-    monkeypatch.setattr(plan, "_PROGRAM_BYTES", 0)
+    monkeypatch.setattr(plan, "PROGRAM_BYTES", 0)
     return ("--memory", "700kB")
 
 

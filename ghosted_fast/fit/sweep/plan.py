@@ -20,7 +20,7 @@ from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.text.batches import Batch
 
 # Python, torch and transformers themselves.
-_PROGRAM_BYTES = 600 << 20
+PROGRAM_BYTES = 600 << 20
 # Matrices [d, d] in fp64 that a solve holds beside the statistics.
 _SOLVE_MATRICES = 8
 # Vectors of width d in one layer that a token has at once, at most.
@@ -206,7 +206,7 @@ def resident_bytes(shape: Shape, work: Work, options: GhostOptions) -> int:
     """Return the memory that the model and a pass of it take, with one interval's statistics."""
     logits = work.batch_tokens * shape.vocabulary * shape.itemsize
     statistics = interval_bytes(shape.hidden_size, options) + _solve_bytes(shape)
-    return _PROGRAM_BYTES + shape.all_bytes + max(logits, statistics) + _activations(shape, work)
+    return PROGRAM_BYTES + shape.all_bytes + max(logits, statistics) + _activations(shape, work)
 
 
 def _most_memory(shape: Shape, work: Work, options: GhostOptions, prefetch: bool) -> int:
@@ -220,7 +220,7 @@ def _most_memory(shape: Shape, work: Work, options: GhostOptions, prefetch: bool
         coming + interval_bytes(shape.hidden_size, options) + _solve_bytes(shape),
         top + 2 * logits if work.candidates else 0,
     )
-    return _PROGRAM_BYTES + max(phases)
+    return PROGRAM_BYTES + max(phases)
 
 
 def _activations(shape: Shape, work: Work) -> int:

@@ -1,0 +1,91 @@
+"""What a sweep takes, computed before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.swept_models import saved
+
+from ghosted_fast.errors import CalibrationError
+from ghosted_fast.fit.sweep.plan import Shape, Work, plan_sweep, resident_bytes
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.unloaded.opening import open_unloaded
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.testing import random_tokens
+from ghosted_fast.text.batches import iterate_batches
+
+OPTIONS = GhostOptions()
+BIG = Shape(
+    hidden_size=4096,
+    num_layers=32,
+    vocabulary=128256,
+    itemsize=2,
+    layer_bytes=436_000_000,
+    layer_parameters=218_000_000,
+    all_bytes=16_000_000_000,
+    beside=(1_050_000_000, 1_050_000_000),
+)
+WORK = Work(
+    tokens=32768,
+    batch_tokens=4096,
+    row_tokens=512,
+    held_out_tokens=8192,
+    candidates=25,
+    length=8,
+    statistics=26,
+    boundaries=33,
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_sizes_are_those_of_the_model(tmp_path: Path, family: str) -> None:
+    model = saved(tmp_path, family, torch.bfloat16)
+    shape = Shape.of(open_unloaded(tmp_path))
+    layers = Decoder.of(model).layers
+    parts = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
+    assert shape.layer_bytes == max(parts) * (2 if family == "mixtral" else 1)
+    assert shape.layer_parameters == max(parts) // 2
+    every = sum(p.nbytes for p in model.parameters())
+    assert shape.all_bytes == every
+    head = model.get_output_embeddings().weight.nbytes
+    embedding = model.get_input_embeddings().weight.nbytes
+    beside = every - sum(parts)
+    assert shape.beside == (beside - head, beside - embedding)
+
+
+def test_an_8b_is_swept_within_7_gigabytes() -> None:
+    plan = plan_sweep(BIG, WORK, OPTIONS, 7 * 10**9)
+    assert plan.memory_bytes < 4 * 10**9
+    assert plan.prefetch
+    state = 32768 * 4096 * 2
+    assert plan.disk_bytes == 33 * state + 26 * 8192 * 4096 * 2
+    assert plan.read_bytes == pytest.approx(BIG.all_bytes + 1_050_000_000)
+    assert plan.resident_bytes == resident_bytes(BIG, WORK, OPTIONS) > BIG.all_bytes
+    assert 5e14 < plan.operations < 5e15
+
+
+def test_states_stay_in_memory_where_they_fit_and_are_not_asked_elsewhere() -> None:
+    plan = plan_sweep(BIG, WORK, OPTIONS, 20 * 10**9)
+    assert plan.disk_bytes == 0
+    assert plan.memory_bytes > 10**10
+    assert plan_sweep(BIG, WORK, OPTIONS, 20 * 10**9, on_disk=True).disk_bytes > 10**10
+
+
+def test_the_next_layer_waits_where_two_do_not_fit() -> None:
+    shape = replace(BIG, layer_bytes=3 * 10**9)
+    assert not plan_sweep(shape, WORK, OPTIONS, 5 * 10**9).prefetch
+    with pytest.raises(CalibrationError, match=r"largest layer has 3\.0 GB"):
+        plan_sweep(shape, WORK, OPTIONS, 3 * 10**9)
+
+
+def test_work_is_counted() -> None:
+    batches = list(iterate_batches([random_tokens(4, 48), random_tokens(2, 64)]))
+    shape = replace(BIG, num_layers=6)
+    chosen = Work.of(batches, shape, 2, 100)
+    assert (chosen.tokens, chosen.batch_tokens, chosen.row_tokens) == (320, 192, 64)
+    assert (chosen.candidates, chosen.statistics, chosen.held_out_tokens) == (5, 6, 100)
+    given = Work.of(batches, shape, None, 100, gaps=3)
+    assert (given.candidates, given.statistics, given.held_out_tokens) == (0, 3, 0)
