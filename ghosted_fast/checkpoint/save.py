@@ -120,8 +120,19 @@ def save_model(
     check_place(target)
     check_room(target, weight_bytes(model))
     repair_generation(model)
-    try:
+    with written_or_told(target):
         return _save(model, target, tokenizer)
+
+
+@contextmanager
+def written_or_told(target: Path) -> Iterator[None]:
+    """Have what stops a model from being written told in one error.
+
+    Raises:
+        OutputError: In the place of what the system, safetensors or tokenizers raised.
+    """
+    try:
+        yield
     except (GhostedFastError, MemoryError):
         raise
     except Exception as error:  # the system's, and those that safetensors and tokenizers make of it

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ghosted_fast import distributed
-from ghosted_fast.checkpoint.save import check_target, whole_folder
+from ghosted_fast.checkpoint.save import check_target, whole_folder, written_or_told
 from ghosted_fast.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from ghosted_fast.facts import named_layers
 from ghosted_fast.models.cut_config import read_again
@@ -102,12 +102,13 @@ class FolderCut:
             ArgumentError: The folder exists and `overwrite` is False, it is the source itself, or
                 the disk has too little room.
             CheckpointError: What was written would not load.
+            OutputError: It cannot be written; what was there is as it was.
         """
         target = Path(folder)
         if not distributed.is_writer():
             return target
         self.check_target(target, overwrite)
-        with whole_folder(target, overwrite) as fresh:
+        with written_or_told(target), whole_folder(target, overwrite) as fresh:
             _copy_others(self.source, fresh)
             self.model.save_pretrained(fresh, state_dict={})
             for empty in fresh.glob("*.safetensors"):

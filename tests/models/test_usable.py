@@ -18,6 +18,7 @@ from ghosted_fast.errors import (
     ForeignError,
     GhostedFastError,
     NonFiniteError,
+    SourceError,
     UnsupportedModelError,
 )
 from ghosted_fast.testing import random_tokens, tiny_config, tiny_model
@@ -121,4 +122,6 @@ def test_foreign_errors_become_ours() -> None:
     with pytest.raises(TypeError, match=r"unexpected keyword"):
         gf.perplexity(tiny_model("opt"), [], nonsense=1)
     with pytest.raises(TypeError, match=r"expected a transformers model"):
+        gf.ghost_model(7, TEXT, remove=1)
+    with pytest.raises(SourceError, match=r"there is no folder or file 'a name'"):
         gf.ghost_model("a name", TEXT, remove=1)

@@ -18,7 +18,7 @@ from support.tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ghosted_fast.checkpoint.save import save_model
-from ghosted_fast.errors import ArgumentError, UnsupportedModelError
+from ghosted_fast.errors import ArgumentError, OutputError, UnsupportedModelError
 from ghosted_fast.models.unloaded import files
 from ghosted_fast.models.unloaded.files import StoredTensor
 from ghosted_fast.surgery import folder_files
@@ -135,7 +135,7 @@ def test_a_failure_leaves_what_was_there(
     out = tmp_path / "out"
     if overwrite:
         out.mkdir()
-        (out / "kept").write_text("as it was")
+        (out / "config.json").write_text("as it was")
     done = []
 
     def fails(path: Path, pieces: dict[str, Any]) -> None:
@@ -145,12 +145,12 @@ def test_a_failure_leaves_what_was_there(
         files.write_tensors(path, pieces)
 
     monkeypatch.setattr(folder_files, "write_tensors", fails)
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(OutputError, match="the disk is gone"):
         prune_folder(dense, [3], out, overwrite=overwrite)
     assert out.exists() == overwrite
     assert names(tmp_path) == {"dense", *(["out"] if overwrite else [])}
     if overwrite:
-        assert (out / "kept").read_text() == "as it was"
+        assert (out / "config.json").read_text() == "as it was"
 
 
 def test_folders_that_cannot_be_written_are_refused_before_any_work(
