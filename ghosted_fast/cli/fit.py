@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from ghosted_fast.cli._shared import values
-from ghosted_fast.cli._shared.fit_args import GhostArgs, HowManyArgs, ImproveArgs, LaunchArgs
+from ghosted_fast.cli._shared.fit_args import (
+    FitCalibrationArgs,
+    GhostArgs,
+    HowManyArgs,
+    LaunchArgs,
+    RecoveryArgs,
+)
 from ghosted_fast.cli._shared.input_args import (
     CalibrationArgs,
     EvaluationArgs,
@@ -27,72 +30,6 @@ if TYPE_CHECKING:
     from ghosted_fast.models.unloaded.opening import Unloaded
     from ghosted_fast.options import HealOptions
     from ghosted_fast.swept.run import Asked
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoveryArgs(ImproveArgs):
-    """What takes the place of the removed layers, and what is done to it."""
-
-    title: ClassVar = "In their place"
-    recovery: Annotated[
-        values.Recovery,
-        typer.Option("--recovery", help="What takes the place of the removed layers."),
-    ] = "ghost"
-    sequential: Annotated[
-        bool,
-        typer.Option(
-            "--sequential/--independent",
-            help="Fit the ghosts of several gaps on what the ones below them give, or by "
-            "themselves.",
-        ),
-    ] = True
-
-    def __post_init__(self) -> None:
-        if self.recovery != "ghost" and self.corrections not in ("auto", 0):
-            raise usage_error(
-                "expected --recovery ghost with --corrections, got "
-                f"{self.recovery!r}, which is put in as it was published",
-                "--corrections",
-            )
-
-    @property
-    def kind(self) -> str:
-        """What tables call the model."""
-        if self.recovery == "none" and self.heal:
-            return "healed"
-        return "ghosted" if self.recovery == "ghost" else self.recovery
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitCalibrationArgs(CalibrationArgs):
-    """The text to calibrate on, and the copy of the model to calibrate in."""
-
-    title: ClassVar = CalibrationArgs.title
-    calibrate_in: Annotated[
-        values.Quantized | None,
-        typer.Option(
-            "--calibrate-in",
-            help="Choose, fit and correct in a copy of the model that bitsandbytes quantizes; the "
-            "layers are cut from the model itself.",
-        ),
-    ] = None
-
-    def check_model(self, model: ModelArgs) -> None:
-        """Raise, before any work, unless the model can be quantized as it is asked for."""
-        from ghosted_fast.models.quantized.loading import check_quantizable
-
-        if self.calibrate_in is not None:
-            check_quantizable(model.model, self.calibrate_in, model.trust_remote_code)
-
-    def open(self, model: ModelArgs) -> tuple[Any, Any]:
-        """Return the model to calibrate in, on its device, and its tokenizer."""
-        from ghosted_fast.cli._shared.loading import open_quantized
-
-        if self.calibrate_in is None:
-            return model.open()
-        return open_quantized(
-            model.model, self.calibrate_in, model.dtype, model.device, model.trust_remote_code
-        )
 
 
 def fit(
