@@ -41,10 +41,10 @@ MUTANTS = (
     ),
     # Order and places.
     _fault(
-        "pairs in the wrong order",
+        "pairs in the wrong order on one side",
         "gram_pack.h",
-        "store(to, pair_of(even, odd));",
-        "store(to, pair_of(odd, even));",
+        "store_parts<kParts>(even, odd,",
+        "store_parts<kParts>(kParts == 3 ? odd : even, kParts == 3 ? even : odd,",
     ),
     _fault(
         "left tiles not transposed",
