@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
+#include <system_error>
 #endif
 #endif
 
@@ -36,7 +36,7 @@ std::string find_problem() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "";
-  return std::string("the kernel refuses the memory for its tiles: ") + std::strerror(errno);
+  return "the kernel refuses the memory for its tiles: " + std::system_category().message(errno);
 #else
   return "asking for its tiles is written for Linux only";
 #endif

@@ -6,6 +6,8 @@
 // one stream through the weight, bound by its reading.
 #pragma once
 
+#include <limits>
+
 #include "ghost_stream.h"
 
 namespace ghosted_fast {
@@ -51,8 +53,10 @@ struct DigitRows {
     const int64_t size = args.hidden_size;
     const uint16_t* x = static_cast<const uint16_t*>(args.x) + row * size;
     const float largest = largest_magnitude(x, Dtype::kBFloat16, size);
-    unit[row] = largest - largest;  // NaN, as every output will be, where x is not finite
-    if (!std::isfinite(largest)) return;
+    if (!std::isfinite(largest)) {
+      unit[row] = std::numeric_limits<float>::quiet_NaN();  // as every output will be
+      return;
+    }
     int exponent = 0;  // the largest magnitude is below 2^exponent
     std::frexp(largest, &exponent);
     exponent = exponent > kSmallestExponent ? exponent : kSmallestExponent;
