@@ -171,6 +171,7 @@ def test_values_that_are_not_finite() -> None:
     dense = tiny_model("llama")
     ghosted = ghosts_in(dense, [2, 3], 1)
     divergence = Divergence(ghosted, dense)
+    divergence.gradients([padded_batch()])  # plain tokens were looked at by then
     divergence.set_parameters([torch.full((SIZE, SIZE), float("inf"))])
     with pytest.raises(NonFiniteError, match="finite states and gradients"):
         divergence.gradients([padded_batch()])

@@ -18,6 +18,7 @@ from ghosted_fast.errors import (
 )
 from ghosted_fast.improve import healing
 from ghosted_fast.improve.healing import heal
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.options import HealOptions, RunOptions
@@ -38,6 +39,7 @@ def test_options_out_of_range(field: str, value: float) -> None:
 def test_nan_before_the_first_step() -> None:
     dense = tiny_model("llama")
     smaller = fitted(dense)
+    assert Decoder.of(smaller).contract  # plain tokens were looked at by then
     with torch.no_grad():
         smaller.lm_head.weight = nn.Parameter(torch.full_like(smaller.lm_head.weight, math.nan))
     with pytest.raises(NonFiniteError, match="finite predictions before healing"):

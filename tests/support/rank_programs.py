@@ -134,10 +134,14 @@ def healing(folder: Path) -> tuple[dict[str, Tensor], list[float], bool]:
 
 
 def poisoned() -> None:
-    """Meet NaN on rank 1 alone."""
+    """Meet NaN on rank 1 alone, in text of some length."""
     model = tiny_model("llama")
+
+    def spoil(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if output.shape[1] > 8 else output
+
     if distributed.index() == 1:
-        decoder_layers(model)[2].register_forward_hook(lambda _, __, output: output * float("nan"))
+        decoder_layers(model)[2].register_forward_hook(spoil)
     ghost_model(model, text(9), removed=[2, 3])
 
 
