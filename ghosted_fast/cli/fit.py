@@ -48,9 +48,7 @@ def fit(
     """
     _check_together(calibration, how_many, recovery, output, launch)
 
-    from ghosted_fast.checkpoint.save import check_room
     from ghosted_fast.cli._shared.launch import process_group
-    from ghosted_fast.cli._shared.loading import check_layers, least_bytes
     from ghosted_fast.improve.healing import check_healable
     from ghosted_fast.models.loading import load_processor
     from ghosted_fast.pipeline import ghost_model
@@ -68,11 +66,9 @@ def fit(
             return _fit_swept(*left, calibration, evaluation, output, first)
         dense, tokenizer = calibration.open(model)
         beside = load_processor(model.model, model.trust_remote_code) or tokenizer
-        check_layers(dense, how_many.how_many())
         if healing is not None and calibration.calibrate_in is None:
             check_healable(dense, healing)
-        if first:
-            check_room(output.folder, least_bytes(dense, how_many.how_many()))
+        _check_loaded(dense, how_many, output if first else None)
         held_out = evaluation.load(calibration, tokenizer) if first else None
         text = _text(calibration, healing, dense, tokenizer, first)
         smaller, found = ghost_model(
@@ -159,6 +155,20 @@ def _check_ahead(
         evaluation.check(calibration)
     model.check(length, how_many.how_many())
     calibration.check_model(model)
+
+
+def _check_loaded(dense: Any, how_many: HowManyArgs, output: OutputArgs | None) -> None:
+    """Raise, before the fit, unless a loaded model has the layers and there is room for its rest.
+
+    Raises:
+        GhostedFastError: It has not, or there is not.
+    """
+    from ghosted_fast.checkpoint.save import check_room
+    from ghosted_fast.cli._shared.loading import check_layers, least_bytes
+
+    check_layers(dense, how_many.how_many())
+    if output is not None:
+        check_room(output.folder, least_bytes(dense, how_many.how_many()))
 
 
 def _check_calibrated_in(
