@@ -7,37 +7,22 @@ are small. All tensors are checked where it is asked for, since that reads each 
 from __future__ import annotations
 
 import json
-import math
-import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.errors import CheckpointError
+from ghosted_fast.models.unloaded.files import StoredTensor, tensors_in
 
 DIGESTS = "digests.json"
-_LENGTH = struct.Struct("<Q")
 _GHOST_NAMES = (".ghost.", ".input_ghost.")
 _FLOATS = ("F32", "F16", "BF16")
-_CHUNK = 1 << 24
-_LONGEST_HEADER = 100 << 20
-
-
-class _Entry(NamedTuple):
-    """A tensor in a file: where its bytes are."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 def write_digests(folder: Path) -> None:
     """Write the digests of all weights in a folder that was just saved."""
-    digests = {name: _digest(entry) for name, entry in sorted(_entries(folder))}
+    digests = {name: _digest(tensor) for name, tensor in sorted(_stored(folder).items())}
     write_atomically(folder / DIGESTS, json.dumps(digests, indent=1) + "\n")
 
 
@@ -52,10 +37,10 @@ def check_digests(folder: Path, record: dict[str, Any] | None, every: bool = Fal
     Raises:
         CheckpointError: A weight differs from what was saved, or has a dtype that it cannot have.
     """
-    found = dict(_entries(folder))
-    for name, entry in found.items():
+    found = _stored(folder)
+    for name, tensor in found.items():
         if _of_ghost(name):
-            _check_dtype(folder, name, entry)
+            _check_dtype(folder, name, tensor)
     if not (record or {}).get("digests"):
         if every:
             raise CheckpointError(
@@ -64,11 +49,11 @@ def check_digests(folder: Path, record: dict[str, Any] | None, every: bool = Fal
             )
         return
     known = _known(folder)
-    for name, entry in found.items():
+    for name, tensor in found.items():
         # What is missing or has no place, loading tells.
         if not (every or (_of_ghost(name) and name in known)):
             continue
-        if known.get(name) != _digest(entry):
+        if known.get(name) != _digest(tensor):
             raise CheckpointError(
                 f"expected the bytes of {name} in {str(folder)!r} that were saved, got others: the "
                 "file is damaged or was edited, copy or save the model again"
@@ -88,14 +73,14 @@ def _known(folder: Path) -> dict[str, Any]:
     return known
 
 
-def _check_dtype(folder: Path, name: str, entry: _Entry) -> None:
+def _check_dtype(folder: Path, name: str, tensor: StoredTensor) -> None:
     """Raise unless a ghost's tensor has a dtype that ghosts have."""
     allowed: tuple[str, ...] = (*_FLOATS, "I8") if name.endswith("ghost.weight") else _FLOATS
     if name.endswith(".scale"):
         allowed = ("F32",)
-    if entry.dtype not in allowed:
+    if tensor.code not in allowed:
         raise CheckpointError(
-            f"expected {name} in {str(folder)!r} in {' or '.join(allowed)}, got {entry.dtype}: the "
+            f"expected {name} in {str(folder)!r} in {' or '.join(allowed)}, got {tensor.code}: the "
             "file was edited, save the model again"
         )
 
@@ -104,53 +89,21 @@ def _of_ghost(name: str) -> bool:
     return any(part in f".{name}" for part in _GHOST_NAMES)
 
 
-def _digest(entry: _Entry) -> str:
-    value = zlib.crc32(f"{entry.dtype}{list(entry.shape)}".encode())
-    with entry.path.open("rb") as file:
-        file.seek(entry.begin)
-        left = entry.end - entry.begin
-        while left > 0 and (chunk := file.read(min(left, _CHUNK))):
-            value = zlib.crc32(chunk, value)
-            left -= len(chunk)
+def _digest(tensor: StoredTensor) -> str:
+    value = zlib.crc32(f"{tensor.code}{list(tensor.shape)}".encode())
+    for chunk in tensor.chunks():
+        value = zlib.crc32(chunk, value)
     return f"{value:08x}"
 
 
-def _entries(folder: Path) -> Iterator[tuple[str, _Entry]]:
-    """Yield the tensors in a folder's files of weights; damaged files are for safetensors to tell.
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors in a folder's files of weights.
 
     Raises:
-        CheckpointError: A file's header is damaged.
+        CheckpointError: A file is damaged or incomplete.
     """
+    found: dict[str, StoredTensor] = {}
     for pattern in ("model.safetensors", "model-*-of-*.safetensors"):
         for path in sorted(folder.glob(pattern)):
-            try:
-                yield from _in_file(path)
-            except (
-                OSError,
-                ValueError,
-                KeyError,
-                TypeError,
-                RecursionError,
-                struct.error,
-            ) as error:
-                raise CheckpointError(
-                    f"expected a whole file of weights in {str(path)!r}, got one that is "
-                    f"damaged or incomplete ({error}): copy or save the model again"
-                ) from error
-
-
-def _in_file(path: Path) -> Iterator[tuple[str, _Entry]]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-        if length > min(size, _LONGEST_HEADER):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(file.read(length))
-    start = _LENGTH.size + length
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = (start + int(offset) for offset in entry["data_offsets"])
-        if not start <= begin <= end <= size or math.prod(entry["shape"]) < 0:
-            raise ValueError(f"{name} at bytes {begin} to {end} of {size}")
-        yield name, _Entry(path, str(entry["dtype"]), tuple(entry["shape"]), begin, end)
+            found |= tensors_in(path)
+    return found

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from ghosted_fast import distributed
+from ghosted_fast.checkpoint.digests import DIGESTS, write_digests
+from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.checkpoint.save import check_target, whole_folder, written_or_told
 from ghosted_fast.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from ghosted_fast.facts import named_layers
@@ -29,6 +31,7 @@ from ghosted_fast.models.unloaded.opening import (
     load_into,
     meta_tensors,
     open_unloaded,
+    quietly,
 )
 from ghosted_fast.models.unloaded.stand_in import stand_ins
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals
@@ -45,7 +48,7 @@ from ghosted_fast.surgery.removable import check_removable
 _OTHER_BYTES = 1 << 26
 # What is not carried over: weights in any format and what lists them; what is written anew.
 _LEFT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_MADE = ("config.json", "generation_config.json", "README.md", "modeling_ghosted.py")
+_MADE = ("config.json", "generation_config.json", "README.md", "modeling_ghosted.py", DIGESTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +113,13 @@ class FolderCut:
         self.check_target(target, overwrite)
         with written_or_told(target), whole_folder(target, overwrite) as fresh:
             _copy_others(self.source, fresh)
-            self.model.save_pretrained(fresh, state_dict={})
+            with quietly():
+                self.model.save_pretrained(fresh, state_dict={})
             for empty in fresh.glob("*.safetensors"):
                 empty.unlink()
             write_shards(fresh, self.shards, progress)
+            if is_ghosted(self.config):
+                write_digests(fresh)  # of the weights, which are there by now
             if tokenizer is not None:
                 tokenizer.save_pretrained(fresh)
             _check_loads(open_unloaded(fresh), self.source)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ghosted_fast.errors import UnsupportedModelError
@@ -65,20 +63,15 @@ class KeptParts:
         """Yield its bytes, a few rows at a time."""
         rows = self.source.shape[0] if self.axis == 1 else self.count
         row = self.source.nbytes // rows
-        kept = torch.tensor(self.kept)
-        step = max(1, _ROWS_BYTES // row) if self.axis == 1 else 1
-        with self.source.path.open("rb", buffering=0) as file:
-            for first in range(0, rows, step):
-                if self.axis == 0 and first not in self.kept:
-                    continue
-                size = min(step, rows - first) * row
-                found = os.pread(file.fileno(), size, self.source.offset + first * row)
-                if self.axis == 0:
-                    yield found
-                    continue
-                parts = torch.from_numpy(np.frombuffer(found, np.uint8).copy())
-                parts = parts.view(-1, self.count, row // self.count)
-                yield bytes_of(parts.index_select(1, kept).contiguous())
+        if self.axis == 0:
+            for layer in self.kept:
+                yield from self.source.part(layer * row, row).chunks()
+            return
+        kept, step = torch.tensor(self.kept), max(1, _ROWS_BYTES // row)
+        for first in range(0, rows, step):
+            found = self.source.part(first * row, min(step, rows - first) * row).read()
+            parts = found.view(-1, self.count, row // self.count)
+            yield bytes_of(parts.index_select(1, kept))
 
 
 def kept_tensors(source: Unloaded, cut: Any, kept: Sequence[int]) -> dict[str, Piece]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.flipped_bits import flip
 from transformers import AutoModelForCausalLM
 
 from ghosted_fast.checkpoint import digests
@@ -28,13 +29,6 @@ def folder(tmp_path: Path) -> Path:
     torch.nn.init.constant_(ghost.weight, 0.01)
     model = remove_layers(tiny_model("llama"), [2, 3], [ghost.quantize("int8")])
     return save_model(model, tmp_path / "model")
-
-
-def flip(folder: Path, name: str) -> None:
-    entry = dict(digests._entries(folder))[name]
-    data = bytearray(entry.path.read_bytes())
-    data[(entry.begin + entry.end) // 2] ^= 1
-    entry.path.write_bytes(bytes(data))
 
 
 def change(folder: Path, name: str, how: Callable[[torch.Tensor], torch.Tensor]) -> None:

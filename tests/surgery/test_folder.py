@@ -14,11 +14,18 @@ import torch
 from families.tiny_models import tiny_causal
 from safetensors.torch import load_file
 from support.dense_reference import INTERVALS, NUM_LAYERS, REMOVED, random_ghost, random_ghosts
+from support.flipped_bits import flip, stored_tensors
 from support.tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ghosted_fast.checkpoint.digests import DIGESTS
 from ghosted_fast.checkpoint.save import save_model
-from ghosted_fast.errors import ArgumentError, OutputError, UnsupportedModelError
+from ghosted_fast.errors import (
+    ArgumentError,
+    CheckpointError,
+    OutputError,
+    UnsupportedModelError,
+)
 from ghosted_fast.models.unloaded import files
 from ghosted_fast.models.unloaded.files import StoredTensor
 from ghosted_fast.surgery import folder_files
@@ -175,15 +182,32 @@ def test_the_bytes_are_known_beforehand(dense: Path, tmp_path: Path) -> None:
     assert cut.num_bytes == sum(tensor.nbytes for tensor in held)
 
 
-def test_a_ghosted_folder_is_cut_again(dense: Path, tmp_path: Path) -> None:
+def test_a_ghosted_folder_is_cut_again(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = random_ghosts()[:2]
     cut_folder(dense, [1, 2], [first]).save(tmp_path / "once")
     cut_folder(tmp_path / "once", [3], [second]).save(tmp_path / "twice")
     model = remove_layers(loaded(dense), [1, 2], [copy.deepcopy(first)])
     model = remove_layers(model, [3], [copy.deepcopy(second)])
+    monkeypatch.setenv("GHOSTED_FAST_VERIFY", "1")
     again = loaded(tmp_path / "twice")
     assert torch.equal(logits(again), logits(model))
     assert again.config.ghost["removed"] == model.config.ghost["removed"] == [1, 2, 5]
+
+
+def test_a_cut_folder_holds_the_digests_of_its_weights(
+    dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = cut_folder(dense, [1, 2], random_ghosts()[:1]).save(tmp_path / "cut")
+    assert "shards" not in capfd.readouterr().err
+    digests = json.loads((folder / DIGESTS).read_text())
+    stored = stored_tensors(folder)
+    (weight,) = (name for name in stored if name.endswith("ghost.weight"))
+    assert digests.keys() == stored.keys()
+    flip(folder, weight)
+    with pytest.raises(CheckpointError, match=r"the bytes of .*ghost\.weight"):
+        loaded(folder)
 
 
 def test_tables_of_all_layers_lose_the_parts_of_removed_ones(tmp_path: Path) -> None:

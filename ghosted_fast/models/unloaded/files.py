@@ -33,14 +33,30 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+# What a damaged header ends in.
+_DAMAGES = (
+    struct.error,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+)
 
 
 class Piece(Protocol):
@@ -75,9 +91,18 @@ class StoredTensor:
     dtype: torch.dtype
 
     @property
+    def code(self) -> str:
+        """What files call its dtype."""
+        return _CODES[self.dtype]
+
+    @property
     def nbytes(self) -> int:
         """Its bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, begin: int, count: int) -> StoredTensor:
+        """Return `count` of its bytes from byte `begin` on, as uint8 [count]."""
+        return StoredTensor(self.path, self.offset + begin, (count,), torch.uint8)
 
     def read(self) -> Tensor:
         """Return the tensor, in memory of its own.
@@ -167,24 +192,28 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(min(length, size)))
         header.pop("__metadata__", None)
         start = _LENGTH.size + length
-        found = {
-            name: StoredTensor(
-                path, start + item["data_offsets"][0], tuple(item["shape"]), _DTYPES[item["dtype"]]
-            )
-            for name, item in header.items()
-        }
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+        found = {name: _stored(path, start, item) for name, item in header.items()}
+        end = max((item.offset + item.nbytes for item in found.values()), default=0)
+    except _DAMAGES as error:
         raise CheckpointError(
             f"expected a safetensors file of tensors of known dtypes, got {str(path)!r}, whose "
             f"header cannot be read ({type(error).__name__}: {error}): copy or save it again"
         ) from error
-    end = max((item.offset + item.nbytes for item in found.values()), default=0)
     if end > size:
         raise CheckpointError(
             f"expected {end} bytes in {str(path)!r}, as its header says, got {size}: the file is "
             "incomplete, copy it again"
         )
     return dict(sorted(found.items(), key=lambda pair: pair[1].offset))
+
+
+def _stored(path: Path, start: int, item: dict[str, Any]) -> StoredTensor:
+    """Return a tensor of which a header says where it is."""
+    begin, end = item["data_offsets"]
+    found = StoredTensor(path, start + begin, tuple(item["shape"]), _DTYPES[item["dtype"]])
+    if begin < 0 or min(found.shape, default=0) < 0 or end - begin != found.nbytes:
+        raise ValueError(f"bytes {begin} to {end} for {item['dtype']} {list(found.shape)}")
+    return found
 
 
 def write_tensors(path: Path, pieces: dict[str, Piece]) -> None:

@@ -119,7 +119,7 @@ def open_unloaded(spec: str | Path, dtype: str | torch.dtype | None = None) -> U
         _check_plain(config, spec)
         model_class = _class_for(config, auto_class(config))
         opened = _without_weights(model_class, seen)
-        with _quietly():
+        with quietly():
             model = opened.from_pretrained(name, dtype=wanted or "auto")
     except GhostedFastError:
         raise
@@ -178,7 +178,7 @@ def load_into(model: Any, settings: Any, tensors: Mapping[str, Tensor]) -> Any:
     device = next(iter(tensors.values())).device if tensors else _META
     settings = replace(settings, device_map={"": str(device)})
     conversions = getattr(model, "_weight_conversions", None)
-    with _quietly():
+    with quietly():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
     if device != _META:
         model._weight_conversions = conversions  # those of the whole model
@@ -298,8 +298,8 @@ def tensors_on_meta(owner: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep transformers from reporting on each piece that it loads."""
+def quietly() -> Iterator[None]:
+    """Keep transformers from reporting on each piece that it loads or saves."""
     from transformers.utils import logging as of_transformers
 
     level, shown = of_transformers.get_verbosity(), of_transformers.is_progress_bar_enabled()
