@@ -20,6 +20,9 @@ from ghosted_fast.models.checked.usable import repair_generation
 from ghosted_fast.models.quantized.packing import packed_again
 from ghosted_fast.text.files import first_line, is_readable_name
 
+# A file that every folder of such a kind has.
+_MARKS = {"a model's folder": "config.json", "an adapter's folder": "adapter_config.json"}
+
 
 def check_place(path: str | os.PathLike[str]) -> None:
     """Raise unless something can be written under a name: where it will be, or a folder of its own.
@@ -42,7 +45,7 @@ def check_place(path: str | os.PathLike[str]) -> None:
 
 
 def check_room(path: str | os.PathLike[str], needed: int) -> None:
-    """Raise unless there is room for a model.
+    """Raise unless the disk has room for what is to be written.
 
     Args:
         path: Where it will be written.
@@ -51,7 +54,7 @@ def check_room(path: str | os.PathLike[str], needed: int) -> None:
     Raises:
         OutputError: There is less.
     """
-    free = shutil.disk_usage(_existing(Path(path).absolute().parent)).free
+    free = shutil.disk_usage(_existing(Path(path).absolute())).free
     if free < needed:
         raise OutputError(
             f"expected {_size(needed)} of room to write {str(path)!r}, got {_size(free)}: free "
@@ -152,12 +155,17 @@ def _save(model: Any, target: Path, tokenizer: Any) -> Path:
     return target
 
 
-def check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool, kind: str = "a model's folder") -> None:
     """Raise unless a folder can be made, or replaced.
+
+    Args:
+        folder: The folder.
+        overwrite: Whether it may be replaced.
+        kind: What may be replaced: a key of `_MARKS`.
 
     Raises:
         ArgumentError: The folder exists and `overwrite` is False, a file has its name, or it holds
-            something that is no model.
+            something else.
     """
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"expected a folder to save to, got the file {str(folder)!r}")
@@ -165,9 +173,9 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise ArgumentError(
             f"the folder {str(folder)!r} exists: choose another, or pass overwrite=True"
         )
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+    if folder.exists() and any(folder.iterdir()) and not (folder / _MARKS[kind]).is_file():
         raise ArgumentError(
-            f"expected a model's folder to replace, got {str(folder)!r}, which holds other files: "
+            f"expected {kind} to replace, got {str(folder)!r}, which holds other files: "
             "name another"
         )
 

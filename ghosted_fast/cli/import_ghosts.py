@@ -8,9 +8,10 @@ from typing import Annotated, ClassVar, Literal
 
 import typer
 
-from ghosted_fast.cli._shared import values
 from ghosted_fast.cli._shared.input_args import (
     DtypeOption,
+    FolderOption,
+    LayersOption,
     ModelOption,
     OverwriteOption,
     TrustOption,
@@ -45,16 +46,8 @@ class TargetArgs:
 
     title: ClassVar = "Model"
     model: ModelOption
-    removed: Annotated[
-        tuple[int, ...],
-        typer.Option(
-            "--removed",
-            parser=values.parse_layers,
-            metavar="LAYERS",
-            help="The layers that were removed: '14-18' or '3,7,8'.",
-        ),
-    ]
-    output: Annotated[Path, typer.Option("--output", help="The folder to write.")]
+    removed: LayersOption
+    output: FolderOption
     dtype: DtypeOption = "auto"
     trust_remote_code: TrustOption = False
     overwrite: OverwriteOption = False

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 
-from ghosted_fast.cli._shared import values
-from ghosted_fast.cli._shared.input_args import ModelOption, OverwriteOption
+from ghosted_fast.cli._shared.input_args import (
+    FolderOption,
+    LayersOption,
+    ModelOption,
+    OverwriteOption,
+)
 from ghosted_fast.cli._shared.results import Result
 
 
@@ -19,16 +22,8 @@ class PruneArgs:
 
     title: ClassVar = "Model"
     model: ModelOption
-    removed: Annotated[
-        tuple[int, ...],
-        typer.Option(
-            "--removed",
-            parser=values.parse_layers,
-            metavar="LAYERS",
-            help="The layers to remove, ends included: '14-18' or '3,7,8'.",
-        ),
-    ]
-    output: Annotated[Path, typer.Option("--output", help="The folder to write.")]
+    removed: LayersOption
+    output: FolderOption
     overwrite: OverwriteOption = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check, and print the size of the folder.")
@@ -41,7 +36,7 @@ def prune(args: PruneArgs) -> Result:
     from ghosted_fast.facts import named_layers
     from ghosted_fast.surgery.folder import cut_folder
 
-    check_new(args.output, args.overwrite)
+    check_new(args.output, args.overwrite, args.model)
     cut = cut_folder(args.model, args.removed)
     cut.check_target(args.output, args.overwrite)
     facts = {"removed": cut.removed, "bytes": cut.num_bytes, "output": str(args.output)}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ghosted_fast._atomic_files import atomic_folder
+from ghosted_fast.checkpoint.save import check_target, written_or_told
 from ghosted_fast.errors import ArgumentError, MissingExtraError
 from ghosted_fast.facts import HealingFacts, healing_text
 from ghosted_fast.improve.factors import Trained
@@ -20,7 +21,7 @@ def check_adapter(folder: Path, rank: int, overwrite: bool) -> None:
 
     Raises:
         MissingExtraError: Package peft is absent.
-        ArgumentError: The folder is there, or there are no factors to write.
+        ArgumentError: There are no factors to write, or see `check_target`.
     """
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("an adapter needs peft: pip install 'ghosted_fast[peft]'")
@@ -28,10 +29,7 @@ def check_adapter(folder: Path, rank: int, overwrite: bool) -> None:
         raise ArgumentError(
             "expected a rank > 0 for an adapter, got 0: it holds nothing but factors"
         )
-    if folder.exists() and not (overwrite and folder.is_dir()):
-        raise ArgumentError(
-            f"{str(folder)!r} exists: name another folder for the adapter, or overwrite it"
-        )
+    check_target(folder, overwrite, kind="an adapter's folder")
 
 
 @torch.no_grad()
@@ -43,6 +41,9 @@ def save_adapter(model: Any, trained: Trained, facts: HealingFacts, folder: Path
         trained: What was trained of it, apart from its own weights.
         facts: What the healing did, for the adapter's card.
         folder: The folder to make, or to replace.
+
+    Raises:
+        OutputError: It cannot be written.
     """
     import peft
 
@@ -64,7 +65,7 @@ def save_adapter(model: Any, trained: Trained, facts: HealingFacts, folder: Path
             b, a = (item.a.mT, item.b.mT) if item.is_transposed else (item.b, item.a)
             layer.lora_A["default"].weight.copy_(a)
             layer.lora_B["default"].weight.copy_(b)
-        with atomic_folder(folder) as workspace:
+        with written_or_told(folder), atomic_folder(folder) as workspace:
             adapted.save_pretrained(workspace / "new")
             card = workspace / "new" / "README.md"
             said = card.read_text(encoding="utf-8") if card.exists() else ""

@@ -15,7 +15,12 @@ import torch
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.digests import DIGESTS, write_digests
 from ghosted_fast.checkpoint.record import is_ghosted
-from ghosted_fast.checkpoint.save import check_target, whole_folder, written_or_told
+from ghosted_fast.checkpoint.save import (
+    check_room,
+    check_target,
+    whole_folder,
+    written_or_told,
+)
 from ghosted_fast.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from ghosted_fast.facts import named_layers
 from ghosted_fast.models.cut_config import read_again
@@ -102,10 +107,10 @@ class FolderCut:
             The folder.
 
         Raises:
-            ArgumentError: The folder exists and `overwrite` is False, it is the source itself, or
-                the disk has too little room.
+            ArgumentError: The folder exists and `overwrite` is False, or it is the source itself.
             CheckpointError: What was written would not load.
-            OutputError: It cannot be written; what was there is as it was.
+            OutputError: It cannot be written, or the disk has too little room; what was there is as
+                it was.
         """
         target = Path(folder)
         if not distributed.is_writer():
@@ -203,27 +208,6 @@ def check_removable_unloaded(source: Unloaded, removed: Iterable[int]) -> None:
     """Raise unless a model can do without some layers, see `check_removable`; none is read."""
     with stand_ins(source.model):
         check_removable(source.model, removed)
-
-
-def check_room(target: Path, needed: int) -> None:
-    """Raise unless the disk has room for a folder.
-
-    Args:
-        target: The folder, which need not exist.
-        needed: Bytes.
-
-    Raises:
-        ArgumentError: It has not.
-    """
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ArgumentError(
-            f"expected {needed / 1e9:.1f} GB of room on the disk for {str(target)!r}, got "
-            f"{free / 1e9:.1f} GB: make room, or name a folder on another disk"
-        )
 
 
 def _cut_on_meta(

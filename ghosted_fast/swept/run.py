@@ -15,6 +15,7 @@ import torch
 
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.model_card import attach_report
+from ghosted_fast.checkpoint.save import check_room
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
 from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep, resident_bytes
@@ -38,7 +39,6 @@ from ghosted_fast.surgery.cut import removed_intervals
 from ghosted_fast.surgery.folder import (
     FolderCut,
     check_removable_unloaded,
-    check_room,
     cut_folder,
 )
 from ghosted_fast.text.batches import Batch

@@ -106,9 +106,13 @@ def test_what_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.Mon
     smaller = fitted(dense)
     with pytest.raises(ArgumentError, match="rank > 0 for an adapter, got 0"):
         healed(smaller, dense, adapter=tmp_path / "adapter", rank=0)
-    (tmp_path / "there").mkdir()
-    with pytest.raises(ArgumentError, match="exists: name another folder for the adapter"):
-        healed(smaller, dense, adapter=tmp_path / "there")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "notes.txt").touch()
+    with pytest.raises(ArgumentError, match="exists: choose another"):
+        healed(smaller, dense, adapter=there)
+    with pytest.raises(ArgumentError, match="an adapter's folder to replace"):
+        healed(smaller, dense, adapter=there, overwrite=True)
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'ghosted_fast\[peft\]'"):

@@ -39,6 +39,7 @@ def fitted(dense: Any, removed: tuple[int, ...] = (2, 3), **options: Any) -> Any
 def healed(smaller: Any, dense: Any, batches: Any = None, **given: Any) -> HealingFacts:
     """Heal a model in a few small steps; `given` are options, a state or an adapter."""
     files = {name: given.pop(name, None) for name in ("state", "adapter")}
+    files["overwrite"] = given.pop("overwrite", False)
     options = HealOptions(**{**SMALL, **given})
     return heal(smaller, dense, text() if batches is None else batches, options, **files)
 

@@ -170,7 +170,7 @@ def test_folders_that_cannot_be_written_are_refused_before_any_work(
         cut.save(dense, overwrite=True)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=cut.num_bytes))
-    with pytest.raises(ArgumentError, match="GB of room on the disk"):
+    with pytest.raises(OutputError, match="MiB of room to write"):
         cut.save(tmp_path / "deep" / "out")
     assert names(tmp_path) == {"dense"}
 

@@ -9,6 +9,7 @@ and gives what the library takes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
@@ -48,6 +49,16 @@ EvaluationOption = Annotated[
         help=f"Text to measure perplexity on: {TEXT}.",
     ),
 ]
+LayersOption = Annotated[
+    tuple[int, ...],
+    typer.Option(
+        "--removed",
+        parser=values.parse_layers,
+        metavar="LAYERS",
+        help="Layers by number, ends included: '14-18' or '3,7,8'.",
+    ),
+]
+FolderOption = Annotated[Path, typer.Option("--output", help="The folder to write.")]
 TrustOption = Annotated[
     bool,
     typer.Option(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from ghosted_fast.cli._shared.input_args import OverwriteOption
+from ghosted_fast.cli._shared.input_args import FolderOption, OverwriteOption
 from ghosted_fast.cli._shared.verb import usage_error
 
 
@@ -82,7 +82,7 @@ class NewFolderArgs(ReportArgs):
     """What is written, in any case."""
 
     title: ClassVar = ReportArgs.title
-    output: Annotated[Path, typer.Option("--output", help="The folder to write.")]
+    output: FolderOption
 
     def check(self, *read: str | None) -> None:
         """Raise, before any work, if something is there already or cannot be made."""

@@ -197,12 +197,13 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
     except _DAMAGES as error:
         raise CheckpointError(
             f"expected a safetensors file of tensors of known dtypes, got {str(path)!r}, whose "
-            f"header cannot be read ({type(error).__name__}: {error}): copy or save it again"
+            f"header cannot be read ({type(error).__name__}: {error}): it is damaged or "
+            "incomplete, copy or save it again"
         ) from error
     if end > size:
         raise CheckpointError(
             f"expected {end} bytes in {str(path)!r}, as its header says, got {size}: the file is "
-            "incomplete, copy it again"
+            "damaged or incomplete, copy it again"
         )
     return dict(sorted(found.items(), key=lambda pair: pair[1].offset))
 
