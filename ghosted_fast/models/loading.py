@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,11 @@ from ghosted_fast.errors import (
     ArgumentError,
     CheckpointError,
     GhostedFastError,
-    MissingExtraError,
     SourceError,
 )
 from ghosted_fast.models.auto_classes import WITH_PICTURES, auto_classes
 from ghosted_fast.models.built_whole import text_config_of
-from ghosted_fast.models.checked.gguf_header import read_gguf_header
+from ghosted_fast.models.checked.gguf_header import read_gguf_header, require_gguf
 from ghosted_fast.models.checked.hub import hub_options, near_paths
 from ghosted_fast.models.checked.usable import repair_generation
 from ghosted_fast.models.families import GHOSTED_PREFIX
@@ -86,7 +84,7 @@ def load_model(
     _refuse_lost_ghosts(name, gguf_file)
     options: dict[str, Any] = {}
     if gguf_file is not None:
-        _require_gguf()
+        require_gguf()
         options = {"gguf_file": gguf_file}
         if (Path(name) / gguf_file).is_file():
             read_gguf_header(Path(name) / gguf_file)
@@ -323,11 +321,3 @@ def _unpacked(gguf_file: str | None) -> dict[str, Any]:
     if gguf_file is None or not hasattr(transformers, "GgufConfig"):
         return {}
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
-
-
-def _require_gguf() -> None:
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(
-            f"a GGUF model needs {' and '.join(missing)}: pip install 'ghosted_fast[gguf]'"
-        )

@@ -16,7 +16,7 @@ import torch
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.model_card import attach_report
 from ghosted_fast.checkpoint.save import check_room
-from ghosted_fast.errors import ArgumentError, UnsupportedModelError
+from ghosted_fast.errors import ArgumentError, GhostedFastError
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
 from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep, resident_bytes
 from ghosted_fast.fit.sweep.shelf import FolderShelf, MemoryShelf, Shelf
@@ -139,15 +139,31 @@ def loaded_or_unloaded(model: str | Path | Unloaded, batches: CalibrationText, a
     """
     if isinstance(model, Unloaded):
         return model
+    unloaded = left_in_files(model, asked.run.memory)
+    if unloaded is not None and not fits(unloaded, batches.hold(), asked):
+        return unloaded
+    del unloaded
+    return load_model(model)[0]
+
+
+def left_in_files(
+    spec: str | Path, memory: int | None, dtype: str | None = None
+) -> Unloaded | None:
+    """Return a model whose weights stay in their files; None for one that can only be loaded.
+
+    Loading it tells what is wrong with it, if anything is.
+
+    Args:
+        spec: A local folder, or a hub id.
+        memory: `RunOptions.memory`: where it is given, a warning says that it cannot be kept to.
+        dtype: As in `load_model`.
+    """
     try:
-        unloaded = open_unloaded(model)
-    except UnsupportedModelError as error:
-        _LOGGER.info("%s is loaded: %s", model, error)
-        return load_model(model)[0]
-    if fits(unloaded, batches.hold(), asked):
-        del unloaded
-        return load_model(model)[0]
-    return unloaded
+        return open_unloaded(spec, dtype)
+    except GhostedFastError as error:
+        level = logging.INFO if memory is None else logging.WARNING
+        _LOGGER.log(level, "%s is loaded whatever memory it takes: %s", spec, error)
+        return None
 
 
 def fits(unloaded: Unloaded, batches: list[Batch], asked: Asked) -> bool:

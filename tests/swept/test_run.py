@@ -21,7 +21,13 @@ from support.swept_models import saved, text
 from transformers import AutoModelForCausalLM
 
 import ghosted_fast as gf
-from ghosted_fast.errors import ArgumentError, CalibrationError, UnsupportedModelError
+from ghosted_fast.errors import (
+    ArgumentError,
+    CalibrationError,
+    SourceError,
+    UnsupportedModelError,
+)
+from ghosted_fast.models.unloaded import opening
 from ghosted_fast.models.unloaded.files import HeldTensor, StoredTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
@@ -315,3 +321,24 @@ def test_scores_are_those_of_select_layers_with_many_folds(tmp_path: Path) -> No
     assert [item.score for item in report.scores] == pytest.approx(
         [item.score for item in expected.scores], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("memory", [None, 1 << 40])
+def test_what_cannot_stay_in_files_is_loaded(
+    tmp_path: Path, memory: int | None, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    saved(tmp_path, "llama")
+
+    def fails(*_: Any) -> None:
+        raise KeyError("a class")
+
+    monkeypatch.setattr(opening, "_class_for", fails)
+    with pytest.raises(SourceError, match=r"got 'a class' \(KeyError\)"):
+        open_unloaded(tmp_path)
+    caplog.set_level(logging.INFO)
+    run = gf.RunOptions(corrections=0, memory=memory)
+    smaller, _ = gf.ghost_model(tmp_path, text(), removed=[2], run=run)
+    assert not isinstance(smaller, FolderCut)
+    (said,) = (r for r in caplog.records if "whatever memory it takes" in r.getMessage())
+    assert said.levelno == (logging.INFO if memory is None else logging.WARNING)

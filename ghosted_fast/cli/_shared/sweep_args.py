@@ -48,15 +48,11 @@ class SweptModelArgs(ModelArgs):
     def left_in_files(self) -> Unloaded | None:
         """Return the model without its weights; None if it can only be loaded."""
         from ghosted_fast.cli._shared.loading import choose_device
-        from ghosted_fast.errors import UnsupportedModelError
-        from ghosted_fast.models.unloaded.opening import open_unloaded
+        from ghosted_fast.swept.run import left_in_files
 
         if choose_device(self.device).type != "cpu" or self.trust_remote_code:
             return None
-        try:
-            return open_unloaded(self.model, self.dtype)
-        except UnsupportedModelError:
-            return None
+        return left_in_files(self.model, self.memory, self.dtype)
 
 
 def swept(

@@ -5,27 +5,20 @@ Source: the format's description, github.com/ggml-org/ggml/blob/master/docs/gguf
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ghosted_fast.errors import CheckpointError
+from ghosted_fast.errors import CheckpointError, MissingExtraError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _NUMBERS |= {12: "d"}
 _STRING, _ARRAY = 8, 9
-# Numbers of a block and its bytes, by the number of the type.
-_BLOCKS = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
-    9: (32, 36), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
-    15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
-    21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8),
-    28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
-}  # fmt: skip
 _MOST_DIMENSIONS = 4
 _MOST_NAMED = 1 << 20
 _LONGEST_KEY = 1 << 16
@@ -51,12 +44,23 @@ class GgufHeader:
         return self.settings.get(f"{self.settings.get('general.architecture')}.{name}")
 
 
+def require_gguf() -> None:
+    """Raise MissingExtraError unless the packages that read GGUF files are there."""
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"a GGUF model needs {' and '.join(missing)}: pip install 'ghosted_fast[gguf]'"
+        )
+
+
 def read_gguf_header(path: Path) -> GgufHeader:
     """Read what a GGUF file says of itself, and check that it is whole.
 
     Raises:
         CheckpointError: It is no GGUF file, or damaged, or shorter than its tensors.
+        MissingExtraError: What GGUF files are read with is absent.
     """
+    require_gguf()
     size = path.stat().st_size
     with path.open("rb") as file:
         try:
@@ -79,6 +83,10 @@ class _Reader:
         self._file, self._size = file, size
 
     def header(self) -> GgufHeader:
+        from gguf.constants import GGML_QUANT_SIZES
+
+        # Numbers of a block and its bytes, by the number of the type.
+        blocks = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
         if self._file.read(4) != _MAGIC:
             raise ValueError("it does not begin with GGUF")
         version, tensors, pairs = self._unpack("<IQQ")
@@ -99,7 +107,7 @@ class _Reader:
             if name in found:
                 raise ValueError(f"tensor {name!r} is there twice")
             found[name] = tuple(shape)
-            numbers, block = _BLOCKS.get(kind, (1, 0))
+            numbers, block = blocks.get(kind, (1, 0))
             end = max(end, offset + math.prod(shape) // numbers * block)
         alignment = settings.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:

@@ -19,15 +19,19 @@ from torch import Tensor, nn
 
 from ghosted_fast.errors import (
     CheckpointError,
-    GhostedFastError,
-    SourceError,
     UnsupportedModelError,
 )
 from ghosted_fast.models.auto_classes import auto_classes
 from ghosted_fast.models.families import decoder_layers
-from ghosted_fast.models.loading import auto_class, locate_model, resolve_dtype
+from ghosted_fast.models.loading import (
+    auto_class,
+    loading,
+    locate_model,
+    read_config,
+    resolve_dtype,
+    source_options,
+)
 from ghosted_fast.models.unloaded.files import StoredTensor, tensors_in
-from ghosted_fast.text.files import first_line
 
 _META = torch.device("meta")
 
@@ -104,8 +108,6 @@ def open_unloaded(spec: str | Path, dtype: str | torch.dtype | None = None) -> U
         UnsupportedModelError: Its weights are in no safetensors files, or quantized.
         CheckpointError: A file is damaged, or does not hold what a ghosted model needs.
     """
-    from transformers import AutoConfig
-
     wanted = resolve_dtype(dtype)
     name, gguf_file = locate_model(str(spec), None)
     if gguf_file is not None:
@@ -114,17 +116,12 @@ def open_unloaded(spec: str | Path, dtype: str | torch.dtype | None = None) -> U
             "save it once with save_model, and name that folder"
         )
     seen: list[Any] = []
-    try:
-        config = AutoConfig.from_pretrained(name)
-        _check_plain(config, spec)
+    config = read_config(name)
+    _check_plain(config, spec)
+    with loading(spec), quietly():
         model_class = _class_for(config, auto_class(config))
         opened = _without_weights(model_class, seen)
-        with quietly():
-            model = opened.from_pretrained(name, dtype=wanted or "auto")
-    except GhostedFastError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"cannot open the model {str(spec)!r}: {first_line(error)}") from error
+        model = opened.from_pretrained(name, dtype=wanted or "auto", **source_options(name))
     model.__class__ = model_class
     tensors, settings, missing = seen[0]
     _give_buffers(model)
