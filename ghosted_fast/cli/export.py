@@ -64,7 +64,8 @@ def export(
     from ghosted_fast.cli._shared.loading import check_new
     from ghosted_fast.models.loading import load_model
 
-    check_new(output, overwrite, model, tokenizer)
+    # An older export may give its tokenizer to the one that takes its place.
+    check_new(output, overwrite, model)
     loaded, own = load_model(model, "float32", trust_remote_code=trust_remote_code)
     if to == "gguf":
         from ghosted_fast.export.gguf import export_gguf
