@@ -146,5 +146,10 @@ def test_gguf_files(tmp_path: Path) -> None:
         path = tmp_path / "a.gguf"
         path.write_bytes((source / "a.gguf").read_bytes())
         said = damages[turn % len(damages)](path, chance)
-        outcomes.judge(said, lambda path=path: read_gguf_header(path), lambda found: True)
+        size = path.stat().st_size if path.is_file() else 0
+        outcomes.judge(
+            said,
+            lambda path=path: read_gguf_header(path),
+            lambda found, size=size: found.bytes_needed <= size,
+        )
     check(outcomes, 200)
