@@ -22,7 +22,6 @@ from ghosted_fast.options import (
     Bound,
     Count,
     GhostOptions,
-    HowMany,
     Layers,
     RunOptions,
     SpeedBound,
@@ -40,7 +39,7 @@ from ghosted_fast.surgery.cut import remove_layers, removed_intervals
 from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.swept.run import Asked, ghost_unloaded, loaded_or_unloaded
 from ghosted_fast.text.calibration_text import CalibrationText
-from ghosted_fast.timing.stopwatch import adding_time
+from ghosted_fast.timing.spans import adding_time, recording
 
 _LOGGER = logging.getLogger(__name__)
 _OPTIONS, _RUN = "a field of options=GhostOptions(...)", "a field of run=RunOptions(...)"
@@ -111,18 +110,27 @@ def ghost_model(
     Source: Yun et al., arXiv 2605.15491; selection, weights, normed input and first state are ours.
     """
     options, run = options or GhostOptions(), run or RunOptions()
-    wanted = how_many(remove, removed)
-    _check(wanted, criterion, recovery, run)
+    request = Asked(how_many(remove, removed), criterion, recovery, options, run)
+    _check(request)
+    with recording() as spans:
+        smaller, report = _ghost_model(model, batches, request)
+    return smaller, replace(report, spans=report.spans or spans.to_dict())
+
+
+def _ghost_model(model: Any, batches: Iterable[Any], request: Asked) -> tuple[Any, GhostReport]:
+    """Do the work of `ghost_model`."""
+    wanted, criterion, recovery = request.wanted, request.criterion, request.recovery
+    options, run = request.options, request.run
     if isinstance(model, str | Path | Unloaded):
-        request = Asked(wanted, criterion, recovery, options, run)
         batches = CalibrationText.of(batches)
         model = loaded_or_unloaded(model, batches, request)
         if isinstance(model, Unloaded):
             return ghost_unloaded(model, batches, request)
     method = RECOVERIES[recovery]
     decoder = Decoder.of(model)
-    which = None if removed is None else list(removed)
-    asked = {"remove": remove, "removed": which, "criterion": criterion, "recovery": recovery}
+    which = list(wanted.removed) if isinstance(wanted, Layers) else None
+    name = "remove" if which is None else "removed"
+    asked = {name: wanted, "criterion": criterion, "recovery": recovery}
     if which is not None:
         check_removable(model, which)
     here = replace(run, progress=False, inplace=False, heal_state=None)
@@ -173,13 +181,14 @@ def ghost_model(
     return smaller, report
 
 
-def _check(wanted: HowMany, criterion: str, recovery: str, run: RunOptions) -> None:
+def _check(asked: Asked) -> None:
     """Raise unless the arguments of `ghost_model` go together."""
-    check_criterion(criterion)
+    wanted, recovery = asked.wanted, asked.recovery
+    check_criterion(asked.criterion)
     check_recovery(recovery)
     if RECOVERIES[recovery].improvable:
         return
-    if run.corrections not in ("auto", 0):
+    if asked.run.corrections not in ("auto", 0):
         raise ArgumentError(
             f"expected no corrections with recovery {recovery!r}, which is put in as it was "
             "published: use correct_ghosts(smaller, model, batches) on what it gives"

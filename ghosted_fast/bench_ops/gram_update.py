@@ -118,7 +118,7 @@ def _case(
             sums["cross"] += product(a, b.to(dtype))
 
     variants = [Variant(OURS, update, functools.partial(error, update, BOUND), is_ours=True)]
-    for name, kind, product in _rivals(dtype, normed, device):
+    for name, kind, product in _rivals(dtype, device):
         run = functools.partial(rival, kind, product)
         gate = functools.partial(error, run, _RIVAL_BOUNDS[kind])
         variants.append(Variant(name, run, gate))
@@ -130,9 +130,9 @@ def _case(
 
 
 def _rivals(
-    dtype: torch.dtype, normed: bool, device: torch.device
+    dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, torch.dtype, Callable[[Tensor, Tensor], Tensor]]]:
-    if dtype == torch.bfloat16 and not normed:
+    if dtype == torch.bfloat16:
         yield TORCH_BF16, torch.bfloat16, _product
     yield "torch fp32", torch.float32, _product
     if device.type == "cpu":

@@ -100,6 +100,15 @@ def fit(
         models = _models(dense, smaller, recovery.kind, facts)
         shown += ["", _measure(models, smaller, facts, held_out, calibration.seed)]
         _answer(models, tokenizer, facts, output)
+    return _reported(facts, shown, output)
+
+
+def _reported(facts: dict[str, Any], shown: list[TextTable | str], output: OutputArgs) -> Result:
+    """Write the report, if one is asked for, and return what is shown."""
+    from ghosted_fast.cli._shared.tables import profile_table
+
+    if output.profile:
+        shown += ["", profile_table(facts["spans"])]
     if output.report is not None:
         shown += ["", output.write(facts)]
     return Result(facts, shown)
@@ -220,9 +229,12 @@ def _heal(
 ) -> None:
     """Heal the smaller model, in place, and add what was done to the facts."""
     from ghosted_fast.improve.healing import heal
+    from ghosted_fast.timing.spans import recording, span
 
     state = heal_state(output.folder)
-    healed = heal(smaller, dense, text, healing, state=state, progress=progress)
+    with recording() as spans, span("heal"):
+        healed = heal(smaller, dense, text, healing, state=state, progress=progress)
+    facts["spans"] |= spans.to_dict()
     facts["healing"] = asdict(healed)
     facts["seconds"]["heal"] = healed.seconds
 
@@ -307,10 +319,7 @@ def _fit_swept(
     if not first:
         return None
     facts["output"] = str(output.folder)
-    shown = _said(facts)
-    if output.report is not None:
-        shown += ["", output.write(facts)]
-    return Result(facts, shown)
+    return _reported(facts, _said(facts), output)
 
 
 def _save(smaller: Any, facts: dict[str, Any], tokenizer: Any, output: OutputArgs) -> None:

@@ -20,6 +20,7 @@ from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.text.batches import Batch, iterate_batches
 from ghosted_fast.text.progress import progress_bar
+from ghosted_fast.timing.spans import span
 
 # A candidate is dropped when its loss is above the lowest by this many standard errors of the
 # difference, token by token: about one in 30,000 of those that are as good would be.
@@ -90,7 +91,7 @@ def score_gaps(
     decoder = Decoder.of(model)
     race = Race(len(candidates), keep)
     bar = progress_bar("scoring", progress, of=len(batches) * len(candidates))
-    with bar, torch.inference_mode():
+    with span("scoring"), bar, torch.inference_mode():
         for left, batch in zip(
             range(len(batches) - 1, -1, -1), iterate_batches(batches, decoder.device), strict=True
         ):
@@ -98,14 +99,17 @@ def score_gaps(
             running = race.running
             shared = list(distributed.my_share(running))
             if starts := sorted({candidates[index][0].start for index in shared}):
-                visit_boundaries(decoder, batch, starts, states.__setitem__)
+                with span("layers below"):
+                    visit_boundaries(decoder, batch, starts, states.__setitem__)
             predicted = predicted_positions(batch.attention_mask)
             found = torch.zeros(len(candidates), int(predicted.sum()), dtype=torch.float64)
             for index in shared:
                 (start, stop, enter), *others = [gap.on(batch) for gap in candidates[index]]
                 hidden = states[start] if enter is None else enter(states[start])
-                logits = resume(decoder, batch, stop, hidden, others)
-                loss, _ = token_losses(logits, batch.input_ids, batch.attention_mask)
+                with span("layers above, head"):
+                    logits = resume(decoder, batch, stop, hidden, others)
+                with span("losses"):
+                    loss, _ = token_losses(logits, batch.input_ids, batch.attention_mask)
                 found[index] = loss[predicted].double().cpu()
             distributed.add_up([found])
             race.add(found)

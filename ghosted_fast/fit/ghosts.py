@@ -22,6 +22,7 @@ from ghosted_fast.statistics.solve import GhostSolution, solve_ghost, solve_on_s
 from ghosted_fast.statistics.token_weights import token_weights
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.progress import progress_bar
+from ghosted_fast.timing.spans import span
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def fit_candidates(
     """
     decoder = Decoder.of(model)
     total = len(list(distributed.my_share(statistics)))
-    with progress_bar("fitting", progress, of=total) as bar:
+    with span("solves"), progress_bar("fitting", progress, of=total) as bar:
 
         def fit(item: IntervalStatistics) -> GhostLinear:
             ghost = fit_on_training_folds(item, options)

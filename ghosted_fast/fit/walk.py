@@ -25,6 +25,7 @@ from ghosted_fast.models.gap import Gap
 from ghosted_fast.statistics.sample import Interval, Sample
 from ghosted_fast.text.batches import Batch, iterate_batches
 from ghosted_fast.text.progress import progress_bar
+from ghosted_fast.timing.spans import span
 
 
 class Listener(ABC):
@@ -147,7 +148,7 @@ def walk(
     text = distributed.same_text_everywhere(batches)
     sequences = tokens = 0
     began = time.perf_counter()
-    with _mlp_outputs(decoder, before) as outputs:
+    with span("pass"), _mlp_outputs(decoder, before) as outputs:
         for turn in turns(text, decoder.device, title, progress):
             sequences += len(turn.batch.input_ids)
             tokens += turn.batch.num_tokens
@@ -200,7 +201,8 @@ def show(
         _check_finite(sample)
     for item in listeners:
         began = time.perf_counter()
-        item.update(sample)
+        with span("sums"):
+            item.update(sample)
         item.seconds += time.perf_counter() - began
 
 

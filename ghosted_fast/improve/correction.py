@@ -56,6 +56,7 @@ from ghosted_fast.text.folds import (
     token_count,
 )
 from ghosted_fast.text.progress import progress_bar
+from ghosted_fast.timing.spans import span
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -152,11 +153,14 @@ def correct_ghosts(
     size = _TRIAL_CHANGE
     for _ in progress_bar("correcting", progress, of=range(most)):
         began = time.perf_counter()
-        slopes = divergence.gradients(in_passes(islice(sequences, per_correction)))
-        directions = distributed.on_first(
-            partial(_directions, slopes, damping, last), divergence.device
-        )
-        step, change, before, after = _best_step(divergence, held_out, slopes, directions, size)
+        with span("gradients"):
+            slopes = divergence.gradients(in_passes(islice(sequences, per_correction)))
+        with span("solves"):
+            directions = distributed.on_first(
+                partial(_directions, slopes, damping, last), divergence.device
+            )
+        with span("trials"):
+            step, change, before, after = _best_step(divergence, held_out, slopes, directions, size)
         if step is not None:
             last, size = step, min(change, _TRIAL_CHANGE)
         facts.append(
@@ -296,18 +300,19 @@ def _local_model(
             moved.append(divergence.logits(states))
         divergence.set_parameters(point)
         base = divergence.logits(states)
-        value += divergence_sum(dense, base, mask)
-        for rows in row_slices(mask, base.shape[-1]):
-            here = fp32_rows(base, rows)
-            q = here.softmax(-1)
-            away = q - fp32_rows(dense, rows).softmax(-1)
-            changes = [fp32_rows(logits, rows) - here for logits in moved]
-            changes = [change - (q * change).sum(-1, keepdim=True) for change in changes]
-            for i, change in enumerate(changes):
-                slope[i] += sum_of(away * change)
-                weighted = q * change
-                for j in range(i + 1):
-                    curvature[i, j] += sum_of(weighted * changes[j])
+        with span("local model"):
+            value += divergence_sum(dense, base, mask)
+            for rows in row_slices(mask, base.shape[-1]):
+                here = fp32_rows(base, rows)
+                q = here.softmax(-1)
+                away = q - fp32_rows(dense, rows).softmax(-1)
+                changes = [fp32_rows(logits, rows) - here for logits in moved]
+                changes = [change - (q * change).sum(-1, keepdim=True) for change in changes]
+                for i, change in enumerate(changes):
+                    slope[i] += sum_of(away * change)
+                    weighted = q * change
+                    for j in range(i + 1):
+                        curvature[i, j] += sum_of(weighted * changes[j])
     counts = torch.tensor(
         [value, token_count(states.batch for states in held_out)], dtype=torch.float64
     )

@@ -31,6 +31,7 @@ from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.ghosted_layers import ghosts_of
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.folds import token_count
+from ghosted_fast.timing.spans import span
 
 # fp32 logits held at once where two distributions are compared: 16 MiB, an outer cache.
 _SLICE_ELEMENTS = 1 << 22
@@ -100,7 +101,8 @@ class Divergence:
         """Run the dense model on a batch and keep what a comparison needs."""
         found: dict[int, Tensor] = {}
         wanted = [self._layers] if self._entry == 0 else [self._entry, self._layers]
-        visit_boundaries(self._dense, batch, wanted, found.__setitem__)
+        with span("dense model"):
+            visit_boundaries(self._dense, batch, wanted, found.__setitem__)
         # Copies made out of inference mode, which autograd can take.
         entry = found[self._entry].clone() if self._entry else None
         return States(batch, entry, found[self._layers].clone())
@@ -123,12 +125,12 @@ class Divergence:
         """Return the dense model's logits [batch, length, vocabulary]."""
         if states.logits is not None:
             return states.logits
-        with torch.no_grad():
+        with torch.no_grad(), span("dense head"):
             return _run(self._dense, states.batch, self._layers, states.exit)
 
     def logits(self, states: States) -> Tensor:
         """Return the ghosted model's logits [batch, length, vocabulary], without gradients."""
-        with torch.inference_mode():
+        with torch.inference_mode(), span("ghosted model"):
             return _run(self._ghosted, states.batch, self._entry, states.entry)
 
     def value(self, held_out: Sequence[States]) -> float:
@@ -158,20 +160,22 @@ class Divergence:
         slopes = [GhostSlope(ghost) for ghost in self.ghosts]
         for batch in distributed.my_share(batches):
             states = self.states(batch)
-            with _watched(self._ghosted, self.ghosts) as seen:
+            with span("ghosted model"), _watched(self._ghosted, self.ghosts) as seen:
                 logits = _run(self._ghosted, batch, self._entry, states.entry)
             away = torch.zeros_like(logits, memory_format=torch.contiguous_format)
             dense = self.dense_logits(states)
             divergence_sum(dense, logits.detach(), batch.attention_mask, away)
             outputs = [seen[ghost][1] for ghost in self.ghosts]
-            gradients = torch.autograd.grad(logits, outputs, away)
+            with span("backward"):
+                gradients = torch.autograd.grad(logits, outputs, away)
             attended = batch.attention_mask.bool()
             for ghost, slope, gradient in zip(self.ghosts, slopes, gradients, strict=True):
                 x, y = seen[ghost]
                 mapped = attended
                 if ghost.first_state is not None:  # the first token's output is a constant
                     mapped = attended & ~batch.is_first
-                slope.add(x, y.detach(), gradient, mapped)
+                with span("sums"):
+                    slope.add(x, y.detach(), gradient, mapped)
         for slope in slopes:
             slope.add_ranks()
         return slopes
@@ -280,11 +284,12 @@ def divergence_sum(
             ghosted logits, softmax(ghosted) - softmax(dense).
     """
     found = 0.0
-    for rows in row_slices(attention_mask, dense.shape[-1]):
-        part, away = rows_divergence(
-            fp32_rows(dense, rows), fp32_rows(ghosted, rows), gradient is not None
-        )
-        found += part
-        if gradient is not None and away is not None:
-            gradient.view(-1, gradient.shape[-1])[rows] = away.to(gradient.dtype)
+    with span("divergence"):
+        for rows in row_slices(attention_mask, dense.shape[-1]):
+            part, away = rows_divergence(
+                fp32_rows(dense, rows), fp32_rows(ghosted, rows), gradient is not None
+            )
+            found += part
+            if gradient is not None and away is not None:
+                gradient.view(-1, gradient.shape[-1])[rows] = away.to(gradient.dtype)
     return found

@@ -52,6 +52,7 @@ from ghosted_fast.text.folds import (
     token_count,
 )
 from ghosted_fast.text.progress import progress_bar
+from ghosted_fast.timing.spans import span
 
 _LOGGER = logging.getLogger(__name__)
 _WARMUP_STEPS = 3
@@ -280,13 +281,17 @@ class _Healing:
         gradients = [torch.zeros_like(part) for part in parameters]
         count = token_count(chosen)
         for batch in distributed.my_share(in_passes(chosen)):
-            theirs = self._dense.states(batch)
+            with span("dense model"):
+                theirs = self._dense.states(batch)
             with self._trained.applied():
-                ours = self._smaller.states(batch, gradients=True)
+                with span("smaller model"):
+                    ours = self._smaller.states(batch, gradients=True)
                 away = torch.zeros_like(ours, memory_format=torch.contiguous_format)
                 counted = batch.attention_mask.bool()
-                exit_divergence(self._dense, self._smaller, theirs, ours, counted, away)
-                found = torch.autograd.grad(ours, parameters, away, allow_unused=True)
+                with span("heads and divergence"):
+                    exit_divergence(self._dense, self._smaller, theirs, ours, counted, away)
+                with span("backward"):
+                    found = torch.autograd.grad(ours, parameters, away, allow_unused=True)
             for total, part in zip(gradients, found, strict=True):
                 if part is not None:
                     total.add_(part, alpha=1.0 / max(count, 1))
@@ -298,7 +303,7 @@ class _Healing:
         began = time.perf_counter()
         self._set(point)
         found = 0.0
-        with self._trained.applied():
+        with span("judgement"), self._trained.applied():
             for batch in distributed.my_share(self._judges):
                 theirs, ours = self._dense.states(batch), self._smaller.states(batch)
                 counted = batch.attention_mask.bool()

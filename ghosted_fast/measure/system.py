@@ -15,6 +15,22 @@ from ghosted_fast.ops import backend_status
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 _EXTRAS = ("gguf", "accelerate", "pyarrow", "datasets", "matplotlib", "jinja2", "triton")
+# What makers call the cores of one family and model, which names such as "AMD EPYC" leave open.
+_CORES = {
+    ("GenuineIntel", 6): {
+        85: "Skylake to Cooper Lake",
+        106: "Ice Lake",
+        108: "Ice Lake",
+        143: "Sapphire Rapids",
+        207: "Emerald Rapids",
+        173: "Granite Rapids",
+        174: "Granite Rapids",
+    },
+    ("AuthenticAMD", 23): dict.fromkeys(range(0x30, 0x100), "Zen 2"),
+    ("AuthenticAMD", 25): dict.fromkeys((*range(0x10, 0x20), *range(0x60, 0xB0)), "Zen 4")
+    | dict.fromkeys((*range(0x10), *range(0x20, 0x60)), "Zen 3"),
+    ("AuthenticAMD", 26): dict.fromkeys(range(0x100), "Zen 5"),
+}
 _CPU_FEATURES = (
     "avx2",
     "fma",
@@ -96,8 +112,14 @@ def package_version(name: str) -> str:
 
 
 def processor_name() -> str:
-    """Return what the processor calls itself."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    """Return what the processor calls itself, with its cores: `Intel Xeon (Emerald Rapids)`."""
+    given = _cpuinfo("model name") or platform.processor() or platform.machine()
+    name = " ".join(re.sub(r"\((R|TM|tm)\)|\b(Processor|CPU)\b", "", given).split())
+    family, model = _cpuinfo("cpu family"), _cpuinfo("model")
+    if family is None or model is None:
+        return name
+    cores = _CORES.get((_cpuinfo("vendor_id") or "", int(family)), {})
+    return f"{name} ({cores.get(int(model), f'family {family}, model {model}')})"
 
 
 def cpu_features() -> list[str]:

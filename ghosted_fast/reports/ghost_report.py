@@ -59,6 +59,8 @@ class GhostReport:
         corrections: What each correction of the ghosts did.
         healing: What the healing of the model did, or None.
         calibrated_in: What the weights of the model were quantized by, or None.
+        spans: Where the time went: seconds and visits by names such as "correct/trials", which is
+            a part of "correct".
     """
 
     model: str
@@ -75,6 +77,7 @@ class GhostReport:
     corrections: list[CorrectionFacts] = field(default_factory=list)
     healing: HealingFacts | None = None
     calibrated_in: str | None = None
+    spans: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain lists, numbers and strings."""

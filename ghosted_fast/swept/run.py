@@ -44,7 +44,7 @@ from ghosted_fast.surgery.folder import (
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.fingerprints import stored_digest
-from ghosted_fast.timing.stopwatch import adding_time
+from ghosted_fast.timing.spans import adding_time, recording
 
 _LOGGER = logging.getLogger(__name__)
 # Of what is free, for other programs.
@@ -209,7 +209,7 @@ def ghost_unloaded(
         )
     seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "heal"), 0.0)
     text = CalibrationText.of(batches)
-    with _sweep(unloaded, text, asked) as sweep:
+    with recording() as spans, _sweep(unloaded, text, asked) as sweep:
         decoder = sweep.source.decoder
         if isinstance(asked.wanted, Layers):
             check_removable_unloaded(unloaded, asked.wanted.removed)
@@ -231,6 +231,7 @@ def ghost_unloaded(
         recovery=asked.recovery,
         scores=selection.scores,
         seconds=seconds,
+        spans=spans.to_dict(),
     )
     report = replace(report, **fitted_facts(gaps, patches, options, text))
     report = distributed.from_first(report)

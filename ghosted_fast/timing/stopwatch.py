@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,13 +74,3 @@ def warm_sample(
 def calls_per_sample(seconds: float) -> int:
     """Return how many calls of so many seconds make a sample that is long enough."""
     return max(1, round(_LONG_ENOUGH / max(seconds, 1e-9)))
-
-
-@contextmanager
-def adding_time(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the wall-clock time of what is done to an entry."""
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] += time.perf_counter() - began

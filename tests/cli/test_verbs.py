@@ -58,6 +58,19 @@ def test_select_dry_run(model_folder: Path, texts: Path) -> None:
     assert f"{needed} bytes" in run(*command, "--dry-run")
 
 
+def test_fit_shows_where_the_time_went(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    command = ["fit", "--model", model_folder, "--calibration", texts, "--remove", 2, *SMALL]
+    command += ["--corrections", 1, "--heal", "64"]
+    found = run_json(*command, "--output", tmp_path / "one")
+    assert set(found["spans"]) > {"select/pass/sums", "select/scoring", "correct/gradients", "heal"}
+    for name in ("select", "correct"):
+        assert found["spans"][name]["seconds"] == pytest.approx(found["seconds"][name], abs=0.01)
+    shown = run(*command, "--output", tmp_path / "other", "--profile")
+    assert "where the time went" in shown and "(the rest)" in shown
+    saved = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert "spans" not in json.dumps(saved), "times of a run are no part of a model"
+
+
 @pytest.mark.slow
 def test_fit_saves_a_model_and_a_report(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     output, page = tmp_path / "ghosted", tmp_path / "report.html"

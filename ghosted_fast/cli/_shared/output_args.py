@@ -65,6 +65,9 @@ class OutputArgs(ReportArgs):
         Path | None,
         typer.Option("--output", help="Folder for the checkpoint; required to save one."),
     ] = None
+    profile: Annotated[bool, typer.Option("--profile", help="Also print where the time went.")] = (
+        False
+    )
 
     @property
     def folder(self) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ghosted_fast.cli._shared.results import TextTable
@@ -11,6 +11,7 @@ from ghosted_fast.measure.models_table import ModelRow, ratio
 from ghosted_fast.measure.tasks import TaskScore
 from ghosted_fast.measure.throughput import Phase
 from ghosted_fast.timing.estimates import estimate_from, ratio_text, speed_text
+from ghosted_fast.timing.spans import own_seconds
 
 
 def model_table(rows: Sequence[ModelRow], title: str | None = None) -> TextTable:
@@ -33,6 +34,30 @@ def model_table(rows: Sequence[ModelRow], title: str | None = None) -> TextTable
             line += _speed_cells(record, records)
         cells.append(line)
     return TextTable(columns, cells, title)
+
+
+def profile_table(spans: Mapping[str, Mapping[str, float]]) -> TextTable:
+    """Return where the time went: seconds, their share of all, and visits; parts are indented.
+
+    Args:
+        spans: As a `GhostReport` has them.
+    """
+    total = max(sum(found["seconds"] for path, found in spans.items() if "/" not in path), 1e-9)
+
+    def line(depth: int, name: str, seconds: float, visits: str) -> list[str]:
+        return ["  " * depth + name, f"{seconds:.2f}", f"{seconds / total:.0%}", visits]
+
+    def lines(outer: str, depth: int) -> Iterator[list[str]]:
+        for path, found in spans.items():
+            name = path.removeprefix(outer)
+            if path.startswith(outer) and "/" not in name:
+                yield line(depth, name, found["seconds"], f"{found['visits']:.0f}")
+                parts = list(lines(f"{path}/", depth + 1))
+                yield from parts
+                if parts:
+                    yield line(depth + 1, "(the rest)", own_seconds(spans, path), "")
+
+    return TextTable(["where the time went", "seconds", "share", "visits"], list(lines("", 0)))
 
 
 def _perplexity_cells(perplexity: Mapping[str, Any] | None) -> list[str]:
