@@ -68,7 +68,7 @@ NOTES = {
     "GPT2LMHeadModel": "without a state for first tokens",
     "OPTForCausalLM": "without a state for first tokens",
     "BloomForCausalLM": "with tied embeddings",
-    "DeepseekV3ForCausalLM": _OWN_ROTATION,
+    "DeepseekV3ForCausalLM": f"{_OWN_ROTATION}; on one with AMX its attention takes bf16 alone",
     "Lfm2ForCausalLM": _OWN_ROTATION,
     **dict.fromkeys(
         (
