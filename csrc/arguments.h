@@ -78,11 +78,28 @@ struct SolveInfo {
   const char* non_finite = nullptr;  // the argument that holds NaN or infinity
 };
 
+// Rows that a local model of a divergence can be asked about at once.
+constexpr int kMostMoved = 3;
+
+struct DivergenceArgs {
+  const void* dense = nullptr;  // logits [num_rows, num_columns], contiguous, as the others
+  const void* smaller = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t num_rows = 0;
+  int64_t num_columns = 0;
+  const bool* counted = nullptr;  // [num_rows], or null for all
+  const void* moved[kMostMoved] = {};
+  int64_t num_moved = 0;
+  double* sums = nullptr;    // [num_rows, 1 + k + k (k + 1) / 2] for k moved rows
+  void* gradient = nullptr;  // like smaller, or null
+};
+
 struct KernelTable {
   const char* name;
   GramStatus (*gram_update)(const GramArgs&);
   void (*ghost_apply)(const ApplyArgs&);
   SolveInfo (*ghost_solve)(const SolveArgs&);
+  void (*divergence)(const DivergenceArgs&);
 };
 
 }  // namespace ghosted_fast

@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(ghosted_fast, CPU, m) {
   m.impl("gram_update", TORCH_BOX(&ghosted_fast::gram_update_cpu));
   m.impl("ghost_apply", TORCH_BOX(&ghosted_fast::ghost_apply_cpu));
   m.impl("ghost_solve", TORCH_BOX(&ghosted_fast::ghost_solve_cpu));
+  m.impl("divergence", TORCH_BOX(&ghosted_fast::divergence_cpu));
 }
 
 #ifdef GHOSTED_FAST_CUDA

@@ -16,6 +16,10 @@ Tensor ghost_apply_cpu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTen
                        std::optional<double> norm_eps, OptionalTensor first_state,
                        OptionalTensor is_first);
 
+std::tuple<Tensor, Tensor> divergence_cpu(Tensor dense, Tensor smaller, OptionalTensor counted,
+                                          bool wants_gradient, OptionalTensor first,
+                                          OptionalTensor second, OptionalTensor third);
+
 std::tuple<Tensor, Tensor> ghost_solve_cpu(Tensor gram, Tensor cross, double damping);
 
 }  // namespace ghosted_fast

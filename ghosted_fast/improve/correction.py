@@ -35,17 +35,10 @@ from torch import Tensor
 from ghosted_fast import distributed
 from ghosted_fast.errors import check_above, check_at_least
 from ghosted_fast.facts import CorrectionFacts
-from ghosted_fast.improve.divergence import (
-    Divergence,
-    States,
-    divergence_sum,
-    fp32_rows,
-    row_slices,
-    sum_of,
-)
+from ghosted_fast.improve.divergence import Divergence, States
 from ghosted_fast.improve.gradients import uses_gradients
 from ghosted_fast.improve.slopes import GhostSlope
-from ghosted_fast.ops.reference import mirror_lower
+from ghosted_fast.ops import local_divergence
 from ghosted_fast.options import Corrections, check_corrections
 from ghosted_fast.statistics.solve import mean_diagonal, solve_equations
 from ghosted_fast.text.folds import (
@@ -76,6 +69,8 @@ _MOST_TRIALS = 4
 _RIDGE = 1e-3
 # Damping of the gradients' Gram, relative to the mean of its diagonal.
 _OUTPUT_DAMPING = 1.0
+# To so many nats a divergence is known, for its sums in fp32.
+_KNOWN_TO = 1e-7
 # Shares of the Gauss-Newton step that are tried, one after the other, until one is an improvement.
 _SHARES = (1.0, 0.5, 0.25)
 
@@ -269,7 +264,7 @@ def _best_step(
         shorter = [share * part for part in step]
         divergence.set_parameters([old + part for old, part in zip(point, shorter, strict=True)])
         after = divergence.value(held_out)
-        if after < before:
+        if after < before - _KNOWN_TO:
             return shorter, share * change, before, after
     divergence.set_parameters(point)
     return None, 0.0, before, before
@@ -300,24 +295,16 @@ def _local_model(
             moved.append(divergence.logits(states))
         divergence.set_parameters(point)
         base = divergence.logits(states)
+        rows = [logits.flatten(0, 1) for logits in (dense, base, *moved)]
         with span("local model"):
-            value += divergence_sum(dense, base, mask)
-            for rows in row_slices(mask, base.shape[-1]):
-                here = fp32_rows(base, rows)
-                q = here.softmax(-1)
-                away = q - fp32_rows(dense, rows).softmax(-1)
-                changes = [fp32_rows(logits, rows) - here for logits in moved]
-                changes = [change - (q * change).sum(-1, keepdim=True) for change in changes]
-                for i, change in enumerate(changes):
-                    slope[i] += sum_of(away * change)
-                    weighted = q * change
-                    for j in range(i + 1):
-                        curvature[i, j] += sum_of(weighted * changes[j])
+            found = local_divergence(rows[0], rows[1], rows[2:], mask.flatten().bool())
+        value += float(found[0])
+        slope += found[1].cpu()
+        curvature += found[2].cpu()
     counts = torch.tensor(
         [value, token_count(states.batch for states in held_out)], dtype=torch.float64
     )
     distributed.add_up([slope, curvature, counts])
-    curvature = mirror_lower(curvature)
     return float(counts[0] / counts[1]), slope / counts[1], curvature / counts[1]
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghosted_fast.improve.divergence import row_slices, rows_divergence
+from ghosted_fast.improve.divergence import row_slices
 from ghosted_fast.models.boundaries import starting_at, visit_boundaries
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import num_layers
+from ghosted_fast.ops import divergence
 from ghosted_fast.text.batches import Batch
 
 
@@ -77,9 +78,9 @@ def exit_divergence(
         with torch.set_grad_enabled(gradient is not None):
             chosen.requires_grad_(gradient is not None)
             logits = smaller.logits(chosen)
-        part, away = rows_divergence(expected, logits.detach(), gradient is not None)
-        found += part
-        if gradient is not None and away is not None:
-            (back,) = torch.autograd.grad(logits, chosen, away.to(logits.dtype))
+        parts, away = divergence(expected, logits, gradient=gradient is not None)
+        found += float(parts.sum())
+        if gradient is not None:
+            (back,) = torch.autograd.grad(logits, chosen, away)
             gradient.view(-1, gradient.shape[-1])[rows] = back
     return found

@@ -186,6 +186,41 @@ class SolveOperands(NamedTuple):
             raise ArgumentError(f"{op}: expected a finite damping >= 0, got {damping}")
 
 
+class DivergenceOperands(NamedTuple):
+    """The operands of `divergence`; see there. `first` to `third` are moved rows."""
+
+    dense: Tensor
+    smaller: Tensor
+    counted: Tensor | None = None
+    wants_gradient: bool = False
+    first: Tensor | None = None
+    second: Tensor | None = None
+    third: Tensor | None = None
+
+    @property
+    def moved(self) -> list[Tensor]:
+        """The moved rows that there are."""
+        return [rows for rows in (self.first, self.second, self.third) if rows is not None]
+
+    def check(self) -> None:
+        """Check that they fit together; see `Operands`."""
+        op = "divergence"
+        dense, smaller, counted, *_ = self
+        _check_float(op, "smaller", smaller)
+        if smaller.dim() != 2 or smaller.shape[1] == 0:
+            raise ArgumentError(
+                f"{op}: expected smaller of shape [rows, words], got {list(smaller.shape)}"
+            )
+        others = {"dense": dense, **{f"moved[{i}]": rows for i, rows in enumerate(self.moved)}}
+        for name, rows in others.items():
+            _check_dtype(op, name, rows, smaller.dtype)
+            _check_shape(op, name, rows, list(smaller.shape))
+        if counted is not None:
+            _check_dtype(op, "counted", counted, torch.bool)
+            _check_shape(op, "counted", counted, [len(smaller)])
+        _check_device(op, smaller, "smaller", **others, counted=counted)
+
+
 def _check_float(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(

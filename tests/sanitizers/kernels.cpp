@@ -245,6 +245,49 @@ void check_solve(int64_t size, int64_t outputs) {
   expect(error <= 1e-20 * total, name_of("solve", {size, outputs}));
 }
 
+// A row of `count` logits beside rows in which q moves, against plain loops; buffers end where the
+// last row does.
+void check_divergence(Dtype dtype, int64_t rows, int64_t count, int64_t moved) {
+  const Buffer p(dtype, rows * count), q(dtype, rows * count), first(dtype, rows * count),
+      second(dtype, rows * count), third(dtype, rows * count);
+  const Buffer gradient(dtype, rows * count);
+  const Buffer* ways[] = {&first, &second, &third};
+  const int64_t found = 1 + moved + moved * (moved + 1) / 2;
+  std::vector<double> sums(rows * found);
+  DivergenceArgs args{p.data.get(), q.data.get(), dtype, rows, count, nullptr, {}, moved};
+  for (int64_t k = 0; k < moved; ++k) args.moved[k] = ways[k]->data.get();
+  args.sums = sums.data();
+  args.gradient = gradient.data.get();
+  PATH_TABLE.divergence(args);
+  const double bound = dtype == Dtype::kFloat32 ? 1e-6 : dtype == Dtype::kFloat16 ? 1e-3 : 4e-3;
+  for (int64_t r = 0; r < rows; ++r) {
+    double p_sum = 0, q_sum = 0;
+    const double *a = &p.values[r * count], *b = &q.values[r * count];
+    for (int64_t i = 0; i < count; ++i) {
+      p_sum += std::exp(a[i]);
+      q_sum += std::exp(b[i]);
+    }
+    double value = 0, worst = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const double here = std::exp(a[i]) / p_sum, there = std::exp(b[i]) / q_sum;
+      value += here * std::log(here / there);
+      const double error = gradient.load(r * count + i) - (there - here);
+      worst = std::fmax(worst, std::fabs(error));
+    }
+    expect(std::fabs(sums[r * found] - value) <= 2e-6 * std::fabs(value) + 1e-6 && worst <= bound,
+           name_of("divergence", {int(dtype), rows, count, moved}));
+    for (int64_t k = 0; k < moved; ++k) {
+      double slope = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const double change = ways[k]->values[r * count + i] - b[i];
+        slope += change * (std::exp(b[i]) / q_sum - std::exp(a[i]) / p_sum);
+      }
+      expect(std::fabs(sums[r * found + 1 + k] - slope) <= 1e-5,
+             name_of("slope", {int(dtype), rows, count, moved, k}));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -257,6 +300,9 @@ int main() {
       }
     }
     check_gram(dtype, 70, 193, 195, 1, true, false);
+    for (int64_t words : {1, 3, 15, 16, 17, 255, 300}) {
+      for (int64_t moved : {0, 1, 2, 3}) check_divergence(dtype, 2, words, moved);
+    }
     for (Form form : {Form::kPlain, Form::kInt8, Form::kPacked}) {
       if (form == Form::kPacked && dtype == Dtype::kFloat16) continue;  // is not packed
       for (int64_t rows : {0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33}) {

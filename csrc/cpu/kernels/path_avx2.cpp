@@ -1,4 +1,5 @@
 // The kernels of the path "avx2"; setup.py gives this file its instruction-set flags.
+#include "divergence.h"
 #include "ghost_apply.h"
 #include "ghost_solve.h"
 #include "gram_update.h"
@@ -6,6 +7,6 @@
 namespace ghosted_fast {
 
 extern const KernelTable kAvx2Kernels;
-const KernelTable kAvx2Kernels{"avx2", &gram_update, &ghost_apply, &ghost_solve};
+const KernelTable kAvx2Kernels{"avx2", &gram_update, &ghost_apply, &ghost_solve, &divergence};
 
 }  // namespace ghosted_fast

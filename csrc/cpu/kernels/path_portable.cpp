@@ -1,4 +1,5 @@
 // The kernels of the path "portable"; setup.py gives this file its instruction-set flags.
+#include "divergence.h"
 #include "ghost_apply.h"
 #include "ghost_solve.h"
 #include "gram_update.h"
@@ -6,6 +7,6 @@
 namespace ghosted_fast {
 
 extern const KernelTable kPortableKernels;
-const KernelTable kPortableKernels{"portable", &gram_update, &ghost_apply, &ghost_solve};
+const KernelTable kPortableKernels{"portable", &gram_update, &ghost_apply, &ghost_solve, &divergence};
 
 }  // namespace ghosted_fast

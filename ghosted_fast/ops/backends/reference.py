@@ -9,6 +9,7 @@ from ghosted_fast.ops import reference
 from ghosted_fast.ops.operands import Operands
 
 _OPERATORS: dict[str, Callable[[Any], Any]] = {
+    "divergence": reference.divergence_reference,
     "ghost_apply": reference.ghost_apply_reference,
     "ghost_solve": reference.ghost_solve_reference,
     "gram_update": reference.gram_update_reference,
