@@ -3,6 +3,7 @@
 
 #include "ghost_block.h"
 #include "ghost_int8.h"
+#include "ghost_unpacked.h"
 
 namespace ghosted_fast {
 namespace {
@@ -122,6 +123,8 @@ inline void apply_blocks(const Epilogue& epilogue, int64_t threads) {
 // Which kernel serves a call; null for that of the path avx512.
 inline auto tiled_kernel(const ApplyArgs& args) -> void (*)(const Epilogue&, int64_t) {
   if (args.dtype != Dtype::kBFloat16) return nullptr;
+  const bool as_it_lies = !args.packed && has_tiles_as_it_lies(args);
+  if (as_it_lies && args.num_rows <= kUnpackedRows) return &apply_unpacked;
   if (args.num_rows > kStreamRows) return &apply_blocks;
   if (args.packed) return &apply_stream;
   const bool is_int8 = args.weight_dtype == Dtype::kInt8 && args.hidden_size <= kMaxByteInputs;
