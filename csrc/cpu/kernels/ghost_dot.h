@@ -80,13 +80,21 @@ inline void sum_registers(const VecF* acc, float* sums) {
 // Elements of a row of x that a pass over a tile's weights covers: those of all tokens, 16 KiB,
 // stay in the L1 cache beside the weights.
 constexpr int64_t kPassDwords = 4096;
-// How far ahead weights are prefetched from memory into L1: what arrives in one latency, twice.
+// How far ahead weights are prefetched from memory: what arrives in one latency, twice. AMD's cores
+// (the path avx512bf16) fetch into L1; Intel's, which run the other two of AVX-512, have too few
+// buffers for that and fetch into L2, twice as fast.
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+constexpr int64_t kPrefetchBytes = 16384;
+constexpr int kNearHint = 2;
+#else
 constexpr int64_t kPrefetchBytes = 8192;
+constexpr int kNearHint = 0;
+#endif
 
 // lanes[row * lane_stride + token] (+)= the products of weight[row] and x[token] for k in
 // [begin, end), not yet added up over the lanes. Each is summed in kChains registers, so that there
 // are enough to hide the latency of an addition. The first kPrefetched rows at `ahead` are
-// prefetched on the way: into L1 if kNear, else into L2.
+// prefetched on the way: by kNearHint if kNear, else into L2.
 // x: rows of floats; in the pair form these are dwords of two bf16. Only the last end of a row may
 // be no whole step.
 template <Dtype kType, bool kPairs, int kRows, int kTokens, int kChains, int kPrefetched,
@@ -100,7 +108,7 @@ inline void dot_lanes(const StorageOf<kType>* weight, int64_t size, int64_t begi
     VecF rows[kRows];
     GHOSTED_FAST_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      if (r < kPrefetched) __builtin_prefetch(ahead + r * size + k, 0, kNear ? 0 : 2);
+      if (r < kPrefetched) __builtin_prefetch(ahead + r * size + k, 0, kNear ? kNearHint : 2);
       rows[r] = load_weights(weight + r * size + k);
     }
     GHOSTED_FAST_UNROLL
