@@ -91,11 +91,13 @@ format: .venv/.installed
 hooks: .venv/.installed
 	$(BIN)/pre-commit install
 
-# Up to an hour on two cores. Nothing else should run beside it.
+# An hour and a half on two cores. Nothing else should run beside it.
 bench: setup
 	$(BIN)/python benchmarks/bench_ops.py --threads 1 2
 	$(BIN)/python benchmarks/bench_calibration.py
 	$(BIN)/python benchmarks/bench_generate.py --prompt-length 256
+	$(BIN)/python benchmarks/bench_timing.py
+	$(BIN)/python benchmarks/bench_fit.py
 	$(BIN)/python -m docs.generate
 
 cuda: .venv/.installed .venv/.nvcc

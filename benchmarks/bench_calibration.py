@@ -15,13 +15,13 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from _results import append_rows, machine_folder
 from rich.console import Console
 
 from ghosted_fast.assets.downloads import fetch_demo_assets
@@ -47,7 +47,6 @@ from ghosted_fast.timing.estimates import Estimate, ratio_text
 from ghosted_fast.timing.rounds import time_variants
 from ghosted_fast.timing.stopwatch import warm_sample
 
-RESULTS = Path(__file__).parent / "results" / "bench_calibration.jsonl"
 INTERVAL = (14, 19)
 OPTIONS = GhostOptions(first_state="off")
 # What is promised: at most this times the bare layers, or the evaluations of whole models.
@@ -121,8 +120,10 @@ def overheads(model: Any, batch: torch.Tensor, seconds: float) -> dict[str, dict
     return result
 
 
-def scoring(model: Any, batches: list[torch.Tensor]) -> dict[str, float]:
+def scoring(model: Any, batches: list[torch.Tensor], seconds: float) -> dict[str, Any]:
     """Return the time of scoring every candidate of one length over that of evaluating as many.
+
+    Of the whole models some are evaluated, and their time is taken that many times.
 
     Raises:
         SystemExit: The best candidate's score is not the loss of the model cut there.
@@ -132,25 +133,34 @@ def scoring(model: Any, batches: list[torch.Tensor]) -> dict[str, float]:
     dtype = next(model.parameters()).dtype
     ghosts = [fit_on_training_folds(item, OPTIONS).to_module(dtype, "cpu") for item in statistics_]
     held_out = held_out_batches(list(iterate_batches(batches)), OPTIONS, SCORE_TOKENS)
-    began = time.perf_counter()
     scores = score_intervals(model, held_out, intervals, ghosts)
-    seconds = time.perf_counter() - began
     best = min(range(len(scores)), key=scores.__getitem__)
-    evaluated, whole = 0.0, []
     chosen = sorted({*range(0, len(intervals), EVALUATE_EVERY), best})
-    for index in chosen:
-        start, stop = intervals[index]
-        smaller = remove_layers(model, list(range(start, stop)), [ghosts[index]], inplace=False)
-        began = time.perf_counter()
-        whole.append(math.log(float(perplexity(smaller, held_out))))
-        evaluated += time.perf_counter() - began
+    smaller = [
+        remove_layers(model, list(range(*intervals[index])), [ghosts[index]], inplace=False)
+        for index in chosen
+    ]
+    whole = [math.log(float(perplexity(variant, held_out))) for variant in smaller]
     difference = abs(whole[chosen.index(best)] - scores[best])
     if not difference <= 2e-2:
         raise SystemExit(f"the best score differs from the loss of the whole model by {difference}")
     if min(whole) != whole[chosen.index(best)]:
         raise SystemExit("another candidate has a lower loss than the best score's")
-    full = evaluated / len(chosen) * len(intervals)
-    return {"ratio": seconds / full, "seconds": seconds, "intervals": float(len(intervals))}
+    works: dict[str, Callable[[], object]] = {
+        "evaluated": lambda: [perplexity(variant, held_out) for variant in smaller],
+        "scored": lambda: score_intervals(model, held_out, intervals, ghosts),
+    }
+    variants = {
+        label: partial(warm_sample, work, model.device, 1, warm_up=False)
+        for label, work in works.items()
+    }
+    rounds = time_variants(variants, 0.01, seconds)
+    share = rounds.speedup("scored").inverse.times(len(chosen) / len(intervals))
+    return {
+        "ratio": share.to_dict(),
+        "seconds": rounds.seconds("scored").value,
+        "intervals": len(intervals),
+    }
 
 
 def peak_above(resident: int, work: Callable[[], object]) -> int:
@@ -193,7 +203,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--memory-tokens", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=machine_folder() / "calibration.jsonl")
     parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_memory:
@@ -212,11 +222,11 @@ def main() -> None:
                 f"{ratio_text(Estimate(**found['ratio']))} the bare layers "
                 f"(goal: {GOALS[name]:.2f})"
             )
-        found = scoring(model, batches)
+        found = scoring(model, batches, options.seconds)
         rows.append({"what": "scoring", "dtype": dtype, **found})
         console.print(
-            f"{dtype:9} scoring       ({found['intervals']:2.0f}): {found['ratio']:.3f} x as many "
-            f"evaluations of whole models (goal: {GOALS['scoring']:.2f})"
+            f"{dtype:9} scoring       ({found['intervals']:2.0f}): {Estimate(**found['ratio'])} of "
+            f"as many evaluations of whole models (goal: {GOALS['scoring']:.2f})"
         )
     for tokens in options.memory_tokens:
         command = [sys.executable, __file__, "--dtype", options.dtype[0]]
@@ -232,11 +242,8 @@ def main() -> None:
             f"{above / memory['statistics']:.2f} x the statistics"
         )
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("a", encoding="utf-8") as file:
-        for row in rows:
-            facts = {"benchmark": "calibration", **row, "machine": machine_facts(), "date": date}
-            file.write(json.dumps(facts) + "\n")
+    facts = {"machine": machine_facts(), "date": date}
+    append_rows(options.output, ({"benchmark": "calibration", **row, **facts} for row in rows))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ environment (`make bench-engines` makes them). Within an engine the three models
 side and measured in turn. That each gives the tokens of transformers is proven by tests/engines,
 not here.
 
-The table is `engines.md` in the output folder, `engines.json` holds all that was measured.
-Both are written after each engine and precision; rows of engines that are not asked for stay.
+All that was measured is in `engines.json`, which is written after each engine and precision; rows
+of engines that are not asked for stay.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import machine_folder
 
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.assets.downloads import fetch_demo_assets
@@ -165,7 +166,7 @@ def _run(command: list[Any], folder: Path, threads: int) -> str:
 
 def rows_of(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each engine and precision, as it is measured."""
-    folder = given.output / "models"
+    folder = given.models
     make_models(folder)
     facts = machine_facts()
     for engine in given.engines:
@@ -188,12 +189,10 @@ def rows_of(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
-def write(output: Path, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """Write `engines.json` and `engines.md`, each whole or not at all."""
+def in_order(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows, those of an engine together."""
     order = [(engine, kind) for engine, kinds in ENGINES.items() for kind in kinds]
-    kept = [rows[key] for key in order if key in rows]
-    write_atomically(output / "engines.json", json.dumps(kept, indent=2) + "\n")
-    write_atomically(output / "engines.md", markdown(kept))
+    return [rows[key] for key in order if key in rows]
 
 
 def _speed(record: dict[str, Any]) -> str:
@@ -235,22 +234,22 @@ def _settings(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench_engines")
+    parser.add_argument("--output", type=Path, default=machine_folder() / "engines.json")
+    parser.add_argument("--models", type=Path, default=ROOT / "build" / "bench_engines" / "models")
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--precision", type=float, default=0.005)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    given.output = given.output.absolute()
-    before = given.output / "engines.json"
-    known = json.loads(before.read_text()) if before.exists() else []
+    given.models = given.models.absolute()
+    known = json.loads(given.output.read_text()) if given.output.exists() else []
     rows = {(row["engine"], row["precision"]): row for row in known}
     for row in rows_of(given):
         rows[row["engine"], row["precision"]] = row
-        write(given.output, rows)
+        write_atomically(given.output, json.dumps(in_order(rows), indent=2) + "\n")
         sys.stderr.write(f"{row['engine']} {row['precision']}: {row['seconds']:.0f} s\n")
-    sys.stdout.write((given.output / "engines.md").read_text())
+    sys.stdout.write(markdown(in_order(rows)))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from _results import append_rows, machine_folder
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -38,7 +38,6 @@ from ghosted_fast.testing import relative_rms
 from ghosted_fast.text.loading import load_texts, token_batches
 from ghosted_fast.timing.estimates import Estimate
 
-RESULTS = Path(__file__).parent / "results" / "bench_generate.jsonl"
 # The criterion "ghost" chooses these of SmolLM2's 30 layers; the speed depends on their number.
 REMOVED = tuple(range(14, 19))
 CALIBRATION_TOKENS = 8192
@@ -183,7 +182,7 @@ def main() -> None:
     parser.add_argument("--precision", type=float, default=0.005)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=machine_folder() / "generate.jsonl")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -207,15 +206,13 @@ def main() -> None:
         models = {"dense": dense, "pruned": prune_model(dense, REMOVED), "ghosted": ghosted}
         rows = compare_models(models, speed=speed, progress=True)
         facts = [row.to_dict() for row in rows]
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("a", encoding="utf-8") as file:
-            for row in rows:
-                line = record(row, facts, models[row.name], errors, roofs)
-                file.write(json.dumps(line) + "\n")
-                console.print(
-                    f"{row.name:8} {dtype:9} decoding {line['decode_gbps']:.1f} GB/s, "
-                    f"{line['decode_roof_share']:.0%} of the roof"
-                )
+        lines = [record(row, facts, models[row.name], errors, roofs) for row in rows]
+        append_rows(options.output, lines)
+        for line in lines:
+            console.print(
+                f"{line['model']:8} {dtype:9} decoding {line['decode_gbps']:.1f} GB/s, "
+                f"{line['decode_roof_share']:.0%} of the roof"
+            )
         table = model_table(rows)
         console.print("  ".join(table.columns))
         for cells in table.rows:

@@ -1,7 +1,7 @@
 """What healing brings for how many tokens: from a ghost, from corrected ghosts, from nothing.
 
 SmolLM2-135M-Instruct in bf16 loses 5 of its 30 layers, those that the default chooses. Each point
-of a curve is a healing of its own, whose learning rate falls to nothing over its tokens: no point
+of a curve is a healing of its own, whose learning rate falls to nothing at its end: no point
 is a look at a longer run. Models are judged on three kinds of text that none of it saw: passages of
 Wikipedia, stories and the manual of Python. Beside its perplexities each point has the time it
 took, in passes of the dense model over as many tokens. Points that are in the file already are not

@@ -72,8 +72,8 @@ class HealOptions:
     Attributes:
         tokens: Tokens to learn from at most; None for all that there are.
         rank: Rank of the factors of each linear map; 0 trains the ghosts alone.
-        learning_rate: Of Adam's steps on the factors and ghosts; > 0. It falls to nothing by a
-            cosine.
+        learning_rate: Of Adam's steps on the factors and ghosts; > 0. It falls to nothing over the
+            last three tenths.
         tokens_per_step: Tokens of each step.
         held_out_tokens: Tokens that the model is judged on.
         minutes: When to end at the latest, but for the first step; None for no limit.
@@ -86,7 +86,7 @@ class HealOptions:
     tokens: int | None = None
     rank: int = 32
     learning_rate: float = 1e-3
-    tokens_per_step: int = 2048
+    tokens_per_step: int = 1024
     held_out_tokens: int = 4096
     minutes: float | None = None
     seed: int = 0

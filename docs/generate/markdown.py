@@ -25,20 +25,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rule, *rows))
 
 
-def measured_ratio(record: Mapping[str, Any] | float | None) -> str:
-    """Return a ratio of speeds as `1.22x ± 0.01`, from an `Estimate` as JSON has it.
-
-    Rows of before rounds have a median alone, which is shown as it is.
-    """
-    if isinstance(record, float):
-        return f"{record:.2f}x"
+def measured_ratio(record: Mapping[str, Any] | None) -> str:
+    """Return a ratio of speeds as `1.22x ± 0.01`, from an `Estimate` as JSON has it."""
     return ratio_text(estimate_from(record))
 
 
-def measured_speed(record: Mapping[str, Any] | float) -> str:
-    """Return a speed with the digits that are known of it; see `measured_ratio`."""
-    if isinstance(record, float):
-        return f"{record:.1f}"
+def measured_speed(record: Mapping[str, Any]) -> str:
+    """Return a speed with the digits that are known of it, from an `Estimate` as JSON has it."""
     return speed_text(estimate_from(record))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from docs.generate.markdown import table
-from docs.generate.results import operator_rows
+from docs.generate.results import Machine, machines, newest_rows
+from ghosted_fast.bench_ops.report import figure_text
 from ghosted_fast.timing.estimates import Estimate, estimate_from
 
 _SIZES = (576, 2048, 4096)
@@ -34,27 +35,48 @@ def reached(row: Row, against: str) -> Estimate | None:
 
 
 def operator_table(operator: str) -> str:
-    """Return a row for each case and rival, the ratio by threads and size.
+    """Return each machine's table of an operator, under its processor's name.
+
+    A table has a row for each case and rival, and the ratio by threads and size.
 
     The rivals are those that have a floor, and a stronger one that has none. A ratio whose
     interval's lower end is below the floor is bold, whether the benchmark holds that size to the
     floor or not.
     """
-    rows = [row for row in operator_rows(operator) if row["is_ours"]]
-    floors: dict[tuple[str, str, str, str], float | None] = {}
+
+    def has(machine: Machine) -> list[Row]:
+        return machine.newest(operator)
+
+    parts = [f"{_machine_line(has(m))}\n\n{_table_of(operator, has(m))}" for m in machines(has)]
+    return "\n".join(parts)
+
+
+def _machine_line(found: list[Row]) -> str:
+    """Return on what, with what and when an operator was measured."""
+    row = found[0]
+    path = re.search(r"path (\w+)", row["native"])
+    assert path is not None
+    return f"**{row['processor']}**, path `{path[1]}`, torch {row['torch']}, {row['date'][:10]}."
+
+
+def _table_of(operator: str, found: list[Row]) -> str:
+    rows = [row for row in found if row["is_ours"]]
+    # By case, the floor of each size, if there is one.
+    floors: dict[tuple[str, str, str, str], dict[int, float]] = {}
     for row in rows:
+        size, shape = _case(row)
         for goal in row["goals"]:
-            case = (_case(row)[1], row["dtype"], row["variant"], goal["against"])
-            floors[case] = goal["floor"]
+            case = (shape, row["dtype"], row["variant"], goal["against"])
+            floors.setdefault(case, {})[size] = goal["floor"]
             if operator in _STRONGER:
-                floors.setdefault((*case[:3], _STRONGER[operator]), None)
+                floors.setdefault((*case[:3], _STRONGER[operator]), {})
     lines = [
         [
             *_named(operator, case),
-            "" if floor is None else f"{floor:g}",
-            *_values(rows, case, floor),
+            " / ".join(f"{floor:g}" for floor in dict.fromkeys(by_size.values())),
+            *_values(rows, case, by_size),
         ]
-        for case, floor in floors.items()
+        for case, by_size in floors.items()
     ]
     heads = [f"{threads} thr., d={size}" for threads in _THREADS for size in _SIZES]
     return table(["case", "against", "floor", *heads], lines, 2)
@@ -74,7 +96,9 @@ def _named(operator: str, case: tuple[str, str, str, str]) -> list[str]:
     ]
 
 
-def _values(rows: list[Row], case: tuple[str, str, str, str], floor: float | None) -> list[str]:
+def _values(
+    rows: list[Row], case: tuple[str, str, str, str], floors: dict[int, float]
+) -> list[str]:
     shape, dtype, variant, against = case
     values = []
     for threads in _THREADS:
@@ -88,31 +112,38 @@ def _values(rows: list[Row], case: tuple[str, str, str, str], floor: float | Non
                 ),
                 None,
             )
-            text = "" if value is None else with_interval(value)
+            text, floor = "" if value is None else figure_text(value), floors.get(size)
             below = value is not None and floor is not None and value.low < floor
             values.append(f"**{text}**" if below else text)
     return values
 
 
-def with_interval(value: Estimate, digits: int = 2) -> str:
-    """Return a ratio with half of its interval, where it has one."""
-    return f"{value.value:.{digits}f}" if value.low == value.high else str(value)
+def divergence_table() -> str:
+    """Return each machine's table of `divergence`: how many times as fast as each rival."""
+
+    def has(machine: Machine) -> list[Row]:
+        return machine.newest("divergence")
+
+    parts = [f"{_machine_line(has(m))}\n\n{_divergences_of(has(m))}" for m in machines(has)]
+    return "\n".join(parts)
 
 
-def machine_line() -> str:
-    """Return on what, with what and when the operators were measured."""
-    found = [operator_rows(name)[0] for name in ("gram_update", "ghost_apply", "ghost_solve")]
-    (processor,) = {row["processor"] for row in found}
-    (version,) = {row["torch"] for row in found}
-    days = sorted({row["date"][:10] for row in found})
-    path = re.search(r"path (\w+)", found[0]["native"])
-    assert path is not None
-    return f"{processor}, path `{path[1]}`, torch {version}, {' and '.join(days)}."
+def _divergences_of(found: list[Row]) -> str:
+    rivals = list(dict.fromkeys(row["variant"] for row in found if not row["is_ours"]))
+    lines = []
+    for row in found:
+        if row["is_ours"]:
+            ratios = [estimate_from(row["ratios"].get(name)) for name in rivals]
+            cells = [row["shape"], str(row["threads"])]
+            cells += ["" if ratio is None else figure_text(ratio) for ratio in ratios]
+            lines.append([*cells, figure_text(Estimate(**row["roof_share"]))])
+    return table(["case", "threads", *rivals, "share of the roof"], lines)
 
 
 def against_hooks() -> str:
     """Return how many times as fast a ghost is as a forward hook with an fp32 weight."""
-    rows = [row for row in operator_rows("ghost_apply") if row["variant"] == "ghosted_fast"]
+    newest = newest_rows("ghost_apply")
+    rows = [row for row in newest if row["variant"] == "ghosted_fast"]
     shown: list[tuple[str, Callable[[Row], bool]]] = [
         (f"{dtype}, {count} row{'s' * (count > 1)}", _is(dtype, f"rows={count}"))
         for dtype, count in (
@@ -133,10 +164,10 @@ def against_hooks() -> str:
                     for row in rows
                     if wanted(row) and row["threads"] == threads and _case(row)[0] == size
                 ]
-                cells.append(with_interval(found[0], 1) if found and found[0] else "")
+                cells.append(figure_text(found[0]) if found and found[0] else "")
         lines.append([name, *cells])
     heads = [f"{threads} thr., d={size}" for threads in _THREADS for size in _SIZES]
-    return table(["", *heads], lines)
+    return f"{_machine_line(newest)}\n\n{table(['', *heads], lines)}"
 
 
 def _is(dtype: str, shape: str) -> Callable[[Row], bool]:

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from docs.generate import engines, memory, operators, program, quick_start, recovery, speed, sweep
+from docs.generate import (
+    engines,
+    memory,
+    operators,
+    program,
+    quick_start,
+    recovery,
+    speed,
+    sweep,
+)
 from docs.generate.markers import block_names, replace_blocks
 from docs.generate.plots import pictures
 from docs.generate.results import ROOT
@@ -34,9 +43,11 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "deployment": speed.deployment,
         "engines": speed.engines,
         "calibration": speed.calibration,
-        "machine": operators.machine_line,
+        "fit": speed.fit,
+        "same-model": speed.same_model,
         "gram-update": partial(operators.operator_table, "gram_update"),
         "ghost-apply": partial(operators.operator_table, "ghost_apply"),
+        "divergence": operators.divergence_table,
         "ghost-solve": partial(operators.operator_table, "ghost_solve"),
     },
     "docs/transformers.md": {"engine": partial(speed.one_engine, "transformers")},

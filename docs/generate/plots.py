@@ -14,7 +14,7 @@ from docs.generate.results import (
     OUR_RECOVERY,
     Study,
     engine_rows,
-    operator_rows,
+    newest_rows,
     studies,
 )
 from ghosted_fast.timing.estimates import Estimate
@@ -144,12 +144,8 @@ def _perplexity_of(axes: Any, study: Study, theme: Theme) -> None:
 
 
 def _to_dense(row: dict[str, Any], name: str) -> Estimate:
-    """Return a model's speed over the dense one's; rows of before rounds have medians alone."""
-    relative = row[name].get("relative")
-    if relative is not None:
-        return Estimate(**relative["dense"]["decode"])
-    value = row[name]["decode_tokens_per_s"] / row["dense"]["decode_tokens_per_s"]
-    return Estimate(value, value, value, 1)
+    """Return a model's speed of decoding over the dense one's."""
+    return Estimate(**row[name]["relative"]["dense"]["decode"])
 
 
 def engines(theme: Theme) -> Any:
@@ -172,6 +168,7 @@ def engines(theme: Theme) -> Any:
     axes.grid()
     axes.set_axisbelow(True)
     axes.set_xlabel("speed of decoding / dense (one layer in six removed)")
+    figure.suptitle(rows[0]["machine"]["processor"], x=0.02, ha="left", fontsize=11)
     figure.legend(loc="outside upper right", ncols=2)
     return figure
 
@@ -183,7 +180,7 @@ def operators(theme: Theme) -> Any:
     rows = [
         row
         for name in _OPERATORS
-        for row in operator_rows(name)
+        for row in newest_rows(name)
         if row["variant"] == "ghosted_fast" and row["threads"] == 1
     ][::-1]
     colours = [
@@ -192,6 +189,7 @@ def operators(theme: Theme) -> Any:
     figure, (ratio, roof) = plt.subplots(
         1, 2, sharey=True, figsize=(10, 1.0 + 0.24 * len(rows)), layout="constrained"
     )
+    figure.suptitle(rows[0]["processor"], fontsize=11)
     places = range(len(rows))
     against_rivals = [reached(row, "best rival") for row in rows]
     _bars(ratio, against_rivals, 1.0, colours, theme)

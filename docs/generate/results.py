@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,8 +11,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# What rows from before intervals had among their ratios, which is no variant.
-_NAMED = ("best rival", "one thread")
 OUR_CRITERION, OUR_RECOVERY, OUR_CLOSED_FORM = "ghost", "ghost + corrections", "ghost"
 
 
@@ -101,51 +100,48 @@ def families() -> dict[str, Any]:
     return found
 
 
-def engine_rows() -> list[dict[str, Any]]:
-    """Return the rows of `make bench-engines`."""
-    rows = json.loads((RESULTS / "engines.json").read_text(encoding="utf-8"))
-    assert isinstance(rows, list)
-    return rows
+@dataclass(frozen=True)
+class Machine:
+    """A folder of results of one kind of processor."""
+
+    folder: Path
+
+    @property
+    def engines(self) -> list[dict[str, Any]]:
+        """The rows of `make bench-engines`; none if it did not run here."""
+        path = self.folder / "engines.json"
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        assert isinstance(rows, list)
+        return rows
+
+    def newest(self, benchmark: str) -> list[dict[str, Any]]:
+        """Return the rows of the newest run of a benchmark; none if it did not run here.
+
+        Args:
+            benchmark: `gram_update`, `ghost_apply`, `ghost_solve`, `calibration` or `generate`. Of
+                `generate`, the newest run of each dtype.
+        """
+        path = self.folder / f"{benchmark}.jsonl"
+        if not path.exists():
+            return []
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        apart = benchmark == "generate"
+        newest = {row["dtype"] if apart else "": row["date"] for row in rows}
+        return [row for row in rows if row["date"] == newest[row["dtype"] if apart else ""]]
 
 
-@cache
+def machines(has: Callable[[Machine], list[dict[str, Any]]]) -> list[Machine]:
+    """Return the machines that have some results, the one with the newest first."""
+    found = [Machine(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()]
+    dates = {machine: max((row["date"] for row in has(machine)), default="") for machine in found}
+    return sorted(filter(dates.__getitem__, found), key=dates.__getitem__, reverse=True)
+
+
 def newest_rows(benchmark: str) -> list[dict[str, Any]]:
-    """Return the rows of the newest run of a benchmark.
-
-    Args:
-        benchmark: `gram_update`, `ghost_apply`, `ghost_solve`, `calibration` or `generate`. Of
-            `generate`, the newest run of each dtype.
-    """
-    lines = (RESULTS / f"bench_{benchmark}.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    apart = benchmark == "generate"
-    newest = {row["dtype"] if apart else "": row["date"] for row in rows}
-    return [row for row in rows if row["date"] == newest[row["dtype"] if apart else ""]]
+    """Return the rows of a benchmark from the machine where it ran last."""
+    return machines(lambda machine: machine.newest(benchmark))[0].newest(benchmark)
 
 
-@cache
-def operator_rows(operator: str) -> list[dict[str, Any]]:
-    """Return the rows of the newest run of an operator's benchmark, as `bench_ops` writes them."""
-    return [_with_intervals(row) for row in newest_rows(operator)]
-
-
-def _with_intervals(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row in today's form: one from before intervals has medians, as both ends too."""
-    if "variant" in row:
-        return row
-
-    def exact(value: float | None) -> dict[str, Any] | None:
-        return (
-            None if value is None else {"value": value, "low": value, "high": value, "samples": 1}
-        )
-
-    ratios = {name: value for name, value in row["ratios"].items() if name not in _NAMED}
-    rivals = [name for name in ratios if not name.startswith("ghosted_fast")]
-    return {
-        **row,
-        "variant": row["backend"],
-        "roof_share": exact(row["roof_share"]),
-        "ratios": {name: exact(value) for name, value in ratios.items()},
-        "best_rival": min(rivals, key=lambda name: float(ratios[name])),
-        "one_thread": exact(row["ratios"].get("one thread")),
-    }
+def engine_rows() -> list[dict[str, Any]]:
+    """Return the rows of the engines from the machine where they ran last."""
+    return machines(lambda machine: machine.engines)[0].engines

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from docs.generate.markdown import measured_ratio, measured_speed, table
-from docs.generate.results import engine_rows, newest_rows
+from docs.generate.results import Machine, engine_rows, machines
+from ghosted_fast.cli._shared.tables import profile_table
+from ghosted_fast.timing.estimates import Estimate
 
 _PAGES = {
     "transformers": ("transformers", "docs/transformers.md"),
@@ -24,56 +28,80 @@ def _engine_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _heading(rows: list[dict[str, Any]]) -> str:
-    settings = [row["ghosted"].get("settings", row["ghosted"]) for row in rows]
-    in_rounds = all("settings" in row["ghosted"] for row in rows)
-    how = ". ± is half of the 95 % interval" if in_rounds else ", medians of runs by turns"
+    settings = [row["ghosted"]["settings"] for row in rows]
     ((new_tokens, prompt_length),) = {(s["new_tokens"], s["prompt_length"]) for s in settings}
     (threads,) = {row["threads"] for row in rows}
-    (processor,) = {row["machine"]["processor"] for row in rows}
     days = " and ".join(sorted({row["date"][:10] for row in rows}))
     return (
         f"Tokens per second of decoding, {_GIVEN} (25 of 30 layers are left): {new_tokens} tokens "
-        f"after {prompt_length}, {threads} thread{'s' * (threads > 1)} of an {processor}, {days} "
-        f"(`make bench-engines`){how}.\n\n"
+        f"after {prompt_length}, {threads} thread{'s' * (threads > 1)}, {days} "
+        f"(`make bench-engines`). ± is half of the 95 % interval.\n\n"
     )
 
 
+def by_machine(
+    has: Callable[[Machine], list[dict[str, Any]]],
+    show: Callable[[list[dict[str, Any]]], str],
+) -> str:
+    """Return what is shown of each machine's rows, under its processor's name."""
+    parts = []
+    for machine in machines(has):
+        rows = has(machine)
+        processor = rows[0]["machine"]["processor"]
+        parts.append(f"**{processor}.** {show(rows)}")
+    return "\n".join(parts)
+
+
 def engines() -> str:
-    """Return the table of all engines, for a page in `docs`."""
+    """Return the tables of all engines, for a page in `docs`."""
+    return by_machine(lambda machine: machine.engines, _engines_of)
+
+
+def _engines_of(found: list[dict[str, Any]]) -> str:
     rows = []
-    for row in engine_rows():
+    for row in found:
         name, page = _PAGES[row["engine"]]
         link = f"[{name}]({page.removeprefix('docs/')}) {row['version']}"
         rows.append([link, row["precision"], *_engine_cells(row)])
     columns = ["engine", "precision", *_MODELS, "ghosted / pruned", "ghosted / dense"]
-    return _heading(engine_rows()) + table(columns, rows, 2)
+    return _heading(found) + table(columns, rows, 2)
 
 
 def one_engine(engine: str) -> str:
-    """Return the table of one engine, for its own page."""
-    rows = [row for row in engine_rows() if row["engine"] == engine]
+    """Return the tables of one engine, for its own page."""
     columns = ["precision", *_MODELS, "ghosted / pruned", "ghosted / dense"]
-    cells = [[row["precision"], *_engine_cells(row)] for row in rows]
-    return _heading(rows) + table(columns, cells)
+
+    def has(machine: Machine) -> list[dict[str, Any]]:
+        return [row for row in machine.engines if row["engine"] == engine]
+
+    def show(rows: list[dict[str, Any]]) -> str:
+        cells = [[row["precision"], *_engine_cells(row)] for row in rows]
+        return _heading(rows) + table(columns, cells)
+
+    return by_machine(has, show)
 
 
 def where_it_runs() -> str:
     """Return the README's table: engines, tested versions, and the speed over dense."""
     rows = []
+    found = engine_rows()
     for engine, (name, page) in _PAGES.items():
-        found = [row for row in engine_rows() if row["engine"] == engine]
+        mine = [row for row in found if row["engine"] == engine]
         precisions = [
-            f"{row['precision']} {measured_ratio(row['ghosted_to_dense'])}" for row in found
+            f"{row['precision']} {measured_ratio(row['ghosted_to_dense'])}" for row in mine
         ]
-        rows.append([f"[{name}]({page})", found[0]["version"], ", ".join(precisions)])
-    (threads,) = {row["threads"] for row in engine_rows()}
-    where = f"5 of 30 layers gone, {threads} thread{'s' * (threads > 1)}"
+        rows.append([f"[{name}]({page})", mine[0]["version"], ", ".join(precisions)])
+    ((threads, processor),) = {(row["threads"], row["machine"]["processor"]) for row in found}
+    where = f"5 of 30 layers gone, {threads} thread{'s' * (threads > 1)} of an {processor}"
     return table(["engine", "tested version", f"decoding relative to dense, {where}"], rows, 3)
 
 
 def models() -> str:
-    """Return the table of dense, pruned and ghosted model in this library."""
-    found = newest_rows("generate")
+    """Return the tables of dense, pruned and ghosted model in this library."""
+    return by_machine(lambda machine: machine.newest("generate"), _models_of)
+
+
+def _models_of(found: list[dict[str, Any]]) -> str:
     rows = []
     for dtype in ("bfloat16", "float32"):
         by_model = {row["model"]: row for row in found if row["dtype"] == dtype}
@@ -93,27 +121,34 @@ def models() -> str:
     heading = (
         f"Tokens per second, {_GIVEN}: batch {settings['batch_size']}, prompts of "
         f"{settings['prompt_length']} tokens, {settings['new_tokens']} new ones, "
-        f"{row['machine']['threads']} threads of an {row['machine']['processor']}, "
-        f"{row['date'][:10]}. ± is half of the 95 % interval.\n\n"
+        f"{row['machine']['threads']} threads, {row['date'][:10]}. "
+        f"± is half of the 95 % interval.\n\n"
     )
     return heading + table(columns, rows, 2)
 
 
 def deployment() -> str:
-    """Return the table of latencies and memory of dense, pruned and ghosted model."""
+    """Return the tables of latencies and memory of dense, pruned and ghosted model."""
+    return by_machine(lambda machine: machine.newest("generate"), _deployment_of)
+
+
+def _deployment_of(found: list[dict[str, Any]]) -> str:
     rows = []
-    for row in sorted(newest_rows("generate"), key=lambda row: str(row["dtype"])):
+    for row in sorted(found, key=lambda row: str(row["dtype"])):
         steps = row["token_ms"]
         rows.append([row["dtype"], row["model"], measured_speed(row["first_token_ms"])])
         rows[-1] += [f"{steps[name]:.1f}" for name in ("p50", "p95", "p99")]
         rows[-1] += [f"{row[name] / 2**20:.1f}" for name in ("weight_bytes", "cache_bytes")]
     columns = ["dtype", "model", "first token, ms", "token, ms", "95th of 100", "99th of 100"]
-    return table([*columns, "weights, MiB", "cache, MiB"], rows, 2)
+    return "\n\n" + table([*columns, "weights, MiB", "cache, MiB"], rows, 2)
 
 
 def calibration() -> str:
     """Return what the statistics and the scores cost, in units of forward passes."""
-    found = newest_rows("calibration")
+    return by_machine(lambda machine: machine.newest("calibration"), _calibration_of)
+
+
+def _calibration_of(found: list[dict[str, Any]]) -> str:
     rows = []
     for row in found:
         if row["what"] == "memory":
@@ -122,9 +157,51 @@ def calibration() -> str:
             rows.append([what, row["dtype"], f"{share:.1f} of the statistics' size"])
         elif row["what"] == "scoring":
             what = f"scoring {row['intervals']:.0f} candidates on 2048 tokens"
-            rows.append([what, row["dtype"], f"{row['ratio']:.2f} of evaluating as many models"])
+            cost = f"{Estimate(**row['ratio'])} of evaluating as many models"
+            rows.append([what, row["dtype"], cost])
         else:
             what = f"statistics of {row['what']} ({row['intervals']}), whole pass"
             cost = f"{measured_ratio(row['ratio'])} the bare forward pass"
             rows.append([what, row["dtype"], cost])
-    return table(["what", "dtype", "cost"], rows, 3)
+    day = f"{found[0]['machine']['threads']} threads, {found[0]['date'][:10]}.\n\n"
+    return day + table(["what", "dtype", "cost"], rows, 3)
+
+
+def same_model() -> str:
+    """Return how often, and how narrowly, one model under two names was found to be one."""
+    return by_machine(lambda machine: machine.newest("timing"), _same_model_of)
+
+
+def _same_model_of(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for phase in ("prefill", "decode"):
+        ratios = [Estimate(**row[phase]) for row in found]
+        holding = sum(ratio.holds_one for ratio in ratios)
+        mean = math.exp(sum(math.log(ratio.value) for ratio in ratios) / len(ratios))
+        halves = sorted(ratio.half_width for ratio in ratios)
+        rows.append([phase, f"{holding} of {len(ratios)}", f"{mean:.4f}"])
+        rows[-1] += [f"{100 * half:.1f} %" for half in (halves[len(halves) // 2], halves[-1])]
+    longest = max(row["seconds"] for row in found)
+    heading = (
+        f"SmolLM2-135M-Instruct, {found[0]['dtype']}, {found[0]['machine']['threads']} threads, "
+        f"{found[0]['date'][:10]}: {len(found)} runs of at most {longest:.0f} seconds.\n\n"
+    )
+    columns = ["", "intervals that hold 1", "mean ratio", "± in the middle", "± at most"]
+    return heading + table(columns, rows)
+
+
+def fit() -> str:
+    """Return where the time of a fit with the defaults goes."""
+    return by_machine(lambda machine: machine.newest("fit"), _fit_of)
+
+
+def _fit_of(found: list[dict[str, Any]]) -> str:
+    (row,) = found
+    parts = profile_table(row["spans"])
+    heading = (
+        f"{row['machine']['threads']} threads, {row['date'][:10]}: {row['seconds']:.0f} seconds, "
+        f"{Estimate(**row['passes'])} forward passes of the {row['tokens']:,} tokens.\n\n"
+    )
+    # Blanks at the start of a cell are lost in Markdown.
+    cells = [[name.replace("  ", "· "), *rest] for name, *rest in parts.rows]
+    return heading + table(parts.columns, cells)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from ghosted_fast.ops.reference import gram_update_reference
 from ghosted_fast.testing import relative_rms
 
 OPERATOR = "gram_update"
-# What is summed, and whether from normed rows to differences, as calibration does.
+# What is summed, and whether as the default fit does: weighted, from normed rows to differences.
 FORMS = (("G", False), ("C", False), ("G+C", False), ("G+C", True))
 TOKENS = (2048,)
 BOUND = 1e-6
@@ -40,10 +41,19 @@ def plans(
     tokens: int,
     dtype: torch.dtype,
     forms: Iterable[tuple[str, bool]] = FORMS,
+    wide: bool = True,
 ) -> Iterator[Plan]:
-    """Yield the cases of a hidden size, a number of tokens and a dtype."""
+    """Yield the cases of a hidden size, a number of tokens and a dtype.
+
+    Args:
+        width: The hidden size.
+        tokens: Tokens of an update.
+        dtype: Dtype of the activations.
+        forms: As `FORMS`.
+        wide: Whether fp64 is among the rivals of 16-bit rows: it is the slowest by far.
+    """
     for wanted, normed in forms:
-        arguments = (width, tokens, dtype, wanted, normed)
+        arguments = (width, tokens, dtype, wanted, normed, wide or dtype == torch.float32)
         sums = len(_SUMS[wanted]) * 8 * width**2
         # Four pairs of sums, their products, and the activations in up to fp64.
         memory = 8 * sums + 40 * tokens * width
@@ -57,6 +67,12 @@ def plans(
             refusal=functools.partial(_refusal, width, dtype, wanted),
             memory=lambda setting, memory=memory: memory,  # type: ignore[misc]
         )
+
+
+def _weights(x: Tensor, y: Tensor) -> Tensor:
+    """Return weights about 1 / mean(y^2), each row's scale a power of two, as the fit's are."""
+    energy, unit = (rows.float().square().mean(1) + _NORM_EPS for rows in (y, x))
+    return unit * 4.0 ** (-0.5 * (energy * unit).log2()).round()
 
 
 def _zeros(width: int, wanted: str, device: torch.device) -> Sums:
@@ -83,16 +99,23 @@ def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _case(
-    width: int, tokens: int, dtype: torch.dtype, wanted: str, normed: bool, setting: Setting
+    width: int,
+    tokens: int,
+    dtype: torch.dtype,
+    wanted: str,
+    normed: bool,
+    wide: bool,
+    setting: Setting,
 ) -> Case:
     device = setting.device
     x, y = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(2))
-    norm_eps = _NORM_EPS if normed else None
+    norm_eps, weight = (_NORM_EPS, _weights(x, y)) if normed else (None, None)
     outputs = None if wanted == "G" else y
     sums, exact = _zeros(width, wanted, device), _zeros(width, wanted, device)
     gram, cross = exact.get("gram"), exact.get("cross")
-    gram_update_reference(GramOperands(x, outputs, None, norm_eps, normed, gram, cross))
-    settings = {"norm_eps": norm_eps, "delta": normed, "backend": setting.backend}
+    gram_update_reference(GramOperands(x, outputs, weight, norm_eps, normed, gram, cross))
+    settings: dict[str, Any] = {"norm_eps": norm_eps, "delta": normed, "backend": setting.backend}
+    settings["token_weight"] = weight
 
     def update() -> None:
         gram_update(x, outputs, **settings, **sums)  # type: ignore[arg-type]
@@ -107,10 +130,10 @@ def _case(
     def rival(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Do what a torch user writes: products in `dtype`, added to fp64 sums."""
         a, b = x, y
-        if norm_eps is not None:
-            features = x.float()
-            a = features * torch.rsqrt(features.square().mean(1, keepdim=True) + norm_eps)
-            b = y.float() - x.float()
+        if norm_eps is not None and weight is not None:
+            features, root = x.float(), weight.sqrt()[:, None]
+            scale = torch.rsqrt(features.square().mean(1, keepdim=True) + norm_eps)
+            a, b = features * (scale * root), (y.float() - features) * root
         a = a.to(dtype)
         if "gram" in sums:
             sums["gram"] += product(a, a)
@@ -118,7 +141,7 @@ def _case(
             sums["cross"] += product(a, b.to(dtype))
 
     variants = [Variant(OURS, update, functools.partial(error, update, BOUND), is_ours=True)]
-    for name, kind, product in _rivals(dtype, device):
+    for name, kind, product in _rivals(dtype, device, wide):
         run = functools.partial(rival, kind, product)
         gate = functools.partial(error, run, _RIVAL_BOUNDS[kind])
         variants.append(Variant(name, run, gate))
@@ -130,14 +153,15 @@ def _case(
 
 
 def _rivals(
-    dtype: torch.dtype, device: torch.device
+    dtype: torch.dtype, device: torch.device, wide: bool
 ) -> Iterator[tuple[str, torch.dtype, Callable[[Tensor, Tensor], Tensor]]]:
     if dtype == torch.bfloat16:
         yield TORCH_BF16, torch.bfloat16, _product
     yield "torch fp32", torch.float32, _product
     if device.type == "cpu":
         yield "oneDNN fp32", torch.float32, _onednn_product
-    yield "torch fp64", torch.float64, _product
+    if wide:
+        yield "torch fp64", torch.float64, _product
 
 
 def _multiplies_in_tiles() -> bool:
@@ -149,11 +173,13 @@ def _multiplies_in_tiles() -> bool:
 def _flops(
     width: int, tokens: int, dtype: torch.dtype, wanted: str, normed: bool, in_tiles: bool
 ) -> dict[str, float]:
-    # The normed form multiplies C in fp32: y times a row's weight is no bf16 number.
+    # In the form of the fit C is multiplied in fp32: a difference of bf16 numbers is none. In tiles
+    # that takes three products.
     kinds = {"gram": flops_kind(dtype), "cross": "fp32" if normed else flops_kind(dtype)}
     flops: dict[str, float] = {}
     for name in _SUMS[wanted]:
         count = (1.0 if name == "gram" else 2.0) * tokens * width**2
         kind = "bf16" if in_tiles else kinds[name]
-        flops[kind] = flops.get(kind, 0.0) + count * (3 if in_tiles and normed else 1)
+        parts = 3 if in_tiles and normed and name == "cross" else 1
+        flops[kind] = flops.get(kind, 0.0) + count * parts
     return flops

@@ -11,7 +11,7 @@ from ghosted_fast.bench_ops.roofs import MEMORY
 from ghosted_fast.bench_ops.rows import Run
 from ghosted_fast.errors import MissingExtraError
 
-_MARKERS = {"gram_update": "s", "ghost_apply": "o", "ghost_solve": "^"}
+_MARKERS = {"gram_update": "s", "ghost_apply": "o", "ghost_solve": "^", "divergence": "D"}
 _OURS, _RIVAL, _INK = "#d1242f", "#0969da", "#59636e"
 _STYLE = {
     "svg.hashsalt": "ghosted_fast",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ghosted_fast.bench_ops.rows import Run
     from ghosted_fast.bench_ops.runner import Effort
 
-Operator = Literal["gram_update", "ghost_apply", "ghost_solve"]
+Operator = Literal["gram_update", "ghost_apply", "ghost_solve", "divergence"]
 OperandDtype = Literal["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"]
 JSON_FILE, CSV_FILE, PLOT_FILE = "operators.json", "operators.csv", "roofline.svg"
 
@@ -50,10 +51,14 @@ class CaseArgs:
         typer.Option(
             "--rows",
             min=1,
-            help="Tokens in a call; repeat it. If not given: 2048 for gram_update, and 1, 16 and "
-            "512 for ghost_apply.",
+            help="Tokens in a call; repeat it. If not given: 2048 for gram_update, 1, 16 and 512 "
+            "for ghost_apply, and 256 for divergence.",
         ),
     ] = None
+    words: Annotated[
+        list[int],
+        typer.Option("--words", min=1, help="Words of divergence's vocabulary; repeat it."),
+    ] = field(default_factory=lambda: [49152])
     dtype: Annotated[
         list[OperandDtype] | None,
         typer.Option(
@@ -92,7 +97,7 @@ class CaseArgs:
 
     def plans(self) -> list[Plan]:
         """Return the cases."""
-        from ghosted_fast.bench_ops import ghost_apply, ghost_solve, gram_update
+        from ghosted_fast.bench_ops import divergence, ghost_apply, ghost_solve, gram_update
         from ghosted_fast.models.loading import resolve_dtype
 
         wanted = dict.fromkeys(self.operator or get_args(Operator))
@@ -109,6 +114,12 @@ class CaseArgs:
                         found += ghost_apply.plans(width, rows, dtype)
             if "ghost_solve" in wanted:
                 found += ghost_solve.plans(width)
+        if "divergence" in wanted:
+            for words, rows, dtype in itertools.product(
+                dict.fromkeys(self.words), dict.fromkeys(self.rows or divergence.ROWS), dtypes
+            ):
+                assert dtype is not None
+                found += divergence.plans(words, rows, dtype)
         return sorted(found, key=lambda plan: list(wanted).index(plan.operator))
 
     def setting(self) -> Setting:

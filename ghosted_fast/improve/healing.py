@@ -56,8 +56,12 @@ from ghosted_fast.timing.spans import span
 
 _LOGGER = logging.getLogger(__name__)
 _WARMUP_STEPS = 3
-# Judgements of the whole run, beside the one before it.
-_JUDGEMENTS = 10
+# The last share of the run, in which the steps become smaller.
+_COOLING = 0.3
+# Judgements of the whole run, beside the one before it: as many as read a quarter of the tokens
+# that are learned from, in these limits.
+_FEWEST_JUDGEMENTS, _MOST_JUDGEMENTS = 2, 10
+_SHARE_TO_JUDGE = 0.25
 # A held-out divergence so many times the best one, and so many nats above it, ends the run: the
 # steps lead nowhere.
 _LOST, _LEAST_LOSS = 1.5, 0.01
@@ -191,6 +195,10 @@ class _Healing:
         self._per_step = sequences_for(options.tokens_per_step, self._train)
         self._steps = math.ceil(len(self._train) / self._per_step)
         self._judges = list(in_passes(judges))
+        # Of the dense model, behind its last layer; made for the first judgement and kept.
+        self._expected: list[Tensor] = []
+        enough = round(_SHARE_TO_JUDGE * token_count(self._train) / token_count(judges))
+        self._judgements = min(max(enough, _FEWEST_JUDGEMENTS), _MOST_JUDGEMENTS)
         self._stepping = self._judging = 0.0  # seconds that the last step and judgement took
         settings = repr(
             (asdict(options), trained.apart, model_digest(smaller), model_digest(dense))
@@ -220,7 +228,8 @@ class _Healing:
                 self._stepping = time.perf_counter() - began - run.seconds
                 run.seconds += self._stepping
                 last, run.share = run.share, self._share(run)
-                if run.share < 1.0 and int(last * _JUDGEMENTS) == int(run.share * _JUDGEMENTS):
+                count = self._judgements
+                if run.share < 1.0 and int(last * count) == int(run.share * count):
                     continue
                 run.point = distributed.from_first(run.point, self._device)
                 value, best = self._judge(run.point), run.best_value
@@ -302,10 +311,12 @@ class _Healing:
         """Return the held-out divergence per token, nats, of what is trained at a point."""
         began = time.perf_counter()
         self._set(point)
-        found = 0.0
+        found, judges = 0.0, list(distributed.my_share(self._judges))
+        if not self._expected:
+            self._expected = [self._dense.states(batch) for batch in judges]
         with span("judgement"), self._trained.applied():
-            for batch in distributed.my_share(self._judges):
-                theirs, ours = self._dense.states(batch), self._smaller.states(batch)
+            for batch, theirs in zip(judges, self._expected, strict=True):
+                ours = self._smaller.states(batch)
                 counted = batch.attention_mask.bool()
                 found += exit_divergence(self._dense, self._smaller, theirs, ours, counted)
         sums = torch.tensor([found], dtype=torch.float64)
@@ -362,9 +373,9 @@ class _Healing:
 
 
 def _schedule(run: Run) -> float:
-    """Return the share of the learning rate: up over a few steps, then down a half cosine."""
+    """Return the share of the learning rate: up over a few steps, and down a line at the end."""
     rising = min(1.0, (run.step + 1) / _WARMUP_STEPS)
-    return rising * 0.5 * (1.0 + math.cos(math.pi * run.share))
+    return rising * min(1.0, (1.0 - run.share) / _COOLING)
 
 
 def _leads_nowhere(run: Run) -> bool:

@@ -97,8 +97,8 @@ def local_divergence(
     """
     if len(moved) > MOST_MOVED:
         raise ArgumentError(f"divergence: expected at most {MOST_MOVED} moved, got {len(moved)}")
-    rows = [item.detach() for item in (dense, smaller)]
-    operands = DivergenceOperands(*rows, counted, False, *(item.detach() for item in moved))
+    ways = [item.detach() for item in moved]
+    operands = DivergenceOperands(dense.detach(), smaller.detach(), counted, False, *ways)
     sums, _ = _run(operands, backend)
     count, total = len(moved), sums.sum(0)
     lower = torch.zeros(count, count, dtype=torch.float64, device=total.device)

@@ -24,13 +24,17 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, output: Path, *engines: str) -> None:
-    command = ["bench_engines.py", "--output", str(output), "--engines", *engines]
+    command = ["bench_engines.py", "--output", str(output / "engines.json")]
+    command += ["--models", str(output / "models"), "--engines", *engines]
     monkeypatch.setattr(sys, "argv", command)
     bench.main()
 
 
 def test_table_and_what_stays(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bench: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def measure(engine: str, kind: str, *_: Any) -> dict[str, Throughput]:
         if kind == "int4":
@@ -50,7 +54,7 @@ def test_table_and_what_stays(
         ("ort-genai", "int8"),
     ]
     assert rows[0]["ghosted"]["decode_tokens_per_s"]["value"] == 119.0
-    table = (tmp_path / "a" / "engines.md").read_text()
+    table = capsys.readouterr().out
     assert "± half of the 95 % interval, 32 tokens after 64, 1 thread," in table
     line = (
         "| llama.cpp 1.0 | f32 | 100 | 120 | 119 | not told apart (± 0.02) | 1.19x ± 0.01 "

@@ -260,6 +260,9 @@ def test_which_cases_are_measured() -> None:
         "ghost_apply d=64 rows=16 bfloat16",
         "ghost_apply d=64 rows=512 bfloat16",
         "ghost_solve d=64 float64",
+        "divergence KL words=49152 rows=256 bfloat16",
+        "divergence KL+gradient words=49152 rows=256 bfloat16",
+        "divergence local model words=49152 rows=256 bfloat16",
     ]
     chosen = CaseArgs(
         operator=["ghost_solve", "ghost_apply"], width=[8, 16], rows=[3], dtype=["fp16", "float32"]
