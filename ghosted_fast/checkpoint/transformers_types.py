@@ -16,6 +16,7 @@ from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.checkpoint.alignment import align_weights
 from ghosted_fast.checkpoint.digests import check_digests, write_digests
 from ghosted_fast.checkpoint.model_card import own_card_kept, put_card_back, write_card
+from ghosted_fast.checkpoint.recipe import write_recipe
 from ghosted_fast.checkpoint.record import (
     FORMAT,
     FORMAT_WHOLE,
@@ -188,11 +189,13 @@ class GhostedModel(Derived):
 
 
 def _write_companions(model: Any, folder: Path) -> None:
-    """Write the model card and, where it can serve, the file for machines without this package."""
+    """Write the model card, the recipe and, where it can serve, the file of plain PyTorch."""
     if getattr(model, "_hf_peft_config_loaded", False):
         return  # only an adapter is saved
     folder.mkdir(parents=True, exist_ok=True)
     write_card(model.config, folder)
+    if recipe := model.config.ghost.get("recipe"):
+        write_recipe(folder, recipe)
     auto_map = auto_map_of(model)
     if auto_map is not None:
         model.config.auto_map = auto_map

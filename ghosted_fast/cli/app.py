@@ -8,6 +8,7 @@ import typer
 
 from ghosted_fast import __version__
 from ghosted_fast.cli._shared.old_names import Verb, Verbs
+from ghosted_fast.cli._shared.recipe import RecipeVerb
 from ghosted_fast.cli._shared.verb import verb
 from ghosted_fast.cli.bench import bench
 from ghosted_fast.cli.bench_ops import bench_ops
@@ -32,7 +33,7 @@ app = typer.Typer(
 )
 app.command("demo", cls=Verb)(verb(demo))
 app.command("select", cls=Verb)(verb(select, shares=True))
-app.command("fit", cls=Verb)(verb(fit, shares=True))
+app.command("fit", cls=RecipeVerb)(verb(fit, shares=True))
 app.command("heal", cls=Verb)(verb(heal_folder, shares=True))
 app.command("prune", cls=Verb)(verb(prune))
 app.command("import", cls=Verb)(verb(import_operators))
