@@ -27,7 +27,6 @@ app = typer.Typer(
     help="Remove decoder layers from a language model and put closed-form ghosts in their place.",
     cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
