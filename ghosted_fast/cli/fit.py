@@ -58,8 +58,7 @@ def fit(
 
     asked = _asked(model, calibration, how_many, ghosts, recovery)
     healing = recovery.heal_options(calibration.seed)
-    groups = (model, calibration, how_many, ghosts, recovery, evaluation)
-    recipe = Recipe(groups, launch.recipe)
+    recipe = Recipe((model, calibration, how_many, ghosts, recovery, evaluation), launch.recipe)
     with process_group(launch.rank_timeout, model.device) as first:
         _check_ahead(model, calibration, how_many, evaluation, output if first else None, launch)
         if launch.dry_run:
