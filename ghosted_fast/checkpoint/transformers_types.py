@@ -182,9 +182,12 @@ class GhostedModel(Derived):
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """Push as transformers does, with our model card in the place of its empty one."""
-        align_weights(Path(working_dir))
-        put_card_back(Path(working_dir))
-        _write_companions(self, Path(working_dir))  # anew: what is older is not pushed
+        folder = Path(working_dir)
+        align_weights(folder)
+        put_card_back(folder)
+        _write_companions(self, folder)  # anew: what is older is not pushed
+        if self.config.ghost.get("digests"):  # type: ignore[attr-defined]
+            write_digests(folder)
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 

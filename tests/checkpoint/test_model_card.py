@@ -227,6 +227,7 @@ def test_push_writes_the_card(tmp_path: Path, online: Hub, way: str) -> None:
     else:
         model.save_pretrained(tmp_path / "ghosted", push_to_hub=True)
     assert {"modeling_ghosted.py", "config.json", "model.safetensors"} <= set(online.pushed)
+    assert "digests.json" in online.pushed, "the configuration says that there are some"
     assert (8 + int.from_bytes(online.header, "little")) % 64 == 0  # see test_alignment.py
     if online.card is None:
         assert "4 of the 8 decoder layers" in online.pushed[CARD]
