@@ -19,14 +19,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 BUILDING = {"setuptools", "wheel", "pybind11", "ninja"}
-# What pip does to a build in isolation, see `hidden`.
+# What pip does to a build in isolation; and an environment without torch.
 HIDE = """
 import os, sys, sysconfig
 hidden = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 sys.path[:] = [name for name in sys.path if name not in hidden]
 if os.environ.get("NO_TORCH"):
-    sysconfig.get_path = lambda name, *_, real=sysconfig.get_path, **__: (
-        "/nowhere" if name == "platlib" else real(name)
+    real = sysconfig.get_path
+    sysconfig.get_path = lambda name, *given, **named: (
+        "/nowhere" if name == "platlib" else real(name, *given, **named)
     )
 """
 
@@ -129,9 +130,10 @@ def isolated(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What decides how it is built, without sources."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
+    """What is built, to be built anew."""
+    folder, skipped = tmp_path / "checkout", shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("csrc", "kernels", "ghosted_fast"):
+        shutil.copytree(ROOT / name, folder / name, ignore=skipped)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return folder
