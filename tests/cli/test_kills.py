@@ -34,8 +34,14 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verb(*arguments: object) -> Work:
-    """Return the work of a command line."""
-    return lambda: app([str(argument) for argument in arguments], standalone_mode=False)
+    """Return the work of a command line, which must end well."""
+    words = [str(argument) for argument in arguments]
+
+    def work() -> None:
+        status = app(words, standalone_mode=False)
+        assert not status, words
+
+    return work
 
 
 def kill_often(work: Work, count: int, check: Callable[[], None], share: float = 0.6) -> None:
