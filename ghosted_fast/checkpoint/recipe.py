@@ -46,7 +46,9 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Write a recipe into a folder."""
     import yaml
 
-    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    # A configuration that was read again has lost the order, so names are sorted.
+    parts = [{part: recipe[part]} for part in _PARTS if part in recipe]
+    text = "".join(yaml.safe_dump(part, allow_unicode=True) for part in parts)
     write_atomically(folder / RECIPE, _HEADER + text)
 
 
