@@ -123,7 +123,9 @@ def isolated(tmp_path: Path) -> dict[str, str]:
     for name in (*BUILDING, "_distutils_hack"):
         spec = find_spec(name)
         if spec is not None and spec.origin is not None:
-            (overlay / name).symlink_to(Path(spec.origin).parent)
+            package = Path(spec.origin).parent
+            for found in (package, *package.parent.glob(f"{name}-*.dist-info")):
+                (overlay / found.name).symlink_to(found)
     (overlay / "sitecustomize.py").write_text(HIDE)
     return {"PYTHONPATH": str(overlay), "GHOSTED_FAST_BUILD": "cpu"}
 
