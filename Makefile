@@ -1,5 +1,5 @@
 # make setup | demo | test | test-quick | test-families | test-mutants | test-engines | test-vllm | lint | types |
-#      format | hooks | bench | bench-engines | docs | site | cuda | wheel | clean
+#      format | hooks | bench | bench-engines | docs | site | cuda | wheel | sdist | wheels | clean
 # Everything is installed into .venv, what only some tests need into .venv-deployment, .venv-engines
 # and .venv-vllm; a second run finds it there.
 
@@ -16,7 +16,7 @@ SITE_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 
 .PHONY: setup assets demo test test-quick test-families test-mutants test-engines test-vllm lint types format \
-  hooks bench bench-engines cuda wheel clean
+  hooks bench bench-engines cuda wheel sdist wheels clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed assets
@@ -107,6 +107,16 @@ cuda: .venv/.installed .venv/.nvcc
 
 wheel: .venv/.installed
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+# setuptools adds to an archive what an earlier one held.
+sdist: .venv/.installed
+	rm -rf ghosted_fast.egg-info
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+
+# For manylinux, every Python and both kinds of processor, in Docker; [tool.cibuildwheel] says how.
+wheels: .venv/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt cibuildwheel
+	$(BIN)/python -m cibuildwheel --platform linux --output-dir dist
 
 # llama.cpp and ONNX Runtime GenAI, with the library as its wheel has it.
 .venv-engines/.installed: constraints.txt

@@ -5,19 +5,27 @@ nothing; `auto`, the default, builds for the CPU or warns; `cuda` builds for the
 and fails where there is no nvcc. It needs no GPU and no CUDA build of torch. nvcc is that of
 $CUDACXX, $CUDA_HOME, $PATH or the packages of PyPI, in this order;
 `GHOSTED_FAST_CUDA_ARCHITECTURES` ("80,90") chooses what it compiles for.
+
+Of torch the headers and libraries are needed, and it is not imported: those of the environment that
+is installed into serve, also where pip builds in isolation. Only where there are none, a front end
+is asked to fetch torch for the build.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
+from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import setuptools
 from setuptools.command.build_ext import build_ext
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 CSRC = Path("csrc")
 KERNELS = CSRC / "cpu" / "kernels"
 CUDA_ARCHITECTURES = "80,90,100"
+OLDEST_TORCH = "2.13"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -53,6 +62,44 @@ def _build_choice() -> str:
     if choice not in ("auto", "cpu", "cuda", "none"):
         raise SystemExit(f"GHOSTED_FAST_BUILD: expected auto, cpu, cuda or none, got {choice!r}")
     return choice
+
+
+class Torch(NamedTuple):
+    """A torch to build for: where it is, and its version."""
+
+    folder: Path
+    version: str
+
+
+def _torch() -> Torch | None:
+    """Return the torch to build for: the one here, or that of the environment installed into.
+
+    A front end that builds in isolation hides the environment's packages from Python, but says
+    where they are.
+    """
+    here = importlib.util.find_spec("torch")
+    there = PathFinder.find_spec("torch", [sysconfig.get_path("platlib")])
+    for spec in (here, there):
+        if spec is None or spec.origin is None:
+            continue
+        folder = Path(spec.origin).parent
+        said = re.search(
+            r"^__version__ = '(.+)'", (folder / "version.py").read_text(), re.MULTILINE
+        )
+        if said and _release(said[1]) >= _release(OLDEST_TORCH):
+            return Torch(folder, said[1])
+    return None
+
+
+def _release(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:2]]
+
+
+def _needed() -> list[str]:
+    """Return what a front end shall fetch for the build, beside what pyproject.toml names."""
+    if _build_choice() == "none" or _compiler_problem() or _torch():
+        return []
+    return [f"torch>={OLDEST_TORCH}"]
 
 
 def _nvcc() -> Path:
@@ -138,6 +185,11 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: setuptools.Extension) -> None:
         """Write the build file, let ninja run it, and copy what it made to its place."""
+        if not ext.sources:
+            raise SystemExit(
+                f"expected torch {OLDEST_TORCH} or later to build for, got none: install it, or "
+                "set GHOSTED_FAST_BUILD=none to build without the fast operators"
+            )
         import ninja
 
         folder = Path(self.build_temp)
@@ -235,6 +287,9 @@ def _extensions() -> list[setuptools.Extension]:
             raise SystemExit(f"GHOSTED_FAST_BUILD={choice}: {problem}; install a C++17 compiler")
         warnings.warn(f"{problem}; ghosted_fast will run on plain torch, slowly", stacklevel=2)
         return []
+    torch = _torch()
+    if torch is None:  # a front end may still be asking what is needed
+        return [setuptools.Extension("ghosted_fast._C", [])]
     with_cuda = choice == "cuda"
     cuda_build = (
         f"{_version_of(str(_nvcc()))}, sm_{' sm_'.join(_cuda_architectures())}"
@@ -242,8 +297,6 @@ def _extensions() -> list[setuptools.Extension]:
         else "none"
     )
     import pybind11
-    import torch
-    from torch.utils import cpp_extension
 
     def quoted(text: str) -> str:
         return '"' + text.replace('"', "'") + '"'
@@ -256,20 +309,29 @@ def _extensions() -> list[setuptools.Extension]:
         setuptools.Extension(
             "ghosted_fast._C",
             [str(source) for source in sources],
-            include_dirs=[pybind11.get_include(), *cpp_extension.include_paths()],
-            library_dirs=cpp_extension.library_paths(),
+            include_dirs=[pybind11.get_include(), *map(str, _headers(torch))],
+            library_dirs=[str(torch.folder / "lib")],
             define_macros=[
                 *([("GHOSTED_FAST_X86", "1")] if IS_X86 else []),
                 *([("GHOSTED_FAST_CUDA", "1")] if with_cuda else []),
                 ("GHOSTED_FAST_BUILD_KIND", quoted("cuda" if with_cuda else "cpu")),
                 ("GHOSTED_FAST_CUDA_BUILD", quoted(cuda_build)),
                 ("GHOSTED_FAST_COMPILER", quoted(_version_of(_compiler()))),
-                ("GHOSTED_FAST_TORCH_VERSION", quoted(torch.__version__)),
+                ("GHOSTED_FAST_TORCH_VERSION", quoted(torch.version)),
                 ("GHOSTED_FAST_COMPILED_PATHS", quoted(" ".join(PATH_FLAGS))),
             ],
         )
     ]
 
 
+def _headers(torch: Torch) -> list[Path]:
+    include = torch.folder / "include"
+    return [include, include / "torch" / "csrc" / "api" / "include"]
+
+
 if __name__ == "__main__":
-    setuptools.setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildExtension})
+    setuptools.setup(
+        setup_requires=_needed(),
+        ext_modules=_extensions(),
+        cmdclass={"build_ext": BuildExtension},
+    )

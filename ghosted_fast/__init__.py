@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -143,4 +144,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+# What the library has to say goes where the program that uses it sends it, and nowhere else.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 install_hook()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import html
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+# Rows of a table in a notebook; of more, the first are shown.
+_MOST_ROWS = 24
 HealingEnd = Literal["tokens", "text", "time", "worse", "nan"]
 
 
@@ -71,6 +74,19 @@ class HealingFacts:
     curve: list[HealingPoint]
     ended: HealingEnd
     seconds: float
+
+    def _repr_html_(self) -> str:
+        return notebook_table("Healing", healing_rows(self))
+
+
+def healing_rows(healing: HealingFacts) -> list[tuple[str, str]]:
+    """Return what a healing did, as rows of a table."""
+    return [
+        ("held-out divergence", f"{healing.before:.4f} to {healing.after:.4f} nats per token"),
+        ("learned from", f"{healing.tokens:,} tokens, the kept state {healing.best_tokens:,}"),
+        ("trained", f"{healing.ghosts} ghosts, rank {healing.rank} of {healing.maps} linear maps"),
+        ("ended by", f"{healing.ended}, after {healing.seconds:,.0f} s"),
+    ]
 
 
 def healing_text(healing: Mapping[str, Any]) -> str:
@@ -184,3 +200,25 @@ def runs_of(layers: Iterable[int]) -> list[tuple[int, int]]:
     starts = [layer for layer in sorted(gone) if layer - 1 not in gone]
     stops = [layer + 1 for layer in sorted(gone) if layer + 1 not in gone]
     return list(zip(starts, stops, strict=True))
+
+
+def notebook_table(
+    title: str, rows: Sequence[Sequence[object]], columns: Sequence[str] = ()
+) -> str:
+    """Return what a notebook shows of a record: a small table of HTML, all of it escaped.
+
+    Args:
+        title: What stands above it.
+        rows: Cells; of more than a screen holds, the first.
+        columns: Headings, if there are any.
+    """
+
+    def line(cells: Iterable[object], tag: str = "td") -> str:
+        inner = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+        return f"<tr>{inner}</tr>"
+
+    lines = [line(columns, "th")] if columns else []
+    lines += map(line, rows[:_MOST_ROWS])
+    if len(rows) > _MOST_ROWS:
+        lines.append(line([f"and {len(rows) - _MOST_ROWS} more"]))
+    return f"<table><caption>{html.escape(title)}</caption>{''.join(lines)}</table>"

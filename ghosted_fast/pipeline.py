@@ -14,6 +14,7 @@ from ghosted_fast.errors import ArgumentError, UnsupportedModelError, renamed
 from ghosted_fast.improve.correction import correct_ghosts
 from ghosted_fast.improve.gradients import check_gradients
 from ghosted_fast.improve.healing import check_healable, heal
+from ghosted_fast.models.checked.bos import tell_missing_bos
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.quantized.loading import quantization_of
 from ghosted_fast.models.structure import share_copy
@@ -143,6 +144,7 @@ def _ghost_model(model: Any, batches: Iterable[Any], request: Asked) -> tuple[An
         corrects = False
     if corrects or run.heal or not method.improvable or not isinstance(wanted, Layers):
         text.hold()
+    tell_missing_bos(model, text.beginning)
     compared = isinstance(wanted, SpeedBound) or run.heal is not None
     dense = share_copy(model) if run.inplace and compared else model
     seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "heal"), 0.0)

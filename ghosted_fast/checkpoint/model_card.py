@@ -60,7 +60,7 @@ def attach_report(config: Any, report: Mapping[str, Any]) -> bool:
 def attach_healing(config: Any, healing: Mapping[str, Any], calibration: str | None = None) -> bool:
     """Add a healing to what the configuration of a ghosted model says of its making.
 
-    What was measured of the model before it is dropped.
+    What was measured of the model before it is dropped, and its recipe, if anything was changed.
 
     Args:
         config: The configuration; one without a `ghost` record is left as it is.
@@ -74,6 +74,8 @@ def attach_healing(config: Any, healing: Mapping[str, Any], calibration: str | N
         return False
     report = dict(config.ghost.get("report") or {})
     report.pop("models", None)
+    if healing["best_tokens"]:
+        config.ghost.pop("recipe", None)
     report["healed"] = [*report.get("healed", []), _healed(healing, calibration)]
     config.ghost["report"] = report
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ghosted_fast import distributed
 from ghosted_fast._atomic_files import atomic_folder
 from ghosted_fast.checkpoint.alignment import align_weights
 from ghosted_fast.checkpoint.model_card import CARD, is_ours, write_card
+from ghosted_fast.checkpoint.recipe import attach_recipe, write_recipe
 from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.errors import ArgumentError, GhostedFastError, OutputError
 from ghosted_fast.models.checked.usable import repair_generation
@@ -91,7 +92,11 @@ def _size(count: int) -> str:
 
 
 def save_model(
-    model: Any, folder: str | os.PathLike[str], tokenizer: Any = None, overwrite: bool = False
+    model: Any,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    recipe: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a model, so that the folder is there complete or not at all.
 
@@ -107,6 +112,8 @@ def save_model(
             or sound too (`load_processor`), or None.
         overwrite: Whether an existing folder is replaced, once the new one is complete. A README.md
             that this library did not write is kept.
+        recipe: How the model was made, see `checkpoint.recipe`; a ghosted one keeps it in its
+            configuration.
 
     Returns:
         The folder.
@@ -124,7 +131,7 @@ def save_model(
     check_room(target, weight_bytes(model))
     repair_generation(model)
     with written_or_told(target):
-        return _save(model, target, tokenizer)
+        return _save(model, target, tokenizer, recipe)
 
 
 @contextmanager
@@ -145,13 +152,17 @@ def written_or_told(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _save(model: Any, target: Path, tokenizer: Any) -> Path:
+def _save(model: Any, target: Path, tokenizer: Any, recipe: Mapping[str, Any] | None) -> Path:
+    if recipe is not None:
+        attach_recipe(model.config, recipe)
     with whole_folder(target, overwrite=True) as fresh:
         saved = model if is_ghosted(model.config) else packed_again(model)
         saved.save_pretrained(fresh)
         align_weights(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+        if recipe is not None:
+            write_recipe(fresh, recipe)
     return target
 
 

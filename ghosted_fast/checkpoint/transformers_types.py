@@ -16,6 +16,7 @@ from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.checkpoint.alignment import align_weights
 from ghosted_fast.checkpoint.digests import check_digests, write_digests
 from ghosted_fast.checkpoint.model_card import own_card_kept, put_card_back, write_card
+from ghosted_fast.checkpoint.recipe import write_recipe
 from ghosted_fast.checkpoint.record import (
     FORMAT,
     FORMAT_WHOLE,
@@ -181,18 +182,23 @@ class GhostedModel(Derived):
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """Push as transformers does, with our model card in the place of its empty one."""
-        align_weights(Path(working_dir))
-        put_card_back(Path(working_dir))
-        _write_companions(self, Path(working_dir))  # anew: what is older is not pushed
+        folder = Path(working_dir)
+        align_weights(folder)
+        put_card_back(folder)
+        _write_companions(self, folder)  # anew: what is older is not pushed
+        if self.config.ghost.get("digests"):  # type: ignore[attr-defined]
+            write_digests(folder)
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 
 def _write_companions(model: Any, folder: Path) -> None:
-    """Write the model card and, where it can serve, the file for machines without this package."""
+    """Write the model card, the recipe and, where it can serve, the file of plain PyTorch."""
     if getattr(model, "_hf_peft_config_loaded", False):
         return  # only an adapter is saved
     folder.mkdir(parents=True, exist_ok=True)
     write_card(model.config, folder)
+    if recipe := model.config.ghost.get("recipe"):
+        write_recipe(folder, recipe)
     auto_map = auto_map_of(model)
     if auto_map is not None:
         model.config.auto_map = auto_map

@@ -8,6 +8,7 @@ import typer
 
 from ghosted_fast import __version__
 from ghosted_fast.cli._shared.old_names import Verb, Verbs
+from ghosted_fast.cli._shared.recipe import RecipeVerb
 from ghosted_fast.cli._shared.verb import verb
 from ghosted_fast.cli.bench import bench
 from ghosted_fast.cli.bench_ops import bench_ops
@@ -26,13 +27,12 @@ app = typer.Typer(
     help="Remove decoder layers from a language model and put closed-form ghosts in their place.",
     cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo", cls=Verb)(verb(demo))
 app.command("select", cls=Verb)(verb(select, shares=True))
-app.command("fit", cls=Verb)(verb(fit, shares=True))
+app.command("fit", cls=RecipeVerb)(verb(fit, shares=True))
 app.command("heal", cls=Verb)(verb(heal_folder, shares=True))
 app.command("prune", cls=Verb)(verb(prune))
 app.command("import", cls=Verb)(verb(import_operators))

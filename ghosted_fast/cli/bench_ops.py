@@ -39,6 +39,7 @@ class CaseArgs:
         typer.Option(
             "--operator",
             parser=values.one_of(Operator),
+            autocompletion=values.completing(get_args(Operator)),
             metavar="NAME",
             help=f"An operator; repeat it: {', '.join(get_args(Operator))}. All if not given.",
         ),
@@ -64,6 +65,7 @@ class CaseArgs:
         typer.Option(
             "--dtype",
             parser=values.one_of(OperandDtype),
+            autocompletion=values.completing(get_args(OperandDtype)),
             metavar="DTYPE",
             help="Dtype of the activations; repeat it. bfloat16 if not given. ghost_solve is fp64 "
             "always.",

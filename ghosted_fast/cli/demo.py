@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, get_args
 
 import typer
 
@@ -32,6 +32,7 @@ class DemoArgs:
         typer.Option(
             "--dtype",
             parser=values.one_of(values.Dtype),
+            autocompletion=values.completing(get_args(values.Dtype)),
             metavar="DTYPE",
             help="Dtype to measure in; repeat it. The first chooses the layers, the last is saved.",
         ),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from ghosted_fast.cli._shared import values
 from ghosted_fast.cli._shared.input_args import OverwriteOption, TrustOption
 from ghosted_fast.cli._shared.results import Result
 from ghosted_fast.cli._shared.verb import usage_error
@@ -31,6 +33,7 @@ def export(
         str | None,
         typer.Option(
             "--precision",
+            autocompletion=values.completing(chain(*PRECISIONS.values())),
             help="gguf: f32 (if not given), f16, q8_0; ort-genai: fp32 (if not given), int8, int4.",
         ),
     ] = None,

@@ -11,7 +11,7 @@ from ghosted_fast.cli._shared.fit_args import (
     FitCalibrationArgs,
     GhostArgs,
     HowManyArgs,
-    LaunchArgs,
+    RecipeArgs,
     RecoveryArgs,
 )
 from ghosted_fast.cli._shared.input_args import (
@@ -20,6 +20,7 @@ from ghosted_fast.cli._shared.input_args import (
     ModelArgs,
 )
 from ghosted_fast.cli._shared.output_args import OutputArgs, heal_state, states
+from ghosted_fast.cli._shared.recipe import Recipe
 from ghosted_fast.cli._shared.results import Result, TextTable
 from ghosted_fast.cli._shared.sweep_args import SweptModelArgs
 from ghosted_fast.cli._shared.verb import usage_error
@@ -40,7 +41,7 @@ def fit(
     recovery: RecoveryArgs,
     evaluation: EvaluationArgs,
     output: OutputArgs,
-    launch: LaunchArgs,
+    launch: RecipeArgs,
 ) -> Result | None:
     """Remove layers, fit a ghost for each removed run, and save the smaller model.
 
@@ -57,13 +58,14 @@ def fit(
 
     asked = _asked(model, calibration, how_many, ghosts, recovery)
     healing = recovery.heal_options(calibration.seed)
+    recipe = Recipe((model, calibration, how_many, ghosts, recovery, evaluation), launch.recipe)
     with process_group(launch.rank_timeout, model.device) as first:
         _check_ahead(model, calibration, how_many, evaluation, output if first else None, launch)
         if launch.dry_run:
             return _memory(model, calibration, how_many, asked)
         left = _left_in_files(model, calibration, asked, output)
         if left is not None:
-            return _fit_swept(*left, calibration, evaluation, output, first)
+            return _fit_swept(*left, calibration, evaluation, output, recipe, first)
         dense, tokenizer = calibration.open(model)
         beside = load_processor(model.model, model.trust_remote_code) or tokenizer
         if healing is not None and calibration.calibrate_in is None:
@@ -71,6 +73,8 @@ def fit(
         _check_loaded(dense, how_many, output if first else None)
         held_out = evaluation.load(calibration, tokenizer) if first else None
         text = _text(calibration, healing, dense, tokenizer, first)
+        if first:
+            recipe.check_text(text)
         smaller, found = ghost_model(
             dense,
             first_rows(text, calibration.tokens // calibration.sequence_length),
@@ -91,7 +95,7 @@ def fit(
         if healing is not None:
             _heal(smaller, dense, text, healing, facts, output, first)
         if first:
-            _save(smaller, facts, beside, output)
+            _save(smaller, facts, beside, output, recipe.written(text, facts))
             heal_state(output.folder).unlink(missing_ok=True)
     if not first:
         return None
@@ -119,7 +123,7 @@ def _check_together(
     how_many: HowManyArgs,
     recovery: RecoveryArgs,
     output: OutputArgs,
-    launch: LaunchArgs,
+    launch: RecipeArgs,
 ) -> None:
     """Raise unless the groups of options go together.
 
@@ -149,7 +153,7 @@ def _check_ahead(
     how_many: HowManyArgs,
     evaluation: EvaluationArgs,
     output: OutputArgs | None,
-    launch: LaunchArgs,
+    launch: RecipeArgs,
 ) -> None:
     """Raise, before any weight is read, if what is named cannot be used.
 
@@ -297,6 +301,7 @@ def _fit_swept(
     calibration: CalibrationArgs,
     evaluation: EvaluationArgs,
     output: OutputArgs,
+    recipe: Recipe,
     first: bool,
 ) -> Result | None:
     """Fit a model that stays in its files, and write what is left of it."""
@@ -312,23 +317,32 @@ def _fit_swept(
         )
     asked = replace(asked, run=replace(asked.run, progress=first))
     text = read_text(unloaded, calibration, first)
+    if first:
+        recipe.check_text(text)
     smaller, found = ghost_unloaded(unloaded, text, asked)
     facts = found.to_dict() | {"calibration": Path(calibration.calibration).name, "swept": True}
     attach_report(smaller.config, facts)
-    smaller.save(output.folder, overwrite=output.overwrite, progress=first)
+    kept = recipe.written(text, facts)
+    smaller.save(output.folder, overwrite=output.overwrite, progress=first, recipe=kept)
     if not first:
         return None
     facts["output"] = str(output.folder)
     return _reported(facts, _said(facts), output)
 
 
-def _save(smaller: Any, facts: dict[str, Any], tokenizer: Any, output: OutputArgs) -> None:
+def _save(
+    smaller: Any,
+    facts: dict[str, Any],
+    tokenizer: Any,
+    output: OutputArgs,
+    recipe: dict[str, Any],
+) -> None:
     """Write the checkpoint, with what is known of it, and say where it is."""
     from ghosted_fast.checkpoint.model_card import attach_report
     from ghosted_fast.checkpoint.save import save_model
 
     attach_report(smaller.config, facts)
-    save_model(smaller, output.folder, tokenizer, output.overwrite)
+    save_model(smaller, output.folder, tokenizer, output.overwrite, recipe)
     facts["output"] = str(output.folder)
 
 

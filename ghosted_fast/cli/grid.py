@@ -49,6 +49,7 @@ class ComparedArgs(ImproveArgs):
         typer.Option(
             "--criterion",
             parser=values.one_of(values.Criterion),
+            autocompletion=values.completing(get_args(values.Criterion)),
             metavar="NAME",
             help="What picks the layers; repeat it: "
             f"{', '.join(get_args(values.Criterion))}. All if not given.",
@@ -59,6 +60,7 @@ class ComparedArgs(ImproveArgs):
         typer.Option(
             "--recovery",
             parser=values.one_of(values.Recovery),
+            autocompletion=values.completing(get_args(values.Recovery)),
             metavar="NAME",
             help="What takes their place; repeat it: "
             f"{', '.join(get_args(values.Recovery))}. All if not given.",

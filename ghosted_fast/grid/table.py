@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ghosted_fast.facts import layers_as_text, notebook_table
 from ghosted_fast.grid.plan import Variant, default_of, is_published
 from ghosted_fast.grid.state import GridState
 
@@ -27,6 +28,23 @@ class Grid:
     dense: dict[str, Any]
     rows: list[dict[str, Any]]
     selections: list[dict[str, Any]]
+
+    def _repr_html_(self) -> str:
+        text = self.texts[0]
+        columns = ["removed", "criterion", "recovery", f"perplexity on {text}", "to dense", ""]
+        rows = []
+        for row in self.rows:
+            found = row["perplexity"]
+            figures = ["refused", "-"]
+            if found is not None:
+                figures = [f"{found[text]['value']:.2f}", f"{row['excess'][text] + 1.0:.2f}x"]
+            place = layers_as_text(row["removed"])
+            line = [place, row["criterion"], row["recovery"], *figures, ", ".join(row["marks"])]
+            rows.append(line)
+        return notebook_table(f"Perplexity dense {self._dense(text):.2f}", rows, columns)
+
+    def _dense(self, text: str) -> float:
+        return float(self.dense["perplexity"][text]["value"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""

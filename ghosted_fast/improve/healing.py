@@ -38,6 +38,7 @@ from ghosted_fast.improve.factors import Trained, check_trainable
 from ghosted_fast.improve.gradients import check_gradients, kernels_with_gradients
 from ghosted_fast.improve.healing_run import Run, load_run, save_run, take_step
 from ghosted_fast.improve.pairs import check_pair, check_same_dtype
+from ghosted_fast.models.checked.bos import tell_missing_bos
 from ghosted_fast.models.decoder import Decoder, evaluating
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.quantized.loading import quantization_of
@@ -128,6 +129,7 @@ def heal(
     # A row without a token is masked everywhere, and what a model computes there may be NaN.
     train, judges = ([item for item in part if item.num_tokens] for part in (train, judges))
     check_split(train, judges)
+    tell_missing_bos(dense, judges[0])
     trained = Trained(smaller, options.rank, options.seed, apart)
     healing = _Healing(smaller, dense, trained, train, judges, options)
     with kernels_with_gradients(smaller, dense), evaluating(smaller), evaluating(dense):

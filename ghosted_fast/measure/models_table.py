@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ghosted_fast.facts import notebook_table
 from ghosted_fast.measure.perplexity import Perplexity, perplexity
 from ghosted_fast.measure.speed import compare_throughput
 from ghosted_fast.measure.throughput import Phase, Throughput
 from ghosted_fast.models.families import num_layers
-from ghosted_fast.timing.estimates import Estimate
+from ghosted_fast.timing.estimates import Estimate, speed_text
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,21 @@ class ModelRow:
     parameters: int
     perplexity: Perplexity | None = None
     throughput: Throughput | None = None
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("dtype", self.dtype),
+            ("layers", str(self.layers)),
+            ("parameters", f"{self.parameters / 1e6:,.1f} M"),
+        ]
+        if self.perplexity is not None:
+            found = self.perplexity
+            interval = f"{found.low:.2f} to {found.high:.2f}"
+            rows.append(("perplexity", f"{found.value:.2f} ({interval})"))
+        if self.throughput is not None:
+            speed = speed_text(self.throughput.decode_tokens_per_s)
+            rows.append(("decode", f"{speed} tokens/s"))
+        return notebook_table(self.name, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ghosted_fast.errors import ArgumentError, NonFiniteError
+from ghosted_fast.facts import notebook_table
+from ghosted_fast.models.checked.bos import telling_missing_bos
 from ghosted_fast.models.decoder import evaluating
 from ghosted_fast.text.batches import Batch, iterate_batches
 from ghosted_fast.text.progress import progress_bar
@@ -51,6 +53,11 @@ class Perplexity:
     def __float__(self) -> float:
         return self.value
 
+    def _repr_html_(self) -> str:
+        interval = f"{self.low:.2f} to {self.high:.2f} ({self.confidence:.0%})"
+        row = [f"{self.value:.2f}", interval, f"{self.num_tokens:,}"]
+        return notebook_table("Perplexity", [row], ["perplexity", "interval", "tokens"])
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
         return asdict(self)
@@ -85,9 +92,8 @@ def perplexity(
     """
     with evaluating(model):
         bar = progress_bar("perplexity", progress, of=batches)
-        parts = (
-            part for batch in iterate_batches(bar, model.device) for part in parts_of(batch, model)
-        )
+        whole = telling_missing_bos(model, iterate_batches(bar, model.device))
+        parts = (part for batch in whole for part in parts_of(batch, model))
         return perplexity_from(parts, partial(_logits, model), confidence, seed)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from ghosted_fast.assets.downloads import fetch_questions
 from ghosted_fast.assets.questions import PREFIX, SETS, write_tasks
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError, check_at_least
+from ghosted_fast.facts import notebook_table
 from ghosted_fast.models.decoder import evaluating
 from ghosted_fast.text.files import first_line
 
@@ -55,6 +56,11 @@ class TaskScore:
     value: float
     stderr: float | None
     num_samples: int
+
+    def _repr_html_(self) -> str:
+        error = "-" if self.stderr is None else f"{self.stderr:.1%}"
+        row = [self.task, self.metric, f"{self.value:.1%}", error, f"{self.num_samples:,}"]
+        return notebook_table("Score", [row], ["task", "metric", "score", "±", "samples"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.facts import notebook_table
 from ghosted_fast.timing.conditions import Conditions
-from ghosted_fast.timing.estimates import Estimate
+from ghosted_fast.timing.estimates import Estimate, ratio_text, speed_text
 from ghosted_fast.timing.rounds import PRECISION, Rounds
 
 Phase = Literal["prefill", "decode"]
@@ -84,6 +85,16 @@ class Throughput:
     settings: SpeedSettings
     ended: Ended
     conditions: Conditions | None
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("prefill", f"{speed_text(self.prefill_tokens_per_s)} tokens/s"),
+            ("decode", f"{speed_text(self.decode_tokens_per_s)} tokens/s"),
+            ("first token", f"{speed_text(self.first_token_ms)} ms"),
+        ]
+        for name, ratios in self.relative.items():
+            rows += [(f"{phase} to {name}", ratio_text(ratio)) for phase, ratio in ratios.items()]
+        return notebook_table("Speed", rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""

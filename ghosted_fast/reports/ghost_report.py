@@ -6,7 +6,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ghosted_fast.facts import Budget, CorrectionFacts, HealingFacts, IntervalScore
+from ghosted_fast.facts import (
+    Budget,
+    CorrectionFacts,
+    HealingFacts,
+    IntervalScore,
+    healing_rows,
+    layers_as_text,
+    notebook_table,
+)
 from ghosted_fast.reports.page import write_report
 
 
@@ -78,6 +86,30 @@ class GhostReport:
     healing: HealingFacts | None = None
     calibrated_in: str | None = None
     spans: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        title = (
+            f"{self.model}: {len(self.removed)} of {self.num_layers} layers removed, "
+            f"{layers_as_text(self.removed)}"
+        )
+        rows: list[tuple[str, str]] = [
+            ("layers", "given" if self.criterion is None else f"chosen by {self.criterion}"),
+            ("in their place", self.recovery),
+        ]
+        for ghost in self.ghosts:
+            error = "-" if ghost.held_out_error is None else f"{ghost.held_out_error:.4f}"
+            place = layers_as_text(range(ghost.start, ghost.stop))
+            rows.append((f"ghost for {place}", f"{ghost.features}, held-out error {error}"))
+        if self.corrections:
+            first, last = self.corrections[0], self.corrections[-1]
+            taken = sum(item.accepted for item in self.corrections)
+            said = f"{taken}, held-out divergence {first.before:.4f} to {last.after:.4f}"
+            rows.append(("corrections", said))
+        if self.healing is not None:
+            rows += [(f"healing: {label}", said) for label, said in healing_rows(self.healing)]
+        rows.append(("text", f"{self.num_tokens:,} tokens"))
+        rows.append(("time", f"{sum(self.seconds.values()):,.0f} s"))
+        return notebook_table(title, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain lists, numbers and strings."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ghosted_fast import distributed
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError, renamed
+from ghosted_fast.models.checked.bos import tell_missing_bos
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.selection.criteria import CRITERIA, check_criterion
@@ -81,6 +82,7 @@ def select_layers(
         decoder.model,
     )
     text = distributed.same_text_everywhere(batches)
+    tell_missing_bos(model, text.beginning)
     return CRITERIA[criterion].choose(Request(decoder, text, remove, options, run, also, alike))
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.digests import DIGESTS, write_digests
+from ghosted_fast.checkpoint.recipe import RECIPE, attach_recipe, write_recipe
 from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.checkpoint.save import (
     check_room,
@@ -53,7 +54,11 @@ from ghosted_fast.surgery.removable import check_removable
 _OTHER_BYTES = 1 << 26
 # What is not carried over: weights in any format and what lists them; what is written anew.
 _LEFT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_MADE = ("config.json", "generation_config.json", "README.md", "modeling_ghosted.py", DIGESTS)
+_MADE = (
+    *("config.json", "generation_config.json", "README.md", "modeling_ghosted.py"),
+    DIGESTS,
+    RECIPE,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +93,7 @@ class FolderCut:
         tokenizer: Any = None,
         overwrite: bool = False,
         progress: bool = False,
+        recipe: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write the checkpoint, so that the folder is there complete or not at all.
 
@@ -102,6 +108,7 @@ class FolderCut:
             tokenizer: A tokenizer or processor to save in the place of the one that is copied.
             overwrite: Whether an existing folder is replaced, once the new one is complete.
             progress: Whether to show a progress bar on stderr.
+            recipe: How the model was made, see `save_model`.
 
         Returns:
             The folder.
@@ -116,6 +123,8 @@ class FolderCut:
         if not distributed.is_writer():
             return target
         self.check_target(target, overwrite)
+        if recipe is not None:
+            attach_recipe(self.config, recipe)
         with written_or_told(target), whole_folder(target, overwrite) as fresh:
             _copy_others(self.source, fresh)
             with quietly():
@@ -127,6 +136,8 @@ class FolderCut:
                 write_digests(fresh)  # of the weights, which are there by now
             if tokenizer is not None:
                 tokenizer.save_pretrained(fresh)
+            if recipe is not None:
+                write_recipe(fresh, recipe)
             _check_loads(open_unloaded(fresh), self.source)
         return target
 

@@ -21,6 +21,7 @@ from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
 from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep, resident_bytes
 from ghosted_fast.fit.sweep.shelf import FolderShelf, MemoryShelf, Shelf
 from ghosted_fast.measure.system import free_memory
+from ghosted_fast.models.checked.bos import tell_missing_bos
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.models.unloaded.opening import Unloaded, open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
@@ -210,6 +211,7 @@ def ghost_unloaded(
     seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "heal"), 0.0)
     text = CalibrationText.of(batches)
     with recording() as spans, _sweep(unloaded, text, asked) as sweep:
+        tell_missing_bos(unloaded.model, text.beginning)
         decoder = sweep.source.decoder
         if isinstance(asked.wanted, Layers):
             check_removable_unloaded(unloaded, asked.wanted.removed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +46,12 @@ class CalibrationText:
             self._held = list(iterate_batches(self._batches))
             self._batches = ()
         return self._held
+
+    @property
+    def beginning(self) -> Batch | None:
+        """Its first batch; None where that cannot be seen without being read, or there is none."""
+        given = self._batches if self._held is None else self._held
+        return next(iterate_batches(given[:1]), None) if isinstance(given, Sequence) else None
 
     @cached_property
     def digest(self) -> str:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ghosted_fast.text.batches import Batch
 
@@ -20,6 +20,16 @@ def text_digest(batches: Iterable[Batch]) -> str:
         for tensor in (batch.input_ids, batch.attention_mask):
             digest.update(str(list(tensor.shape)).encode())
             digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def token_digest(batches: Iterable[Tensor]) -> str:
+    """Return a digest of rows of token ids, however many of them a batch has."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for row in batch:
+            digest.update(f"{len(row)} ".encode())
+            digest.update(row.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import time
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from support.kills import clear_leftovers, logits_of, run_in_child, which
 from support.tiny_text import tiny_tokenizer
 
 from ghosted_fast import _atomic_files
 from ghosted_fast.checkpoint import save
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.models.loading import load_model
 from ghosted_fast.surgery.cut import remove_layers
-from ghosted_fast.testing import random_tokens, tiny_model
-
-TOKENS = random_tokens(1, 8)
+from ghosted_fast.testing import tiny_model
 
 
 def ghosted(removed: list[int]) -> torch.nn.Module:
@@ -71,22 +67,20 @@ def test_what_is_not_there_cannot_be_exchanged(tmp_path: Path) -> None:
 def test_kills_while_a_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GHOSTED_FAST_VERIFY", "1")
     models, tokenizer = [ghosted([2]), ghosted([2, 3])], tiny_tokenizer()
-    with torch.inference_mode():
-        known = [model(TOKENS).logits for model in models]
+    known = [logits_of(save.save_model(model, tmp_path / "known", tokenizer, overwrite=True))
+             for model in models]  # fmt: skip
+    shutil.rmtree(tmp_path / "known")
     target = save.save_model(models[0], tmp_path / "model", tokenizer)
     if not can_exchange(target):
         pytest.skip("this file system cannot let names change places")
+
+    def work() -> None:
+        while True:
+            for model in models:
+                save.save_model(model, target, tokenizer, overwrite=True)
+
     chance = random.Random(0)
     for _ in range(25):
-        child = os.fork()
-        if child == 0:
-            while True:
-                for model in models:
-                    save.save_model(model, target, tokenizer, overwrite=True)
-        time.sleep(chance.uniform(0.0, 0.2))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        found, _tokenizer = load_model(target)
-        with torch.inference_mode():
-            logits = found(TOKENS).logits
-        assert any(torch.equal(logits, expected) for expected in known if expected is not None)
+        run_in_child(work, after=chance.uniform(0.0, 0.2))
+        which(target, known)
+        clear_leftovers(target, known)

@@ -18,6 +18,7 @@ from ghosted_fast.checkpoint.model_card import (
     model_card,
     write_card,
 )
+from ghosted_fast.checkpoint.recipe import attach_recipe
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.pipeline import ghost_model
@@ -226,11 +227,23 @@ def test_push_writes_the_card(tmp_path: Path, online: Hub, way: str) -> None:
     else:
         model.save_pretrained(tmp_path / "ghosted", push_to_hub=True)
     assert {"modeling_ghosted.py", "config.json", "model.safetensors"} <= set(online.pushed)
+    assert "digests.json" in online.pushed, "the configuration says that there are some"
     assert (8 + int.from_bytes(online.header, "little")) % 64 == 0  # see test_alignment.py
     if online.card is None:
         assert "4 of the 8 decoder layers" in online.pushed[CARD]
     else:
         assert OWN in online.pushed[CARD] and "removed" not in online.pushed[CARD]
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_push_takes_the_recipe_along(tmp_path: Path, online: Hub, way: str) -> None:
+    model = ghosted()
+    attach_recipe(model.config, {"recipe": 1, "fit": {"remove": 4}, "made": {}})
+    if way == "push_to_hub":
+        model.push_to_hub("someone/ghosted")
+    else:
+        model.save_pretrained(tmp_path / "ghosted", push_to_hub=True)
+    assert online.pushed["recipe.yaml"].endswith("recipe: 1\nfit:\n  remove: 4\nmade: {}\n")
 
 
 def test_push_of_a_folder_with_an_own_card(

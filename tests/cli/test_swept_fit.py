@@ -11,6 +11,7 @@ from support.tiny_text import TEXT, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from ghosted_fast.checkpoint.recipe import read_recipe
 from ghosted_fast.cli.app import app
 from ghosted_fast.fit.sweep import plan
 from ghosted_fast.models.unloaded.files import StoredTensor
@@ -53,6 +54,9 @@ def test_fit_sweeps_where_memory_is_short_and_says_so(
     AutoTokenizer.from_pretrained(tmp_path / "swept")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"dense", "text.txt", "loaded", "swept"}, "no states are left"
+    kept = [read_recipe(tmp_path / name) for name in ("loaded", "swept")]
+    assert kept[0]["made"] == kept[1]["made"]
+    assert kept[1]["fit"] == kept[0]["fit"] | {"memory": "700000"}
 
 
 def test_select_sweeps_too(given: tuple[object, ...], little: tuple[object, ...]) -> None:

@@ -6,12 +6,14 @@ See `input_args` for what a group is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
 from ghosted_fast.cli._shared import values
 from ghosted_fast.cli._shared.input_args import CalibrationArgs, ModelArgs
+from ghosted_fast.cli._shared.recipe import take_recipe
 from ghosted_fast.cli._shared.verb import usage_error
 
 if TYPE_CHECKING:
@@ -206,6 +208,23 @@ class LaunchArgs(RanksArgs):
             help="Only print the memory, disk, reads and about the time that it would take.",
         ),
     ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeArgs(LaunchArgs):
+    """What to start from, and how it is done."""
+
+    title: ClassVar = LaunchArgs.title
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            callback=take_recipe,
+            is_eager=True,
+            help="Take the options that are not given here from a file, or from the folder of a "
+            "model that was fitted: recipe.yaml.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

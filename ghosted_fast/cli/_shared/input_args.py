@@ -31,7 +31,12 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="Dtype of the weights; 'auto' is the checkpoint's own."),
 ]
 DeviceOption = Annotated[
-    str, typer.Option("--device", help="Where to compute: auto, cpu, cuda, cuda:1, ...")
+    str,
+    typer.Option(
+        "--device",
+        autocompletion=values.completing(("auto", "cpu", "cuda")),
+        help="Where to compute: auto, cpu, cuda, cuda:1, ...",
+    ),
 ]
 ModelOption = Annotated[
     str, typer.Option("--model", help="The model: a hub id, a local folder or a .gguf file.")
@@ -306,6 +311,7 @@ class TaskArgs:
         typer.Option(
             "--tasks",
             parser=values.parse_tasks,
+            autocompletion=values.complete_tasks,
             metavar="NAMES",
             help="Tasks to measure accuracy on, with commas between: local/socialiqa, "
             "local/quartz, local/parables, local/logiqa, local/knowledge, or lm-eval's own, which "

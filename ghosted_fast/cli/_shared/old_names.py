@@ -29,6 +29,8 @@ class Verb(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take the command line apart, unless there is an old name in it."""
+        if ctx.resilient_parsing:  # a shell asks how it may go on
+            return super().parse_args(ctx, args)
         known = {name for item in self.params for name in item.opts}
         for option, value in _named(args):
             if option in known and value.isdecimal() and not value.isascii():
@@ -51,7 +53,7 @@ class Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the verb, unless it is an old name."""
-        if args and (new := _VERBS.get(args[0])):
+        if args and not ctx.resilient_parsing and (new := _VERBS.get(args[0])):
             ctx.fail(f"No such command {args[0]!r}. It is {new!r} now: ghosted-fast {new} --help.")
         return super().resolve_command(ctx, args)
 

@@ -6,7 +6,7 @@ Each `parse_*` is the `parser=` of an option: typer names the option in the erro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal, InvalidOperation, Overflow
 from typing import Any, Literal, get_args
 
@@ -189,6 +189,21 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     if not names:
         raise typer.BadParameter(f"expected names with commas between, got {text!r}")
     return names
+
+
+def completing(words: Iterable[str]) -> Callable[[], list[str]]:
+    """Return what tells a shell the values of an option whose type does not list them."""
+    known = list(words)
+    return lambda: known
+
+
+def complete_tasks(incomplete: str) -> list[str]:
+    """Return how names between commas may go on: the tasks that need no hub."""
+    from ghosted_fast.assets.questions import PREFIX, SETS
+
+    before, comma, _ = incomplete.rpartition(",")
+    given = before.split(",")
+    return [f"{before}{comma}{PREFIX}{name}" for name in SETS if PREFIX + name not in given]
 
 
 def one_of(choices: Any) -> Callable[[str], str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ghosted_fast.errors import UnsupportedModelError
-from ghosted_fast.facts import IntervalScore, SetScore
+from ghosted_fast.facts import IntervalScore, SetScore, layers_as_text, notebook_table
 from ghosted_fast.fit.sweep.climb import Sweep
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions, RunOptions
@@ -41,6 +41,14 @@ class Selection:
     loss: float | None = None
     statistics: IntervalStatistics | None = field(default=None, repr=False, compare=False)
     sets: list[SetScore] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        title = f"{self.criterion} removes {layers_as_text(self.removed)}"
+        best = sorted(self.scores, key=lambda item: item.score)
+        rows = [
+            (layers_as_text(range(item.start, item.stop)), f"{item.score:.5f}") for item in best
+        ]
+        return notebook_table(title, rows, ["layers", "score"])
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ghosted_fast.checkpoint.model_card import IMPORTED, attach_report
 from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.facts import layers_as_text, notebook_table
 from ghosted_fast.models.boundaries import visit_intervals
 from ghosted_fast.models.decoder import evaluating, model_name
 from ghosted_fast.models.families import decoder_layers, hidden_size
@@ -51,6 +52,12 @@ class ImportReport:
     form: Form
     layout: Layout
     distances: dict[str, float]
+
+    def _repr_html_(self) -> str:
+        keys = "; ".join(", ".join(gap) for gap in self.keys)
+        rows = [("operators", keys), ("form", self.form), ("layout", self.layout)]
+        rows += [(f"distance of {name}", f"{value:.3g}") for name, value in self.distances.items()]
+        return notebook_table(f"Imported for {layers_as_text(self.removed)}", rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
