@@ -1,10 +1,9 @@
 #include "operators.h"
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <array>
 
 #include "../gram_arguments.h"
+#include "current_stream.h"
 #include "gram_update.h"
 
 namespace ghosted_fast {
@@ -19,12 +18,12 @@ class OnDeviceOf {
 #else
   explicit OnDeviceOf(const Tensor& tensor)
       : guard_(tensor.get_device_index()),
-        stream_(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
-  void* stream() const { return stream_.nativeHandle(); }
+        stream_(current_cuda_stream(tensor.get_device_index())) {}
+  void* stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  torch::stable::accelerator::Stream stream_;
+  void* stream_;
 #endif
 };
 
