@@ -29,11 +29,13 @@ __device__ __forceinline__ float bf16_to_float(uint32_t bits) {
   return value;
 }
 
-// Rounds a finite number to the nearest bf16.
+// Rounds to the nearest bf16; NaN stays NaN, also 0x7fffffff, the one that the hardware's
+// arithmetic gives, which the addition would carry over into -0.
 __device__ __forceinline__ uint32_t float_to_bf16(float value) {
+  constexpr uint32_t kNaN = 0x7fc0u;
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return value == value ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : kNaN;
 }
 
 __device__ __forceinline__ void load_columns(const Rows& rows, int64_t token, int64_t column,
@@ -88,7 +90,11 @@ __global__ void __launch_bounds__(kRowThreads)
   if (token >= args.num_tokens) return;
   const float weight = args.token_weight == nullptr ? 1.0f : args.token_weight[token];
   if (!(weight >= 0.0f && weight <= FLT_MAX)) {
-    if (lane == 0) atomicMin(&status->bad_weight, static_cast<unsigned long long>(token));
+    if (lane == 0) {
+      atomicMin(&status->bad_weight, static_cast<unsigned long long>(token));
+      // Under graph capture nobody is told, and the scales are read all the same.
+      if (scales.gram != nullptr) scales.gram[token] = scales.cross[token] = NAN;
+    }
     return;
   }
   if (weight == 0.0f) return;  // neither its row nor its scales are read
@@ -171,7 +177,7 @@ __global__ void __launch_bounds__(kRowThreads)
     double scale = source.factor;
     if (source.scale != nullptr) scale *= source.scale[token];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = static_cast<float>(values[i] * scale);
+    for (int i = 0; i < kVector; ++i) values[i] = round_to_float(values[i] * scale);
   }
   uint16_t* to = parts + row * source.columns + column;
   for (int part = 0; part < source.num_parts; ++part) {

@@ -13,6 +13,7 @@
 // pair of tiles from the caches, 16 d^2 bytes per 1024 tokens for the fp64 sums. Accuracy: relative
 // error to fp64 below 1e-6 in Frobenius norm and 1e-7 scaled, as on the CPU.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "gram_tiles.cuh"
@@ -255,17 +256,36 @@ int launch_sums(const Plan& plan, TileArgs args, void* stream) {
   const int num_cross =
       plan.want_cross ? tiles(args.sums[1].rows) * tiles(args.sums[1].columns) : 0;
   for (const Dtype type : {Dtype::kBFloat16, Dtype::kFloat16}) {
-    args.num_lower = plan.gram_type == type ? num_lower : 0;
-    const int blocks = args.num_lower + (plan.cross_type == type ? num_cross : 0);
+    args.num_cross = plan.cross_type == type ? num_cross : 0;
+    const int blocks = args.num_cross + (plan.gram_type == type ? num_lower : 0);
     if (blocks == 0) continue;
-    const bool several = (args.num_lower > 0 && args.sums[0].num_products > 1) ||
-                         (blocks > args.num_lower && args.sums[1].num_products > 1);
+    const bool several = (args.num_cross > 0 && args.sums[1].num_products > 1) ||
+                         (blocks > args.num_cross && args.sums[0].num_products > 1);
     const auto launch =
         plan.compensated ? tile_launcher<true>(type, several) : tile_launcher<false>(type, several);
     const int error = launch(args, blocks, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+// Loads the machine code of a kernel to the current device.
+template <class Kernel>
+int load_kernel(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
+template <bool kCompensated>
+int load_tile_kernels() {
+  int error = load_kernel(&gram_tiles<Dtype::kBFloat16, false, kCompensated>);
+  if (error == cudaSuccess) {
+    error = load_kernel(&gram_tiles<Dtype::kBFloat16, true, kCompensated>);
+  }
+  if (error == cudaSuccess) {
+    error = load_kernel(&gram_tiles<Dtype::kFloat16, false, kCompensated>);
+  }
+  return error;
 }
 
 bool device_is_supported() {
@@ -301,6 +321,22 @@ bool gram_update_cuda_is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
   return error == cudaSuccess && status != cudaStreamCaptureStatusNone;
+}
+
+int gram_update_cuda_load() {
+  static std::atomic<uint64_t> loaded{0};  // a bit for each device
+  int device = 0;
+  const cudaError_t found = cudaGetDevice(&device);
+  if (found != cudaSuccess) return found;
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if ((loaded.load() & bit) != 0) return cudaSuccess;
+  int error = load_kernel(&check_tokens);
+  if (error == cudaSuccess) error = load_kernel(&split_operand);
+  if (error == cudaSuccess) error = load_kernel(&add_moments);
+  if (error == cudaSuccess) error = load_tile_kernels<false>();
+  if (error == cudaSuccess) error = load_tile_kernels<true>();
+  if (error == cudaSuccess) loaded.fetch_or(bit);
+  return error;
 }
 
 size_t gram_update_cuda_token_bytes(const GramArgs* args) {

@@ -70,11 +70,13 @@ void gram_update_cuda(Tensor x, OptionalTensor y, OptionalTensor token_weight,
     return;
   }
   void* stream = device.stream();
+  const bool capturing = gram_update_cuda_is_capturing(stream);
+  if (!capturing) check_cuda(gram_update_cuda_load());
   Tensor tokens = workspace(x, gram_update_cuda_token_bytes(&args));
   check_cuda(gram_update_cuda_begin(&args, tokens.mutable_data_ptr(), stream));
   GramTokenStatus found;
   const GramTokenStatus* status = nullptr;
-  if (!gram_update_cuda_is_capturing(stream)) {
+  if (!capturing) {
     check_cuda(gram_update_cuda_read_status(tokens.const_data_ptr(), &found, stream));
     check_status(args, found, stream);
     status = &found;

@@ -40,10 +40,10 @@ def run_on_cuda(operator: str, operands: Operands, plain: Callable[[Any], Any]) 
     return triton.run(operator, operands)
 
 
-def run_plain(operands: Operands, plain: Callable[[Any], Any]) -> Any:
+def run_plain(operator: str, operands: Operands, plain: Callable[[Any], Any]) -> Any:
     """Run an operator by plain torch, with one warning for each kind of device."""
     operands.check()
-    if reason := kernels_absence_reason(operands[0].device.type):
+    if reason := kernels_absence_reason(operator, operands[0].device.type):
         _warn_plain(NAMESPACE, reason)
     return plain(operands)
 
@@ -81,7 +81,7 @@ def define(
         torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=library)
         library.impl(
             name,
-            lambda *arguments: run_plain(operands(*arguments), plain),
+            lambda *arguments: run_plain(operator, operands(*arguments), plain),
             "CompositeExplicitAutograd",
         )
         is_compiled = name in native.CUDA_OPERATORS and compiled.serves_cuda()

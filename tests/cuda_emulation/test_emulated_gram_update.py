@@ -10,7 +10,14 @@ import math
 
 import pytest
 import torch
-from cuda_emulation.emulator import NO_TOKEN, emulate, unavailable
+from cuda_emulation.emulator import (
+    FINITE_BYTE,
+    LATER,
+    NAN_BYTE,
+    NO_TOKEN,
+    emulate,
+    unavailable,
+)
 from support.gram_sums import assert_close, exact_sums, make_sums, make_weights
 from torch import Tensor
 
@@ -250,6 +257,74 @@ def test_under_capture_scales_are_taken_as_inexact_and_nan_goes_on() -> None:
     x[3, 5] = math.nan
     emulate(x, x, captured=True, **sums)
     assert sums["gram"][5, :6].isnan().all() and sums["gram"][:5, :5].isfinite().all()
+
+
+# What the hardware's arithmetic gives, what the host's gives, and what is in no arithmetic.
+NAN_PATTERNS = {"gpu": 0x7FFFFFFF, "host": -0x400000, "quiet": 0x7FC00000, "signalling": 0x7F800001}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pattern"), [(BF16, "host"), (FP16, "host"), *((FP32, name) for name in NAN_PATTERNS)]
+)
+@pytest.mark.parametrize(
+    ("norm_eps", "delta", "weights"),
+    [(None, False, "none"), (None, True, "none"), (1e-5, True, "any"), (None, False, "power of 4")],
+)
+def test_no_nan_is_lost_under_capture(
+    norm_eps: float | None, delta: bool, weights: str, dtype: torch.dtype, pattern: str
+) -> None:
+    bits = torch.tensor(NAN_PATTERNS[pattern], dtype=torch.int32)
+    x, y = torch.randn(40, 24).to(dtype), torch.randn(40, 24).to(dtype)
+    x[3, 5] = bits.view(FP32) if dtype == FP32 else math.nan
+    sums = make_sums(24, 24)
+    emulate(x, y, make_weights(weights, 40), norm_eps=norm_eps, delta=delta, captured=True, **sums)
+    assert sums["gram"][5, :6].isnan().all() and sums["cross"][5].isnan().all()
+    assert sums["moments"][0, 5].isnan()
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("garbage", [NAN_BYTE, FINITE_BYTE])
+@pytest.mark.parametrize(("dtype", "norm_eps"), [(BF16, None), (FP32, 1e-5)], ids=str)
+def test_a_bad_weight_shows_in_the_sums_under_capture(
+    dtype: torch.dtype, norm_eps: float | None, garbage: int, value: float
+) -> None:
+    x, weight, sums = torch.randn(40, 24).to(dtype), torch.ones(40), make_sums(24, 24)
+    weight[17] = value
+    emulate(x, x, weight, norm_eps=norm_eps, captured=True, garbage=garbage, **sums)
+    assert sums["gram"].tril().isnan().sum() == 24 * 25 // 2
+    assert sums["cross"].isnan().all() and sums["moments"][0].isnan().all()
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("weights", ["none", "padding"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_nothing_is_read_that_was_not_written(
+    dtype: torch.dtype, weights: str, captured: bool
+) -> None:
+    x, y = torch.randn(70, 40).to(dtype), torch.randn(70, 136).to(dtype)
+    results = []
+    for garbage in (NAN_BYTE, FINITE_BYTE):
+        sums, weight = make_sums(40, 136), make_weights(weights, 70)
+        emulate(x, y, weight, norm_eps=1e-5, captured=captured, garbage=garbage, **sums)
+        results.append(sums)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("weights", ["none", "any"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_the_promise_holds_for_adders_of_later_devices(dtype: torch.dtype, weights: str) -> None:
+    """A possible one: nothing says how those of sm_90 add. On a GPU the tests of values decide."""
+    num_tokens = 1100
+    x, y = outlier_activations(num_tokens, 24, dtype), torch.randn(num_tokens, 24).to(dtype)
+    weight, sums = make_weights(weights, num_tokens), make_sums(24, 24)
+    emulate(x, y, weight, delta=True, adder=LATER, **sums)
+    assert_close(sums, exact_sums(x, y, weight, delta=True))
+
+
+def test_the_longest_blocks_begin_first() -> None:
+    x, y = torch.randn(32, 264).to(BF16), torch.randn(32, 264).to(BF16)
+    run = emulate(x, y, delta=True, **make_sums(264, 264))
+    assert run.first_block == 3 * run.last_block > 0
 
 
 def multiply_adds(hidden_size: int, weight: Tensor | None = None, **sums: Tensor) -> float:

@@ -71,8 +71,8 @@ _TILE_MUTANTS = (
     Mutant(
         "one token too many",
         _TILES,
-        "token < args.num_tokens &&",
-        "token <= args.num_tokens &&",
+        "if (token < args.num_tokens) {",
+        "if (token <= args.num_tokens) {",
         _SHAPES,
     ),
     Mutant(
@@ -99,8 +99,15 @@ _TILE_MUTANTS = (
     Mutant(
         "rows of weight 0 loaded",
         _TILES,
-        "(args.token_weight == nullptr || args.token_weight[token] != 0.0f)",
-        "true",
+        "args.token_weight == nullptr ? 1.0f : args.token_weight[token];",
+        "1.0f;",
+        _MASKED,
+    ),
+    Mutant(
+        "weights not looked at for later tiles",
+        _TILES,
+        "        mask.look_ahead(args, load_token);\n",
+        "",
         _MASKED,
     ),
     Mutant(

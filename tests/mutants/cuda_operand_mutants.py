@@ -30,8 +30,8 @@ MUTANTS = (
     Mutant(
         "one part used for all",
         _TILES,
-        "sum.right_offset[load_product], args, sum.right);",
-        "sum.right_offset[0], args, sum.right);",
+        "sum.right_offset[load_product],\n                        mask, sum.right);",
+        "sum.right_offset[0],\n                        mask, sum.right);",
         _FLOATS,
     ),
     Mutant(
@@ -188,8 +188,37 @@ MUTANTS = (
     Mutant(
         "read back under graph capture",
         _BINDING,
-        "if (!gram_update_cuda_is_capturing(stream)) {",
-        "{",
+        "  if (!capturing) {",
+        "  {",
         (_BOUND, "-k", "capture"),
+    ),
+    Mutant(
+        "kernels first loaded under graph capture",
+        _BINDING,
+        "if (!capturing) check_cuda(gram_update_cuda_load());",
+        "",
+        (_BOUND, "-k", "capture"),
+    ),
+    Mutant(
+        "compensated kernels not loaded beforehand",
+        _PLAN,
+        "  if (error == cudaSuccess) error = load_tile_kernels<true>();\n",
+        "",
+        (f"{_EMULATED}::test_under_capture_scales_are_taken_as_inexact_and_nan_goes_on",),
+    ),
+    # NaN under graph capture, where nobody is told of it.
+    Mutant(
+        "NaN of the hardware's arithmetic rounded to -0",
+        _TOKENS,
+        "return value == value ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : kNaN;",
+        "(void)kNaN;\n  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
+        (f"{_EMULATED}::test_no_nan_is_lost_under_capture",),
+    ),
+    Mutant(
+        "scales of a bad weight left as they were",
+        _TOKENS,
+        "if (scales.gram != nullptr) scales.gram[token] = scales.cross[token] = NAN;",
+        "",
+        (f"{_EMULATED}::test_a_bad_weight_shows_in_the_sums_under_capture",),
     ),
 )
