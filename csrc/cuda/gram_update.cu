@@ -7,7 +7,8 @@
 // as they are: x without scales straight from the caller's rows, x times powers of two copied once.
 // Everything else is cut into three bf16 parts, hi + mid + lo, 24 bits in all, and the products of
 // parts down to 2^-24 are summed: 3 products where x is bf16, 6 where it is fp32. Nothing is ever
-// rounded to 16 bits.
+// rounded to 16 bits. C of y - x is not taken as C of y less G, which would need one product: its
+// error would be relative to y, of which y - x may be a small part.
 //
 // 2 T d^2 flops per product (528 of 1024 tiles of G at d = 4096), 8 T (rows + columns) bytes per
 // pair of tiles from the caches, 16 d^2 bytes per 1024 tokens for the fp64 sums. Accuracy: relative
