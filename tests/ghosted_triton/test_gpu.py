@@ -39,6 +39,19 @@ def test_ghost_apply(rows: int, types: tuple[torch.dtype, torch.dtype], size: in
         assert relative_rms(y, exact) <= torch.finfo(x.dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_many_rows_of_a_plain_ghost(dtype: torch.dtype) -> None:
+    """What `auto` leaves to cuBLAS is as exact as the kernel, and may be captured."""
+    x, (weight, _) = torch.randn(2, 2048, 2048, device="cuda").to(dtype), make_weight(2048, dtype)
+    exact = ghost_apply_reference(GhostOperands(x, weight))
+    assert relative_rms(ghost_apply(x, weight), exact) <= torch.finfo(dtype).eps
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ghost_apply(x, weight)
+    graph.replay()
+    assert relative_rms(y, exact) <= torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32], ids=str)
 def test_gram_update(dtype: torch.dtype) -> None:
     x, y = torch.randn(3000, 256, device="cuda").to(dtype), torch.randn(3000, 256, device="cuda")
