@@ -71,6 +71,13 @@ __device__ __forceinline__ bool is_power_of_two(double value) {
   return (bits & ((uint64_t{1} << 52) - 1)) == 0;
 }
 
+// The power of two that a number is meant to be whose weight was rounded to fp32; else the number.
+__device__ __forceinline__ double snapped(double scale) {
+  constexpr double kRounding = 1.01 / (1 << 24);
+  const double power = ldexp(1.0, ilogb(1.5 * scale));
+  return fabs(scale - power) <= kRounding * power ? power : scale;
+}
+
 __device__ __forceinline__ int biased_exponent(double magnitude) {
   return magnitude > 0.0 ? ilogb(magnitude) + 1 + kExponentBias : 0;
 }
@@ -127,13 +134,19 @@ __global__ void __launch_bounds__(kRowThreads)
   if (args.normed) {
     inverse_rms = 1.0 / sqrt(squares / static_cast<double>(args.hidden_size) + args.norm_eps);
   }
-  const double cross_scale = weight * inverse_rms, gram_scale = cross_scale * inverse_rms;
+  double cross_scale = weight * inverse_rms, gram_scale = cross_scale * inverse_rms;
+  if (args.normed) {
+    // The usual weights of normed rows are powers of two times their mean squares. They are taken
+    // as such in G and in C alike: moved no further than their rounding to fp32 has moved them.
+    const double moved = snapped(gram_scale);
+    cross_scale *= moved / gram_scale;
+    gram_scale = moved;
+  }
   if (scales.gram != nullptr) {
     scales.gram[token] = gram_scale;
     scales.cross[token] = cross_scale;
-    if (!is_power_of_two(gram_scale) || !is_power_of_two(cross_scale)) {
-      atomicMax(&status->scales_are_inexact, 1);
-    }
+    if (!is_power_of_two(gram_scale)) atomicMax(&status->gram_is_inexact, 1);
+    if (!is_power_of_two(cross_scale)) atomicMax(&status->cross_is_inexact, 1);
   }
   if (x_largest > FLT_MAX) atomicMin(&status->bad_x, static_cast<unsigned long long>(token));
   if (y_largest > FLT_MAX) atomicMin(&status->bad_y, static_cast<unsigned long long>(token));

@@ -32,7 +32,7 @@ struct GramTokenStatus {
   int32_t x_exponent;                           // of the largest |x|
   int32_t gram_exponent;                        // of the largest |x| times the scale for G
   int32_t cross_exponent;                       // of the largest |target| times the scale for C
-  int32_t scales_are_inexact;                   // not all scales are powers of two
+  int32_t gram_is_inexact, cross_is_inexact;    // not all scales are powers of two
   // Tokens by the size of their largest product, in G and in C: bucket b has those with products
   // below 4^(b - kSizeBuckets / 2), the first and last those beyond too.
   int32_t gram_sizes[kSizeBuckets], cross_sizes[kSizeBuckets];

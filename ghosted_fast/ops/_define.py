@@ -42,7 +42,8 @@ def run_on_cuda(operator: str, operands: Operands, plain: Callable[[Any], Any]) 
         _warn_plain(f"{NAMESPACE}.{operator}", reason)
         return plain(operands)
     if triton.is_left_to_torch(operator, operands):
-        return ghost_apply_product(*operands[:2])
+        x, weight, *_ = operands
+        return ghost_apply_product(x, weight)
     return triton.run(operator, operands)
 
 

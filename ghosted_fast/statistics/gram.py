@@ -34,9 +34,9 @@ def statistics_bytes(hidden_size: int, folds: int = 4) -> int:
     return _BYTES_PER_DOUBLE * folds * (2 * hidden_size**2 + 3 * hidden_size + 2)
 
 
-def mean_square(rows: Tensor) -> Tensor:
-    """Return the mean square of each row of [..., d], fp32 [...], without a copy of the rows."""
-    norm = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+def mean_square(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the mean square of each row of [..., d], in a dtype [...], without a copy of them."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
     return norm.square() / rows.shape[-1]
 
 

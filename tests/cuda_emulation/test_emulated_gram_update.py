@@ -349,6 +349,31 @@ def test_scales_that_are_powers_of_two_cost_no_more_products() -> None:
     assert multiply_adds(128, make_weights("any", 32), **make_sums(128, 128)) == 6.0
 
 
+def weights_of_normed_rows(x: Tensor, norm_eps: float) -> Tensor:
+    """As `token_weights` makes them on CUDA: powers of four times the rows' mean squares."""
+    powers = 4.0 ** torch.randint(-3, 4, (len(x),)).double()
+    return (powers * (x.double().square().mean(1) + norm_eps)).float()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_weights_of_normed_rows_cost_one_product_in_g(dtype: torch.dtype) -> None:
+    x, y = torch.randn(32, 128).to(dtype), torch.randn(32, 128).to(dtype)
+    weight, sums = weights_of_normed_rows(x, 1e-5), make_sums(128, 128)
+    run = emulate(x, y, weight, norm_eps=1e-5, delta=True, **sums)
+    assert_close(sums, exact_sums(x, y, weight, 1e-5, True))
+    products = {BF16: 1 + 3, FP32: 6 + 6}[dtype]
+    assert run.multiply_adds == products * 32 * 128 * 128
+
+
+@pytest.mark.parametrize("moved", [0.0, 2e-7, 5e-7])
+def test_a_weight_is_moved_no_further_than_its_rounding(moved: float) -> None:
+    """Of one token all of G is off as its weight is: here the bound of 1e-7 is the tightest."""
+    x, sums = torch.randn(1, 16).to(BF16), make_sums(16, 16)
+    weight = (weights_of_normed_rows(x, 1e-5).double() * (1.0 + moved)).float()
+    emulate(x, x, weight, norm_eps=1e-5, **sums)
+    assert_close(sums, exact_sums(x, x, weight, 1e-5))
+
+
 def test_bytes_are_the_least_that_tiles_of_128_can_do_with() -> None:
     num_tokens, tiles = 1024, 2
     size = 128 * tiles
