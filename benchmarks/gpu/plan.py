@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LIMIT = 480
 MODEL_PARTS = ("speed", "graphs", "calibration", "fit")
-_GPU_TESTS = ("tests/ops", "tests/statistics", "tests/ghosted_triton/test_gpu.py")
+_GPU_TESTS = ("tests/ops", "tests/ghosted_triton/test_gpu.py", "tests/test_pipeline_on_devices.py")
 # Without torch's cache of memory, which hides what is out of bounds; so without CUDA graphs.
 _SANITIZED = (
     "(test_values and 300-136 and bfloat16 and (any or none)) or test_bad_token_is_named "
