@@ -7,6 +7,7 @@ A part is stopped after `LIMIT` seconds. Nothing is fetched.
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,13 +85,13 @@ def _python(*words: str) -> list[str]:
 
 
 def _build(setting: Setting) -> Command:
-    doctor = _python("-m", "ghosted_fast", "doctor")
+    doctor = _python("-m", "ghosted_fast", "doctor", "--json")
     if setting.device == "cpu":
         return Command(doctor)
     install = "pip install --quiet --no-index --no-deps --no-build-isolation -e ."
     chosen = {"GHOSTED_FAST_BUILD": "cuda"}
-    script = f"set -e; '{sys.executable}' -m {install}; '{sys.executable}' -m ghosted_fast doctor"
-    return Command(["bash", "-c", script], chosen, r"CUDA C\+\+ for gram_update")
+    script = f"set -e; {shlex.quote(sys.executable)} -m {install}; {shlex.join(doctor)}"
+    return Command(["bash", "-c", script], chosen, '"kind": "cuda"')
 
 
 def _pytest(*words: str) -> list[str]:
