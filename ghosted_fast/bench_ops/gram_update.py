@@ -152,7 +152,7 @@ def _multiplies_in_tiles() -> bool:
 
 
 def _products(dtype: torch.dtype, normed: bool, device: torch.device) -> int | None:
-    """Return how many 16-bit products of parts ours takes for one; None where there are no parts."""
+    """Return how many 16-bit products ours takes for one; None where nothing is cut into parts."""
     if device.type == "cuda":
         if dtype == torch.float32:
             return 6
