@@ -23,6 +23,7 @@ _SANITIZED = (
     "(test_values and 300-136 and bfloat16 and (any or none)) or test_bad_token_is_named "
     "or (test_ghost_apply and 300 and 64)"
 )
+_CASE_SECONDS = 8.0
 _SOME_PASSED = r"\b[1-9]\d* passed"
 
 
@@ -123,10 +124,10 @@ def _operator(
     widths: Sequence[int],
     rows: Sequence[int],
     dtype: str,
-    seconds: float,
     setting: Setting,
 ) -> Command:
     """Return the library's own benchmark: checked, in CUDA graphs, with weights in turn."""
+    seconds = _CASE_SECONDS
     if setting.shape == "tiny":
         widths, rows, seconds = (64,), rows and (16,), 0.05
     words = _python("-m", "ghosted_fast", "bench-ops", "--device", setting.device)
@@ -155,18 +156,24 @@ def _sanitizers() -> list[Part]:
 
 
 def _operators() -> list[Part]:
-    def part(name: str, about: str, expected: int, *given: object) -> Part:
+    def part(
+        name: str,
+        about: str,
+        expected: int,
+        widths: Sequence[int],
+        rows: Sequence[int],
+        dtype: str = "bf16",
+    ) -> Part:
         operator = "_".join(name.split("_")[:2])
-        return Part(name, about, expected, partial(_operator, operator, name, *given))  # type: ignore[arg-type]
+        return Part(name, about, expected, partial(_operator, operator, name, widths, rows, dtype))
 
-    decode, prefill = (1, 16), (512, 4096)
     return [
-        part("ghost_apply_decode", "1 and 16 rows", 180, (2048, 4096), decode, "bf16", 8),
-        part("ghost_apply_prefill", "512 and 4096 rows", 180, (2048, 4096), prefill, "bf16", 8),
-        part("gram_update_fold", "sums of 1024 tokens", 200, (2048, 4096), (1024,), "bf16", 8),
-        part("gram_update_batch", "of 8192 tokens", 300, (576, 2048, 4096), (8192,), "bf16", 8),
-        part("gram_update_fp32", "of fp32 activations", 150, (4096,), (8192,), "fp32", 8),
-        part("ghost_solve", "the solve, torch's own", 60, (2048, 4096), (), "", 8),
+        part("ghost_apply_decode", "1 and 16 rows", 180, (2048, 4096), (1, 16)),
+        part("ghost_apply_prefill", "512 and 4096 rows", 180, (2048, 4096), (512, 4096)),
+        part("gram_update_fold", "sums of 1024 tokens", 200, (2048, 4096), (1024,)),
+        part("gram_update_batch", "of 8192 tokens", 300, (576, 2048, 4096), (8192,)),
+        part("gram_update_fp32", "of fp32 activations", 150, (4096,), (8192,), "fp32"),
+        part("ghost_solve", "the solve, torch's own", 60, (2048, 4096), ()),
     ]
 
 
