@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def compiler(target: Version) -> list[str]:
 
     number = f"-DTORCH_TARGET_VERSION=0x{target.major:02x}{target.minor:02x}000000000000"
     folders = [pybind11.get_include(), *cpp_extension.include_paths()]
-    folders.append(f"{sys.base_prefix}/include/python3.{sys.version_info.minor}")
+    folders.append(sysconfig.get_paths()["include"])
     includes = [part for folder in folders for part in ("-isystem", folder)]
     return ["g++", "-std=c++17", number, "-DGHOSTED_FAST_CUDA", *includes]
 
