@@ -1,10 +1,11 @@
-# make setup | demo | test | test-quick | test-families | test-mutants | test-engines | test-vllm | lint | types |
-#      format | hooks | bench | bench-engines | docs | site | cuda | wheel | sdist | wheels | clean
-# Everything is installed into .venv, what only some tests need into .venv-deployment, .venv-engines
-# and .venv-vllm; a second run finds it there.
+# make setup | demo | test | test-quick | test-families | test-mutants | test-oldest | test-engines | test-vllm | lint |
+#      types | format | hooks | bench | bench-engines | docs | site | cuda | gpu | wheel | sdist | wheels | clean
+# Everything is installed into .venv, what only some tests need into .venv-deployment, .venv-oldest,
+# .venv-engines and .venv-vllm; a second run finds it there.
 
 PYTHON ?= python3
 BIN := .venv/bin
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
   csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*/*/*.h)
 CLANG_SOURCES = $(SOURCES) $(wildcard tests/*/*.cpp tests/*/*.h ghosted_fast/*/*.cpp)
@@ -13,10 +14,17 @@ WHEEL = $$(ls -t dist/ghosted_fast-*.whl | head -n 1)
 DEPLOYMENT := bitsandbytes compressed-tensors peft torchao 'transformers[serving]'
 DEPLOYMENT_TESTS := tests/deployment
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
+# The lower ends of the ranges in pyproject.toml; tests/test_torch_range.py holds the two together.
+OLDEST_TORCH ?= 2.10
+OLDEST_TRANSFORMERS ?= 5.19
+OLDEST_TRITON ?= 3.6
+OLDEST_INDEX ?=
+OLDEST_TESTS := tests/test_build.py tests/test_cuda_build.py tests/test_torch_range.py \
+  tests/ops tests/statistics tests/fit tests/models tests/checkpoint tests/ghosted_triton
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 
-.PHONY: setup assets demo test test-quick test-families test-mutants test-engines test-vllm lint types format \
-  hooks bench bench-engines cuda wheel sdist wheels clean
+.PHONY: setup assets demo test test-quick test-families test-mutants test-oldest test-engines test-vllm lint types \
+  format hooks bench bench-engines cuda gpu wheel sdist wheels clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed assets
@@ -71,6 +79,28 @@ test-families: setup
 test-mutants: setup .venv/.nvcc
 	PYTHONPATH=tests $(BIN)/python -m mutants.run
 
+# The oldest torch, transformers and triton: a copy of the sources is built against that torch, and
+# what stands on the three is tested there. Torch comes from its index of builds for the CPU.
+.venv-oldest/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet $(addprefix --extra-index-url ,$(OLDEST_INDEX)) \
+	  "torch==$(OLDEST_TORCH).*"
+	.venv-oldest/bin/python -c "import torch; assert torch.version.cuda is None, \
+	  'expected the CPU build of torch, got one for CUDA: name an index with OLDEST_INDEX='"
+	grep -vE '^(torch|torchvision|transformers|tokenizers|huggingface_hub|triton)==' \
+	  constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt \
+	  "transformers==$(OLDEST_TRANSFORMERS).*" "triton==$(OLDEST_TRITON).*" setuptools wheel \
+	  pybind11 ninja accelerate expecttest hypothesis packaging psutil pyarrow pytest \
+	  pytest-xdist rich safetensors tqdm typer
+	touch $@
+
+test-oldest: .venv-oldest/.installed
+	rm -rf .venv-oldest/tree && mkdir .venv-oldest/tree
+	git ls-files -z | xargs -0 cp --parents -t .venv-oldest/tree
+	cd .venv-oldest/tree && ../bin/python -m pip install --quiet --no-deps --no-build-isolation -e . \
+	  && ../bin/python -m pytest -n auto --dist loadgroup -m 'not real_model' $(OLDEST_TESTS)
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
@@ -104,6 +134,11 @@ cuda: .venv/.installed .venv/.nvcc
 	GHOSTED_FAST_BUILD=cuda $(BIN)/python -m pip install --quiet -c constraints.txt \
 	  --no-build-isolation -e ".[dev]"
 	$(BIN)/ghosted-fast doctor
+
+# All that a GPU is wanted for, in parts of at most 8 minutes; what is done is not done again.
+# ARGS=--dry-run lists them. The environment is that which is there: nothing is fetched.
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu_day.py $(ARGS)
 
 wheel: .venv/.installed
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
@@ -162,7 +197,7 @@ bench-engines: wheel .venv-engines/.installed .venv-vllm/.installed assets
 	$(BIN)/python benchmarks/bench_engines.py
 
 clean:
-	rm -rf .venv .venv-deployment .venv-engines .venv-vllm build dist *.egg-info ghosted_fast/*.so demo
+	rm -rf .venv .venv-deployment .venv-oldest .venv-engines .venv-vllm build dist *.egg-info ghosted_fast/*.so demo
 
 # Tables and pictures of README and docs, out of results and program; `site` makes HTML of all pages.
 .PHONY: docs site

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 CSRC = Path("csrc")
 KERNELS = CSRC / "cpu" / "kernels"
 CUDA_ARCHITECTURES = "80,90,100"
-OLDEST_TORCH = "2.13"
+OLDEST_TORCH = "2.10"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]

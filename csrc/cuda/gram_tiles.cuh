@@ -45,8 +45,9 @@ struct TileSum {
 };
 
 struct TileArgs {
-  TileSum sums[2];    // G, C
-  int num_lower = 0;  // blocks of G; those of C follow
+  TileSum sums[2];  // G, C
+  // Blocks of C; those of G follow. C often has more products, and the longest should begin first.
+  int num_cross = 0;
   int num_tokens = 0;
   const float* token_weight = nullptr;  // rows of weight 0 are not read; null for none
 };
@@ -63,27 +64,49 @@ __device__ __forceinline__ TilePlace lower_tile(int number) {
   return {row, number - row * (row + 1) / 2};
 }
 
+// Which of the two rows of a tile that a thread copies count. Their weights are asked for when the
+// tile before is copied, so that no copy waits for memory.
+class RowMask {
+ public:
+  __device__ __forceinline__ explicit RowMask(int thread) : row_(thread / 16) {}
+
+  __device__ __forceinline__ void look_ahead(const TileArgs& args, int first_token) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = first_token + row_ + 16 * i;
+      weight_[i] = 0.0f;
+      if (token < args.num_tokens) {
+        weight_[i] = args.token_weight == nullptr ? 1.0f : args.token_weight[token];
+      }
+    }
+  }
+
+  __device__ __forceinline__ bool counts(int i) const { return weight_[i] != 0.0f; }
+
+ private:
+  int row_;
+  float weight_[2];
+};
+
 // Copies tiles of 32 tokens x 128 columns of one side; every thread the same eight columns of two
 // rows that are 16 apart.
 class TileLoader {
  public:
   __device__ __forceinline__ TileLoader(const uint16_t* rows, int64_t stride, int first_column,
                                         int num_columns, int thread)
-      : row_(thread / 16), stride_(stride) {
-    const int column = thread % 16 * 8;
+      : stride_(stride) {
+    const int row = thread / 16, column = thread % 16 * 8;
     in_columns_ = first_column + column < num_columns;
-    shared_offset_ = row_ * kTileStride + column;
-    from_ = rows + row_ * stride + (in_columns_ ? first_column + column : 0);
+    shared_offset_ = row * kTileStride + column;
+    from_ = rows + row * stride + (in_columns_ ? first_column + column : 0);
   }
 
   // `offset` is that of the part.
-  __device__ __forceinline__ void load(uint16_t* stage, int first_token, int64_t offset,
-                                       const TileArgs& args, const uint16_t* safe) const {
+  __device__ __forceinline__ void load(uint16_t* stage, int64_t offset, const RowMask& mask,
+                                       const uint16_t* safe) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int token = first_token + row_ + 16 * i;
-      const bool wanted = in_columns_ && token < args.num_tokens &&
-                          (args.token_weight == nullptr || args.token_weight[token] != 0.0f);
+      const bool wanted = in_columns_ && mask.counts(i);
       const uint16_t* from = from_ + offset + 16 * i * stride_;
       copy_async_16(stage + shared_offset_ + 16 * i * kTileStride, wanted ? from : safe, wanted);
     }
@@ -92,7 +115,7 @@ class TileLoader {
   __device__ __forceinline__ void advance() { from_ += kTileTokens * stride_; }
 
  private:
-  int row_, shared_offset_;
+  int shared_offset_;
   int64_t stride_;
   bool in_columns_;
   const uint16_t* from_;
@@ -198,12 +221,11 @@ __global__ void __maxnreg__(kCompensated ? kCompensatedTileRegisters : kTileRegi
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp % 2 * kWarpRows, warp_column = warp / 2 * kWarpColumns;
   const int block = static_cast<int>(blockIdx.x);
-  const bool is_lower = block < args.num_lower;
+  const bool is_lower = block >= args.num_cross;
   const TileSum& sum = args.sums[is_lower ? 0 : 1];
   const int row_tiles = (sum.rows + kTile - 1) / kTile;
-  const int number = block - args.num_lower;
-  const TilePlace place =
-      is_lower ? lower_tile(block) : TilePlace{number % row_tiles, number / row_tiles};
+  const TilePlace place = is_lower ? lower_tile(block - args.num_cross)
+                                   : TilePlace{block % row_tiles, block / row_tiles};
 
   TileLoader left_loader(sum.left, sum.left_stride, place.row * kTile, sum.rows, thread);
   TileLoader right_loader(sum.right, sum.right_stride, place.column * kTile, sum.columns, thread);
@@ -211,18 +233,21 @@ __global__ void __maxnreg__(kCompensated ? kCompensatedTileRegisters : kTileRegi
   constexpr int kUnroll = kSeveral ? 1 : kTileTokens / kStepTokens;
   const int num_products = kSeveral ? sum.num_products : 1;
   int load_token = 0, load_product = 0, load_stage = 0;
+  RowMask mask(thread);
+  mask.look_ahead(args, load_token);
   // Begins to load the next product of parts, if there is one, and closes the group in any case:
   // the waits count groups.
   const auto load_next = [&] {
     if (load_token < args.num_tokens) {
-      left_loader.load(left_stages + load_stage * kStageElements, load_token,
-                       sum.left_offset[load_product], args, sum.left);
-      right_loader.load(right_stages + load_stage * kStageElements, load_token,
-                        sum.right_offset[load_product], args, sum.right);
+      left_loader.load(left_stages + load_stage * kStageElements, sum.left_offset[load_product],
+                       mask, sum.left);
+      right_loader.load(right_stages + load_stage * kStageElements, sum.right_offset[load_product],
+                        mask, sum.right);
       load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
       if (++load_product == num_products) {
         load_product = 0;
         load_token += kTileTokens;
+        mask.look_ahead(args, load_token);
         left_loader.advance();
         right_loader.advance();
       }

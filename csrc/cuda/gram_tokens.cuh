@@ -29,11 +29,13 @@ __device__ __forceinline__ float bf16_to_float(uint32_t bits) {
   return value;
 }
 
-// Rounds a finite number to the nearest bf16.
+// Rounds to the nearest bf16; NaN stays NaN, also 0x7fffffff, the one that the hardware's
+// arithmetic gives, which the addition would carry over into -0.
 __device__ __forceinline__ uint32_t float_to_bf16(float value) {
+  constexpr uint32_t kNaN = 0x7fc0u;
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return value == value ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : kNaN;
 }
 
 __device__ __forceinline__ void load_columns(const Rows& rows, int64_t token, int64_t column,
@@ -69,6 +71,13 @@ __device__ __forceinline__ bool is_power_of_two(double value) {
   return (bits & ((uint64_t{1} << 52) - 1)) == 0;
 }
 
+// The power of two that a number is meant to be whose weight was rounded to fp32; else the number.
+__device__ __forceinline__ double snapped(double scale) {
+  constexpr double kRounding = 1.01 / (1 << 24);
+  const double power = ldexp(1.0, ilogb(1.5 * scale));
+  return fabs(scale - power) <= kRounding * power ? power : scale;
+}
+
 __device__ __forceinline__ int biased_exponent(double magnitude) {
   return magnitude > 0.0 ? ilogb(magnitude) + 1 + kExponentBias : 0;
 }
@@ -88,7 +97,11 @@ __global__ void __launch_bounds__(kRowThreads)
   if (token >= args.num_tokens) return;
   const float weight = args.token_weight == nullptr ? 1.0f : args.token_weight[token];
   if (!(weight >= 0.0f && weight <= FLT_MAX)) {
-    if (lane == 0) atomicMin(&status->bad_weight, static_cast<unsigned long long>(token));
+    if (lane == 0) {
+      atomicMin(&status->bad_weight, static_cast<unsigned long long>(token));
+      // Under graph capture nobody is told, and the scales are read all the same.
+      if (scales.gram != nullptr) scales.gram[token] = scales.cross[token] = NAN;
+    }
     return;
   }
   if (weight == 0.0f) return;  // neither its row nor its scales are read
@@ -121,13 +134,19 @@ __global__ void __launch_bounds__(kRowThreads)
   if (args.normed) {
     inverse_rms = 1.0 / sqrt(squares / static_cast<double>(args.hidden_size) + args.norm_eps);
   }
-  const double cross_scale = weight * inverse_rms, gram_scale = cross_scale * inverse_rms;
+  double cross_scale = weight * inverse_rms, gram_scale = cross_scale * inverse_rms;
+  if (args.normed) {
+    // The usual weights of normed rows are powers of two times their mean squares. They are taken
+    // as such in G and in C alike: moved no further than their rounding to fp32 has moved them.
+    const double moved = snapped(gram_scale);
+    cross_scale *= moved / gram_scale;
+    gram_scale = moved;
+  }
   if (scales.gram != nullptr) {
     scales.gram[token] = gram_scale;
     scales.cross[token] = cross_scale;
-    if (!is_power_of_two(gram_scale) || !is_power_of_two(cross_scale)) {
-      atomicMax(&status->scales_are_inexact, 1);
-    }
+    if (!is_power_of_two(gram_scale)) atomicMax(&status->gram_is_inexact, 1);
+    if (!is_power_of_two(cross_scale)) atomicMax(&status->cross_is_inexact, 1);
   }
   if (x_largest > FLT_MAX) atomicMin(&status->bad_x, static_cast<unsigned long long>(token));
   if (y_largest > FLT_MAX) atomicMin(&status->bad_y, static_cast<unsigned long long>(token));
@@ -171,7 +190,7 @@ __global__ void __launch_bounds__(kRowThreads)
     double scale = source.factor;
     if (source.scale != nullptr) scale *= source.scale[token];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = static_cast<float>(values[i] * scale);
+    for (int i = 0; i < kVector; ++i) values[i] = round_to_float(values[i] * scale);
   }
   uint16_t* to = parts + row * source.columns + column;
   for (int part = 0; part < source.num_parts; ++part) {

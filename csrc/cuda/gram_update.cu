@@ -7,180 +7,19 @@
 // as they are: x without scales straight from the caller's rows, x times powers of two copied once.
 // Everything else is cut into three bf16 parts, hi + mid + lo, 24 bits in all, and the products of
 // parts down to 2^-24 are summed: 3 products where x is bf16, 6 where it is fp32. Nothing is ever
-// rounded to 16 bits.
+// rounded to 16 bits. C of y - x is not taken as C of y less G, which would need one product: its
+// error would be relative to y, of which y - x may be a small part.
 //
 // 2 T d^2 flops per product (528 of 1024 tiles of G at d = 4096), 8 T (rows + columns) bytes per
 // pair of tiles from the caches, 16 d^2 bytes per 1024 tokens for the fp64 sums. Accuracy: relative
 // error to fp64 below 1e-6 in Frobenius norm and 1e-7 scaled, as on the CPU.
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 
-#include "gram_tiles.cuh"
-#include "gram_tokens.cuh"
+#include "gram_plan.cuh"
 
 namespace ghosted_fast {
 namespace {
-
-// Tokens whose operands are in the workspace at a time: a multiple of the flush, so that the sums
-// do not depend on it, and at most about this many bytes.
-constexpr int64_t kFlushTokens = int64_t{kFlushTiles} * kTileTokens;
-constexpr int64_t kChunkTokens = 1 << 20;
-#ifndef GHOSTED_FAST_GRAM_CHUNK_BYTES  // the tests make it small
-#define GHOSTED_FAST_GRAM_CHUNK_BYTES (int64_t{256} << 20)
-#endif
-constexpr int64_t kChunkBytes = GHOSTED_FAST_GRAM_CHUNK_BYTES;
-// Rows outside 2^-40 .. 2^40 are shifted by a power of two, as on the CPU: products and their parts
-// stay in fp32's range.
-constexpr int kSafeExponent = 40;
-// Where fewer tokens make up half of a sum, it is compensated: the roundings of the additions after
-// the first of them would be 2e-7 of the sum, and average out over many.
-constexpr int64_t kOwners = 64;
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-int safe_shift(int32_t biased_exponent) {
-  if (biased_exponent == 0) return 0;
-  const int exponent = biased_exponent - kExponentBias;
-  return exponent > kSafeExponent || exponent < -kSafeExponent ? -exponent : 0;
-}
-
-// Whether few tokens make up half of the sum, by the sizes of their products.
-bool is_owned_by_few(const int32_t* sizes) {
-  double total = 0.0;
-  for (int bucket = 0; bucket < kSizeBuckets; ++bucket) {
-    total += std::ldexp(sizes[bucket], 2 * (bucket - kSizeBuckets / 2));
-  }
-  double part = 0.0;
-  int64_t tokens = 0;
-  for (int bucket = kSizeBuckets - 1; bucket >= 0 && part < 0.5 * total; --bucket) {
-    part += std::ldexp(sizes[bucket], 2 * (bucket - kSizeBuckets / 2));
-    tokens += sizes[bucket];
-  }
-  return tokens < kOwners;
-}
-
-bool has_scales(const GramArgs& args) { return args.token_weight != nullptr || args.normed; }
-
-int parts_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return 1;
-    case Dtype::kFloat16:
-      return 2;
-    default:
-      return kMaxParts;
-  }
-}
-
-// One side of a product: the caller's rows, or parts in the workspace.
-struct Side {
-  Rows rows;  // where num_parts is 0
-  int num_parts = 0;
-  OperandSource source;
-  int64_t workspace_elements(int64_t tokens) const { return num_parts * tokens * source.columns; }
-};
-
-struct Plan {
-  bool want_gram = false, want_cross = false;
-  Dtype gram_type = Dtype::kBFloat16, cross_type = Dtype::kBFloat16;
-  Side gram_left, gram_right, cross_left, cross_right;
-  double gram_factor = 1.0, cross_factor = 1.0;
-  // Sides that several sums share are in the workspace once.
-  Side split_left, split_gram, split_cross;
-  int64_t chunk = 0;
-  bool compensated = true;
-
-  int64_t workspace_elements(int64_t tokens) const {
-    return split_left.workspace_elements(tokens) + split_gram.workspace_elements(tokens) +
-           split_cross.workspace_elements(tokens);
-  }
-};
-
-TokenScales scales_in(const GramArgs& args, const void* tokens) {
-  if (!has_scales(args)) return {};
-  const char* begin = static_cast<const char*>(tokens) + round_up(sizeof(GramTokenStatus), 16);
-  double* scales = reinterpret_cast<double*>(const_cast<char*>(begin));
-  return {scales, scales + args.num_tokens};
-}
-
-Side split(const Rows& rows, const Rows* minus, int64_t columns, int num_parts,
-           const GramArgs& args, const double* scale, int shift) {
-  Side side;
-  side.num_parts = num_parts;
-  side.source.rows = rows;
-  if (minus != nullptr) side.source.minus = *minus;
-  side.source.scale = scale;
-  side.source.factor = std::ldexp(1.0, shift);
-  side.source.token_weight = args.token_weight;
-  side.source.columns = columns;
-  side.source.num_parts = num_parts;
-  return side;
-}
-
-Side direct(const Rows& rows) {
-  Side side;
-  side.rows = rows;
-  return side;
-}
-
-Plan plan_for(const GramArgs& args, const GramTokenStatus* status, const void* tokens) {
-  const TokenScales scales = scales_in(args, tokens);
-  const bool scaled = has_scales(args);
-  const bool inexact = scaled && (status == nullptr || status->scales_are_inexact != 0);
-  const int x_shift = status == nullptr ? 0 : safe_shift(status->x_exponent);
-  const int gram_shift = status == nullptr ? 0 : safe_shift(status->gram_exponent);
-  const int cross_shift = status == nullptr ? 0 : safe_shift(status->cross_exponent);
-  const bool x_is_narrow = args.x.dtype != Dtype::kFloat32;
-
-  Plan plan;
-  plan.want_gram = args.gram != nullptr;
-  plan.want_cross = args.cross != nullptr;
-  plan.compensated = status == nullptr || (plan.want_gram && is_owned_by_few(status->gram_sizes)) ||
-                     (plan.want_cross && is_owned_by_few(status->cross_sizes));
-  const bool gram_direct = x_is_narrow && !scaled && x_shift == 0;
-  const bool cross_direct =
-      gram_direct && args.y.dtype == args.x.dtype && !args.delta && cross_shift == 0;
-  const bool left_direct = args.x.dtype == Dtype::kBFloat16 && x_shift == 0;
-  const Side split_left =
-      split(args.x, nullptr, args.hidden_size, parts_of(args.x.dtype), args, nullptr, x_shift);
-  const bool need_left =
-      !left_direct && ((plan.want_gram && !gram_direct) || (plan.want_cross && !cross_direct));
-  if (need_left) plan.split_left = split_left;
-  if (gram_direct) {
-    plan.gram_type = args.x.dtype;
-    plan.gram_left = plan.gram_right = direct(args.x);
-  } else if (plan.want_gram) {
-    plan.gram_left = left_direct ? direct(args.x) : split_left;
-    // Without scales both sides are the same; a shift of x alone never leaves a bf16 side direct.
-    plan.gram_right = plan.gram_left;
-    plan.gram_factor = std::ldexp(1.0, -2 * x_shift);
-    if (scaled) {
-      plan.gram_right =
-          split(args.x, nullptr, args.hidden_size, inexact ? kMaxParts : parts_of(args.x.dtype),
-                args, scales.gram, gram_shift);
-      plan.split_gram = plan.gram_right;
-      plan.gram_factor = std::ldexp(1.0, -x_shift - gram_shift);
-    }
-  }
-  if (cross_direct) {
-    plan.cross_type = args.x.dtype;
-    plan.cross_left = direct(args.x);
-    plan.cross_right = direct(args.y);
-  } else if (plan.want_cross) {
-    plan.cross_left = left_direct ? direct(args.x) : split_left;
-    const int num_parts = inexact || args.delta ? kMaxParts : parts_of(args.y.dtype);
-    plan.cross_right = split(args.y, args.delta ? &args.x : nullptr, args.num_outputs, num_parts,
-                             args, scales.cross, cross_shift);
-    plan.split_cross = plan.cross_right;
-    plan.cross_factor = std::ldexp(1.0, -x_shift - cross_shift);
-  }
-  plan.chunk = std::min(kChunkTokens, round_up(args.num_tokens, kFlushTokens));
-  while (plan.chunk > kFlushTokens && plan.workspace_elements(plan.chunk) * 2 > kChunkBytes) {
-    plan.chunk = round_up(plan.chunk / 2, kFlushTokens);
-  }
-  plan.chunk = std::min(plan.chunk, args.num_tokens);
-  return plan;
-}
 
 int launch_split(const Side& side, int64_t first, int64_t num_tokens, uint16_t* parts,
                  void* stream) {
@@ -255,17 +94,36 @@ int launch_sums(const Plan& plan, TileArgs args, void* stream) {
   const int num_cross =
       plan.want_cross ? tiles(args.sums[1].rows) * tiles(args.sums[1].columns) : 0;
   for (const Dtype type : {Dtype::kBFloat16, Dtype::kFloat16}) {
-    args.num_lower = plan.gram_type == type ? num_lower : 0;
-    const int blocks = args.num_lower + (plan.cross_type == type ? num_cross : 0);
+    args.num_cross = plan.cross_type == type ? num_cross : 0;
+    const int blocks = args.num_cross + (plan.gram_type == type ? num_lower : 0);
     if (blocks == 0) continue;
-    const bool several = (args.num_lower > 0 && args.sums[0].num_products > 1) ||
-                         (blocks > args.num_lower && args.sums[1].num_products > 1);
+    const bool several = (args.num_cross > 0 && args.sums[1].num_products > 1) ||
+                         (blocks > args.num_cross && args.sums[0].num_products > 1);
     const auto launch =
         plan.compensated ? tile_launcher<true>(type, several) : tile_launcher<false>(type, several);
     const int error = launch(args, blocks, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+// Loads the machine code of a kernel to the current device.
+template <class Kernel>
+int load_kernel(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
+template <bool kCompensated>
+int load_tile_kernels() {
+  int error = load_kernel(&gram_tiles<Dtype::kBFloat16, false, kCompensated>);
+  if (error == cudaSuccess) {
+    error = load_kernel(&gram_tiles<Dtype::kBFloat16, true, kCompensated>);
+  }
+  if (error == cudaSuccess) {
+    error = load_kernel(&gram_tiles<Dtype::kFloat16, false, kCompensated>);
+  }
+  return error;
 }
 
 bool device_is_supported() {
@@ -301,6 +159,22 @@ bool gram_update_cuda_is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
   return error == cudaSuccess && status != cudaStreamCaptureStatusNone;
+}
+
+int gram_update_cuda_load() {
+  static std::atomic<uint64_t> loaded{0};  // a bit for each device
+  int device = 0;
+  const cudaError_t found = cudaGetDevice(&device);
+  if (found != cudaSuccess) return found;
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if ((loaded.load() & bit) != 0) return cudaSuccess;
+  int error = load_kernel(&check_tokens);
+  if (error == cudaSuccess) error = load_kernel(&split_operand);
+  if (error == cudaSuccess) error = load_kernel(&add_moments);
+  if (error == cudaSuccess) error = load_tile_kernels<false>();
+  if (error == cudaSuccess) error = load_tile_kernels<true>();
+  if (error == cudaSuccess) loaded.fetch_or(bit);
+  return error;
 }
 
 size_t gram_update_cuda_token_bytes(const GramArgs* args) {

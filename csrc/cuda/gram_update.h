@@ -3,13 +3,16 @@
 //
 // The order of the calls, all with the current device set:
 //   gram_update_cuda_serves        can these arguments be served?
+//   gram_update_cuda_load          loads all kernels, once per device; not under graph capture
 //   gram_update_cuda_begin         checks the tokens and finds their scales, into `tokens`
 //   gram_update_cuda_read_status   copies the findings back; the one synchronisation
 //   gram_update_cuda_run           adds to the sums, with `operands` as scratch
 //
 // Under graph capture nothing can be copied back: pass no status. gram_update_cuda_run then assumes
 // scales that are not exact, activations of ordinary size and few tokens that own the sums, and NaN
-// or infinity goes on into the sums, where the solve refuses it.
+// or infinity goes on into the sums, where the solve refuses it; so does a weight that is none. It
+// runs other kernels than a call before the capture did, which some drivers refuse to load then:
+// hence gram_update_cuda_load.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +32,7 @@ struct GramTokenStatus {
   int32_t x_exponent;                           // of the largest |x|
   int32_t gram_exponent;                        // of the largest |x| times the scale for G
   int32_t cross_exponent;                       // of the largest |target| times the scale for C
-  int32_t scales_are_inexact;                   // not all scales are powers of two
+  int32_t gram_is_inexact, cross_is_inexact;    // not all scales are powers of two
   // Tokens by the size of their largest product, in G and in C: bucket b has those with products
   // below 4^(b - kSizeBuckets / 2), the first and last those beyond too.
   int32_t gram_sizes[kSizeBuckets], cross_sizes[kSizeBuckets];
@@ -44,6 +47,7 @@ extern "C" {
 bool gram_update_cuda_serves(const ghosted_fast::GramArgs* args);
 // Whether the stream is being captured into a graph.
 bool gram_update_cuda_is_capturing(void* stream);
+int gram_update_cuda_load();
 size_t gram_update_cuda_token_bytes(const ghosted_fast::GramArgs* args);
 int gram_update_cuda_begin(const ghosted_fast::GramArgs* args, void* tokens, void* stream);
 int gram_update_cuda_read_status(const void* tokens, ghosted_fast::GramTokenStatus* status,

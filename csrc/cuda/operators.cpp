@@ -1,10 +1,9 @@
 #include "operators.h"
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <array>
 
 #include "../gram_arguments.h"
+#include "current_stream.h"
 #include "gram_update.h"
 
 namespace ghosted_fast {
@@ -19,12 +18,12 @@ class OnDeviceOf {
 #else
   explicit OnDeviceOf(const Tensor& tensor)
       : guard_(tensor.get_device_index()),
-        stream_(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
-  void* stream() const { return stream_.nativeHandle(); }
+        stream_(current_cuda_stream(tensor.get_device_index())) {}
+  void* stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  torch::stable::accelerator::Stream stream_;
+  void* stream_;
 #endif
 };
 
@@ -71,11 +70,13 @@ void gram_update_cuda(Tensor x, OptionalTensor y, OptionalTensor token_weight,
     return;
   }
   void* stream = device.stream();
+  const bool capturing = gram_update_cuda_is_capturing(stream);
+  if (!capturing) check_cuda(gram_update_cuda_load());
   Tensor tokens = workspace(x, gram_update_cuda_token_bytes(&args));
   check_cuda(gram_update_cuda_begin(&args, tokens.mutable_data_ptr(), stream));
   GramTokenStatus found;
   const GramTokenStatus* status = nullptr;
-  if (!gram_update_cuda_is_capturing(stream)) {
+  if (!capturing) {
     check_cuda(gram_update_cuda_read_status(tokens.const_data_ptr(), &found, stream));
     check_status(args, found, stream);
     status = &found;

@@ -90,6 +90,9 @@ __device__ __forceinline__ void store_sums(double* to, double2 value) {
   *reinterpret_cast<double2*>(to) = value;
 }
 
+// To nearest; NaN becomes 0x7fffffff, as in all of the hardware's arithmetic.
+__device__ __forceinline__ float round_to_float(double value) { return __double2float_rn(value); }
+
 __device__ __forceinline__ float half_to_float(uint32_t bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }

@@ -21,6 +21,8 @@ class Variant:
         is_ours: Whether it is this library's; the others are rivals.
         copies: After how many calls the same weight comes again.
         num_bytes: Bytes that it must move at least, where that differs from the case's.
+        by_calls: Whether it is timed by calls also where a CUDA graph of them could be made, in
+            which it would do something else.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Variant:
     is_ours: bool = False
     copies: int = 1
     num_bytes: float | None = None
+    by_calls: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 Gate: relative Frobenius error 1e-6 against fp64. torch's bf16 product is timed as a rival though
 its error is 1000 times larger; rivals are held to what their dtype promises. They compute all of G:
 torch has no product for half of it. oneDNN is the expert's way to a faster fp32 product than
-torch's own `@`. Flops: T d^2 for G, 2 T d^2 for C. Bytes: the activations, and the sums read and
-written.
+torch's own `@`. Flops: T d^2 for G, 2 T d^2 for C; for each product of parts again, where numbers
+are cut into parts. Bytes: the activations, and the sums read and written.
+
+On CUDA ours is timed by calls, which wait for the check of the tokens, as calibration makes them;
+in a graph it knows less of them and takes the kernels that are right for any.
 """
 
 from __future__ import annotations
@@ -140,15 +143,17 @@ def _case(
         if "cross" in sums:
             sums["cross"] += product(a, b.to(dtype))
 
-    variants = [Variant(OURS, update, functools.partial(error, update, BOUND), is_ours=True)]
+    right = functools.partial(error, update, BOUND)
+    variants = [Variant(OURS, update, right, is_ours=True, by_calls=True)]
+    if device.type == "cuda":
+        variants.append(Variant(f"{OURS} in a graph", update, right, is_ours=True))
     for name, kind, product in _rivals(dtype, device, wide):
         run = functools.partial(rival, kind, product)
         gate = functools.partial(error, run, _RIVAL_BOUNDS[kind])
         variants.append(Variant(name, run, gate))
     inputs = x.nbytes * (1 if outputs is None else 2)
     results = sum((8 if name == "gram" else 16) * width**2 for name in sums)
-    in_tiles = setting.device.type == "cpu" and dtype == torch.bfloat16 and _multiplies_in_tiles()
-    flops = _flops(width, tokens, dtype, wanted, normed, in_tiles)
+    flops = _flops(width, tokens, dtype, wanted, normed, _products(dtype, normed, device))
     return Case(float(inputs + results), flops, variants)
 
 
@@ -170,8 +175,19 @@ def _multiplies_in_tiles() -> bool:
     return module is not None and module.cpu_path() == "amx"
 
 
+def _products(dtype: torch.dtype, normed: bool, device: torch.device) -> int | None:
+    """Return how many 16-bit products ours takes for one; None where nothing is cut into parts."""
+    if device.type == "cuda":
+        if dtype == torch.float32:
+            return 6
+        return {torch.bfloat16: 3, torch.float16: 5}[dtype] if normed else 1
+    if dtype == torch.bfloat16 and _multiplies_in_tiles():
+        return 3 if normed else 1
+    return None
+
+
 def _flops(
-    width: int, tokens: int, dtype: torch.dtype, wanted: str, normed: bool, in_tiles: bool
+    width: int, tokens: int, dtype: torch.dtype, wanted: str, normed: bool, products: int | None
 ) -> dict[str, float]:
     # In the form of the fit C is multiplied in fp32: a difference of bf16 numbers is none. In tiles
     # that takes three products.
@@ -179,7 +195,9 @@ def _flops(
     flops: dict[str, float] = {}
     for name in _SUMS[wanted]:
         count = (1.0 if name == "gram" else 2.0) * tokens * width**2
-        kind = "bf16" if in_tiles else kinds[name]
-        parts = 3 if in_tiles and normed and name == "cross" else 1
+        kind = kinds[name] if products is None else "bf16"
+        # The rows' scales are powers of two: those of x cost no parts.
+        is_exact = dtype != torch.float32 and name == "gram"
+        parts = 1 if products is None or is_exact else products
         flops[kind] = flops.get(kind, 0.0) + count * parts
     return flops

@@ -144,7 +144,7 @@ def measure(
     threads = torch.get_num_threads() if setting.device.type == "cpu" else 1
     errors, left_out = check_gates(plan, case, threads)
     variants = [variant for variant in case.variants if variant.name in errors]
-    ready = {variant.name: timer(variant.run, variant.copies) for variant in variants}
+    ready = {item.name: timer(item.run, item.copies, item.by_calls) for item in variants}
     if threads > 1:
         first = variants[0]
         alone = on_one_thread(lambda: timer(first.run, first.copies))

@@ -36,8 +36,14 @@ class Timed:
 class Timer(Protocol):
     """Makes a variant ready to be timed."""
 
-    def __call__(self, run: Callable[[], object], copies: int = 1) -> Timed:
-        """Return what times `run`, which takes other weights in each of `copies` calls."""
+    def __call__(self, run: Callable[[], object], copies: int = 1, by_calls: bool = False) -> Timed:
+        """Return what times `run`, which takes other weights in each of `copies` calls.
+
+        Args:
+            run: What is timed.
+            copies: After how many calls the same weight comes again.
+            by_calls: Whether no CUDA graph is wanted.
+        """
 
 
 def timer_for(device: torch.device) -> Timer:
@@ -57,7 +63,7 @@ class ProcessorTimer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def __call__(self, run: Callable[[], object], copies: int = 1) -> Timed:
+    def __call__(self, run: Callable[[], object], copies: int = 1, by_calls: bool = False) -> Timed:
         """Return what times `run`; see `Timer`."""
         seconds = warm_sample(run, self._device, 1)
         if seconds < _LONG_CALL:
@@ -82,10 +88,13 @@ class CudaTimer:
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self._device, self._cuda = device, cuda
 
-    def __call__(self, run: Callable[[], object], copies: int = 1) -> Timed:
+    def __call__(self, run: Callable[[], object], copies: int = 1, by_calls: bool = False) -> Timed:
         """Return what times `run`; see `Timer`."""
         self._warm_up(run)
         seconds = self._sample(run, 1)
+        if by_calls:
+            count = calls_per_sample(seconds)
+            return Timed(lambda: self._sample(run, count), "by calls, as the library makes them")
         calls = max(copies, min(math.ceil(_LONG_GRAPH / seconds), _MOST_CALLS_IN_A_GRAPH))
         calls = copies * math.ceil(calls / copies)
         graph, refusal = self._captured(run, calls)

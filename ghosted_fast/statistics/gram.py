@@ -34,9 +34,9 @@ def statistics_bytes(hidden_size: int, folds: int = 4) -> int:
     return _BYTES_PER_DOUBLE * folds * (2 * hidden_size**2 + 3 * hidden_size + 2)
 
 
-def mean_square(rows: Tensor) -> Tensor:
-    """Return the mean square of each row of [..., d], fp32 [...], without a copy of the rows."""
-    norm = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+def mean_square(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the mean square of each row of [..., d], in a dtype [...], without a copy of them."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
     return norm.square() / rows.shape[-1]
 
 
@@ -219,7 +219,7 @@ class GramAccumulator:
                     f"got {list(token_weight.shape)}"
                 )
             weight = token_weight.reshape(-1).float()
-        outliers = _outliers(rows, targets, weight)
+        outliers, weight_sum, num_tokens = _facts(rows, targets, weight)
         ordinary = weight
         if outliers is not None:
             ones = torch.ones(len(rows), device=rows.device) if weight is None else weight
@@ -240,8 +240,8 @@ class GramAccumulator:
         if outliers is not None:
             few = None if weight is None else weight[outliers]
             gram_update(rows[outliers], targets[outliers], few, **settings, backend="reference")
-        self._weight_sum[fold] += len(rows) if weight is None else weight.double().sum().cpu()
-        self._num_tokens[fold] += len(rows) if weight is None else int((weight > 0).sum())
+        self._weight_sum[fold] += weight_sum
+        self._num_tokens[fold] += num_tokens
         return self
 
     def merge(self, other: GramAccumulator) -> GramAccumulator:
@@ -318,25 +318,35 @@ class GramAccumulator:
             getattr(self, f"_{name}").copy_(state[name])
 
 
-def _outliers(x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Return which few tokens carry far more energy than the others [tokens] bool, or None.
+def _facts(x: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Tensor | None, float, int]:
+    """Return what the host must know of a batch, for which it waits once.
 
-    In fp32 their products would drown the last bits of everybody else's, and the solve amplifies
-    just those. They are added in fp64. Token weights by inverse energy leave no such tokens.
+    Returns:
+        Which few tokens carry far more energy than the others [tokens] bool, or None; the sum of
+        the weights; the tokens with a weight above zero.
+
+    In fp32 the products of such tokens would drown the last bits of everybody else's, and the solve
+    amplifies just those. They are added in fp64. Token weights by inverse energy leave none.
     """
     if len(x) < 2:
-        return None
+        if weight is None:
+            return None, float(len(x)), len(x)
+        return None, float(weight.double().sum()), int((weight > 0).sum())
     energy = mean_square(x)
     if weight is not None:
         energy = energy * weight
-    counted = energy[energy > 0]
-    if not len(counted):
-        return None
-    outliers = torch.isfinite(energy) & (energy > _OUTLIER_RATIO * counted.median())
-    count = int(outliers.sum())
-    if not 0 < count <= max(1, int(_OUTLIER_SHARE * len(counted))):
-        return None
-    return outliers if _all_finite(x[outliers], y[outliers]) else None
+    counts = energy > 0
+    median = energy.masked_fill(~counts, math.nan).nanmedian()
+    outliers = torch.isfinite(energy) & (energy > _OUTLIER_RATIO * median)
+    found = [outliers.sum(), counts.sum()]
+    if weight is not None:
+        found += [weight.double().sum(), (weight > 0).sum()]
+    few, counted, *rest = torch.stack([item.double() for item in found]).tolist()
+    weight_sum, num_tokens = rest or (len(x), len(x))
+    if not 0 < few <= max(1, int(_OUTLIER_SHARE * counted)):
+        return None, weight_sum, int(num_tokens)
+    all_finite = _all_finite(x[outliers], y[outliers])
+    return outliers if all_finite else None, weight_sum, int(num_tokens)
 
 
 def _all_finite(*tensors: Tensor | None) -> bool:

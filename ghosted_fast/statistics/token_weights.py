@@ -50,13 +50,15 @@ def token_weights(
         energy = energy.clamp_min(energy_floor)  # NaN stays
     unit = torch.ones_like(energy)
     if norm_eps is not None:
-        unit = mean_square(x) + norm_eps
+        # In fp64 the weights are off by their own rounding alone: the kernel for CUDA then sees
+        # which power of two a row's scale is meant to be, and multiplies once, not three times.
+        unit = mean_square(x, torch.float64 if x.is_cuda else torch.float32) + norm_eps
     # A row that is not finite keeps a plain weight, so that the accumulator sees and reports it.
     usable = torch.isfinite(energy) & torch.isfinite(unit) & (energy > 0) & (unit > 0)
     exponent = torch.where(usable, -0.5 * (energy.log2() + unit.log2()), 0.0).round()
     power = exponent.clamp(_MIN_EXPONENT, _MAX_EXPONENT).to(torch.int32)
     power_of_four = ((2 * power + 127) << 23).view(torch.float32)
-    return torch.where(usable, unit * power_of_four, 1.0)
+    return torch.where(usable, unit * power_of_four, 1.0).float()
 
 
 def energy_floor(batch: Batch, y: Tensor) -> float:

@@ -73,6 +73,8 @@ class Architecture:
 
     Attributes:
         multiprocessors: Of the common large model; decides the number of splits.
+        flops_per_byte: Of its data sheet: 16-bit dense products over bandwidth. Work with more per
+            byte is bound by the tensor cores.
         decode: Up to `DECODE_TOKENS` rows, 16-bit weights.
         decode_narrow: The same for 8-bit weights.
         small: Up to 64 rows.
@@ -84,6 +86,7 @@ class Architecture:
     """
 
     multiprocessors: int
+    flops_per_byte: float
     decode: ApplyConfig
     decode_narrow: ApplyConfig
     small: ApplyConfig
@@ -96,6 +99,7 @@ class Architecture:
 
 _SM80 = Architecture(
     multiprocessors=108,
+    flops_per_byte=312e12 / 2.04e12,
     decode=ApplyConfig(16, 64, 128, 4, 4),
     decode_narrow=ApplyConfig(16, 128, 128, 8, 4),
     small=ApplyConfig(64, 64, 64, 4, 4),
@@ -108,6 +112,7 @@ _SM80 = Architecture(
 _SM90 = replace(
     _SM80,
     multiprocessors=132,
+    flops_per_byte=989e12 / 3.35e12,
     decode=ApplyConfig(16, 64, 64, 4, 5),
     prefill=ApplyConfig(128, 128, 64, 8, 4),
     gram=GramConfig(128, 64, 64, 8, 3, slices=4),
@@ -117,9 +122,19 @@ _SM90 = replace(
 _TABLES: dict[int, Architecture] = {
     80: _SM80,
     # 99 KB of shared memory in place of 163 or 227: fewer stages.
-    89: replace(_SM80, multiprocessors=128, prefill=ApplyConfig(128, 128, 32, 8, 3)),
+    89: replace(
+        _SM80,
+        multiprocessors=128,
+        flops_per_byte=165e12 / 1.01e12,
+        prefill=ApplyConfig(128, 128, 32, 8, 3),
+    ),
     90: _SM90,
-    100: replace(_SM90, multiprocessors=148, gram_wide=GramConfig(128, 64, 32, 8, 3, slices=8)),
+    100: replace(
+        _SM90,
+        multiprocessors=148,
+        flops_per_byte=2250e12 / 8.0e12,
+        gram_wide=GramConfig(128, 64, 32, 8, 3, slices=8),
+    ),
 }
 # The oldest first: a GPU uses the newest table that is not newer than itself.
 ARCHITECTURES = tuple(_TABLES)
@@ -176,6 +191,16 @@ def apply_config(
     if num_tokens <= 64:
         return known.small
     return known.prefill_narrow if weight_bytes == 1 or normed else known.prefill
+
+
+def is_bound_by_products(table: int, num_tokens: int, hidden_size: int) -> bool:
+    """Return whether a 16-bit ghost is bound by its products and not by memory, on paper.
+
+    Arguments as for `apply_config`.
+    """
+    flops = 2.0 * num_tokens * hidden_size**2
+    moved = 2.0 * hidden_size**2 + 4.0 * num_tokens * hidden_size
+    return flops > _TABLES[table].flops_per_byte * moved
 
 
 def gram_config(table: int, exact: bool, x_parts: int) -> GramConfig:

@@ -28,7 +28,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ghosted_fast.kernels._ghost_rows import finish, multiply
-from ghosted_fast.kernels._tuning import ApplyConfig, apply_config, architecture
+from ghosted_fast.kernels._tuning import (
+    ApplyConfig,
+    apply_config,
+    architecture,
+    is_bound_by_products,
+)
 
 # FP contraction is off: the interpreter and the device then round at the same places.
 FP_FUSION = False
@@ -279,6 +284,18 @@ def refusal(x: Tensor, weight: Tensor) -> str:
     if (x.is_contiguous() and x.data_ptr() % 16) or weight.data_ptr() % 16:
         return "expected x and weight at addresses that are multiples of 16"
     return ""
+
+
+def is_slower_than_torch(x: Tensor, weight: Tensor) -> bool:
+    """Return whether cuBLAS has a plain ghost of these tensors faster, on paper.
+
+    Where memory is the bound both are at it. Where the products are, a kernel without TMA or
+    warp specialisation reaches about half of what cuBLAS does.
+    """
+    if weight.dtype != x.dtype:
+        return False
+    rows = x.numel() // x.shape[-1]
+    return is_bound_by_products(architecture(x.device), rows, x.shape[-1])
 
 
 def ghost_apply(

@@ -22,7 +22,8 @@ Accuracy: relative Frobenius error to fp64 <= 1e-6, scaled rms <= 1e-7, for any 
 Errors and CUDA graphs: the first kernel leaves the smallest bad token in device memory; the others
 read it there and add nothing. Outside of a graph capture the host then reads it and raises, which
 waits for that small kernel. Under capture the host reads nothing: bad tokens still add nothing, and
-the error is lost. Scratch memory comes from torch's allocator.
+the error is lost. A call before the capture compiles all that the capture needs. Scratch memory
+comes from torch's allocator.
 
 Source: ours; the formula is the normal equations of Yun et al., arXiv 2605.15491.
 """
@@ -40,6 +41,8 @@ from ghosted_fast.kernels._tuning import GramConfig, architecture, gram_config
 
 # Sums and products are rounded one by one: a part minus its rounding must be exact.
 FP_FUSION = False
+# Calls for which a capture finds its kernels compiled and loaded; see `_prepare_capture`.
+_prepared: set[tuple[object, ...]] = set()
 _X_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -193,6 +196,37 @@ def _reads_back(x: Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def _can_be_captured(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _prepare_capture(
+    x: Tensor,
+    y: Tensor | None,
+    gram_factor: Tensor | None,
+    cross_factor: Tensor | None,
+    delta: bool,
+    gram: Tensor | None,
+    cross: Tensor | None,
+    config: GramConfig,
+) -> None:
+    """Launch, once for calls of a kind, the tiles that a capture would, with no token to add.
+
+    Under capture the host cannot see that all weights are powers of two. Other tiles run then than
+    in the call before it; to compile or load them there would break the capture off.
+    """
+    operands = tuple(None if rows is None else rows.dtype for rows in (x, y, gram, cross))
+    tokens, widths = len(x), (x.shape[1], 0 if cross is None else cross.shape[1])
+    # What Triton compiles a kernel of its own for.
+    key = (x.device, operands, widths, tokens == 1, tokens % 16 == 0, delta, config)
+    if key in _prepared:
+        return
+    _prepared.add(key)
+    bad_from_the_start = torch.zeros(4, dtype=torch.int32, device=x.device)
+    sums = (gram, cross, False, False)
+    launch_gram_update(x, y, gram_factor, cross_factor, bad_from_the_start, delta, *sums, config)
+
+
 def _raise_problem(found: list[int], num_tokens: int, token_weight: Tensor | None) -> None:
     """Raise for the problems that `gram_inspect_kernel` reports, in the reference's order."""
     bad_x, bad_y, bad_weight = found[:3]
@@ -295,9 +329,12 @@ def gram_update(
     cross_exact = gram_exact and not delta and y is not None and y.dtype == x.dtype
     if gram is not None or cross is not None:
         exact = (gram is None or gram_exact) and (cross is None or cross_exact)
-        config = config or gram_config(table, exact, x_parts)
+        chosen = config or gram_config(table, exact, x_parts)
         sums = (gram, cross, gram_exact, cross_exact)
-        launch_gram_update(x, y, gram_factor, cross_factor, problems, delta, *sums, config)
+        launch_gram_update(x, y, gram_factor, cross_factor, problems, delta, *sums, chosen)
+        if weight is not None and gram_exact and _can_be_captured(x) and _reads_back(x):
+            wide = config or gram_config(table, False, x_parts)
+            _prepare_capture(x, y, gram_factor, cross_factor, delta, gram, cross, wide)
     if moments is not None:
         gram_moments_kernel[(triton.cdiv(hidden_size, 64),)](
             x,

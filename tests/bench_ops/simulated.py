@@ -74,7 +74,7 @@ class Machine:
         compute = Roof(functools.partial(self.run, "fp32"), COMPUTE_FLOPS)
         return Roofs("simulated", {"memory": memory, "fp32": compute})
 
-    def timer(self, run: Callable[[], float], copies: int = 1) -> Timed:
+    def timer(self, run: Callable[[], float], copies: int = 1, by_calls: bool = False) -> Timed:
         """Return what times a call: it says so itself."""
         return Timed(run)
 

@@ -154,6 +154,15 @@ def test_bytes_and_flops(in_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert int8.num_bytes == square + 8 * 3 * 64
 
 
+def test_on_cuda_every_product_of_parts_counts() -> None:
+    cuda = torch.device("cuda")
+    for dtype, normed, products in ((BF16, False, 1), (BF16, True, 3), (FP16, True, 5)):
+        assert gram_update._products(dtype, normed, cuda) == products
+    assert gram_update._products(FP32, False, cuda) == gram_update._products(FP32, True, cuda) == 6
+    assert gram_update._products(FP32, True, CPU) is None
+    assert gram_update._flops(64, 300, FP16, "G+C", True, 5) == {"bf16": 5 * 3 * 300.0 * 64**2}
+
+
 def test_weights_of_decoding_leave_the_cache_and_those_of_prefill_need_not() -> None:
     def copies(rows: int, cached: bool = False) -> set[int]:
         (plan,) = ghost_apply.plans(64, rows, FP32, cached)

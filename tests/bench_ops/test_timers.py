@@ -187,6 +187,17 @@ def test_kernels_compile_on_a_side_stream_before_the_capture(cuda: FakeCuda) -> 
     assert cuda.log[:6] == [*expected, "synchronize"]
 
 
+def test_what_is_wanted_by_calls_is_never_captured(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "CUDAGraph", lambda: pytest.fail("a graph was made"))
+    taken, run = kernels_of(cuda, 1e-4, 1)
+    timed = CudaTimer(CUDA, cuda)(run, by_calls=True)
+    before = len(taken)
+    assert timed.sample() == pytest.approx(1e-4) and "by calls" in timed.note
+    assert len(taken) - before == 1 + 50, "one untimed, and five milliseconds of them"
+
+
 @pytest.mark.parametrize("seen_by_torch", [True, False])
 def test_what_waits_is_timed_without_a_graph(cuda: FakeCuda, seen_by_torch: bool) -> None:
     """Also a wait that torch does not see, as inside a library: that breaks the capture off."""

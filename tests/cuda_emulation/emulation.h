@@ -1,8 +1,10 @@
 // CUDA for the host compiler: what csrc/cuda needs, with the names of csrc/cuda/primitives.cuh.
 //
-// Pessimistic wherever the hardware leaves a choice: shared memory is NaN until it is written; a
-// background copy ruins its target when it begins and lands only when it is waited for; the tensor
-// cores truncate after every eight products, as those of sm_80 were measured to do.
+// Pessimistic wherever the hardware leaves a choice: memory is NaN, or as the test wants it, until
+// it is written; a background copy ruins its target when it begins and lands only when it is waited
+// for; no kernel is loaded under graph capture. NaN is that of the hardware. The tensor cores
+// truncate after every eight products, as those of sm_80 were measured to do, or as those of later
+// devices may: after sixteen, of which each is cut to few bits below the largest.
 #pragma once
 
 #include <cmath>
@@ -18,8 +20,9 @@
 #define __maxnreg__(...)
 #define threadIdx (emulation::current->thread)
 #define blockIdx (emulation::block_index)
-#define GHOSTED_FAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), emulation::launch(grid, block, shared_bytes, [=] { (kernel)(__VA_ARGS__); }))
+#define GHOSTED_FAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)              \
+  ((void)(stream), emulation::launch(reinterpret_cast<const void*>(kernel), grid, block, \
+                                     shared_bytes, [=] { (kernel)(__VA_ARGS__); }))
 #define GHOSTED_FAST_DYNAMIC_SHARED(type, name) \
   type* name = reinterpret_cast<type*>(emulation::shared)
 
@@ -32,7 +35,12 @@ struct alignas(16) double2 {
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 // The runtime.
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorStreamCaptureUnsupported = emulation::kCaptureUnsupported
+};
+struct cudaFuncAttributes {};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
@@ -44,6 +52,9 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int byte
   emulation::shared_limit = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* function) {
+  return static_cast<cudaError_t>(emulation::load_kernel(function));
+}
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -54,7 +65,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return static_cast<cudaError_t>(emulation::last_error); }
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "invalid value"
+                                        : "operation not permitted when stream is capturing";
+}
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   std::memset(to, value, bytes);
   return cudaSuccess;
@@ -64,7 +78,9 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return emulation::capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = emulation::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
@@ -168,6 +184,13 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   });
 }
 
+inline float round_to_float(double value) {
+  constexpr uint32_t kNaN = 0x7fffffffu;
+  float result = static_cast<float>(value);
+  if (std::isnan(value)) std::memcpy(&result, &kNaN, sizeof result);
+  return result;
+}
+
 inline float half_to_float(uint32_t bits) {
   const uint16_t narrow = static_cast<uint16_t>(bits);
   _Float16 value;
@@ -193,6 +216,24 @@ inline float truncate_to_float(double value) {
   float result;
   std::memcpy(&result, &bits, sizeof result);
   return result;
+}
+
+// Leaves of a number what reaches `kept` bits below the leading bit of 2^exponent.
+inline double cut(double value, int exponent, int kept) {
+  return std::ldexp(std::trunc(std::ldexp(value, kept - exponent)), exponent - kept);
+}
+
+// The sum of some terms, each of which is cut as adders do that align all to the largest.
+inline double add_cut(const double* terms, int count) {
+  double largest = 0.0, total = 0.0;
+  for (int i = 0; i < count; ++i) {
+    if (!std::isfinite(terms[i])) return terms[i] - terms[i];
+    largest = std::max(largest, std::fabs(terms[i]));
+  }
+  if (largest == 0.0) return 0.0;
+  const int exponent = std::ilogb(largest);
+  for (int i = 0; i < count; ++i) total += cut(terms[i], exponent, emulation::adder_bits);
+  return total;
 }
 
 template <Dtype kType>
@@ -221,11 +262,20 @@ void multiply_add_16x8x16(float (&sums)[4], const uint32_t (&left)[4], uint32_t 
       }
     }
     for (int row = 0; row < 16; ++row) {
-      for (int step = 0; step < 16; step += 8) {
+      for (int step = 0; step < 16; step += emulation::adder_terms) {
+        const int end = step + emulation::adder_terms;
         double total[8];
         for (int column = 0; column < 8; ++column) total[column] = d[row][column];
-        for (int k = step; k < step + 8; ++k) {
-          for (int column = 0; column < 8; ++column) total[column] += a[k][row] * b[k][column];
+        if (emulation::adder_bits == 0) {
+          for (int k = step; k < end; ++k) {
+            for (int column = 0; column < 8; ++column) total[column] += a[k][row] * b[k][column];
+          }
+        } else {
+          for (int column = 0; column < 8; ++column) {
+            double terms[17] = {total[column]};
+            for (int k = step; k < end; ++k) terms[1 + k - step] = a[k][row] * b[k][column];
+            total[column] = add_cut(terms, 1 + emulation::adder_terms);
+          }
         }
         for (int column = 0; column < 8; ++column)
           d[row][column] = truncate_to_float(total[column]);

@@ -62,6 +62,7 @@ struct Counters {
   long long conflicting_rows = 0;  // those that hit a bank twice
   long long blocks = 0;
   long long largest_shared_bytes = 0;
+  long long first_block = 0, last_block = 0;  // multiply-adds in the last launch that had any
 };
 
 inline Fiber* current = nullptr;
@@ -76,8 +77,14 @@ inline size_t shared_limit = 48 << 10;
 inline int last_error = 0;
 inline int live_threads = 0, at_barrier = 0;
 inline uint64_t shuffle_state = 1;
+// What is in memory that nobody has written: NaN, or with 0x3f finite numbers of ordinary size.
+inline int garbage = 0xff;
 inline bool capturing = false;
+inline std::vector<const void*> loaded_kernels;
 inline int compute_capability_major = 8;
+// Of the tensor cores: products that are added at once, and the bits below the largest that each
+// term keeps; 0 for all of them.
+inline int adder_terms = 8, adder_bits = 0;
 inline Counters counters;
 
 // Saves the registers that a call preserves and the stack pointer, and continues on another stack.
@@ -217,9 +224,22 @@ inline void run_block() {
   }
 }
 
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
-  constexpr int kInvalidValue = 1;
-  last_error = 0;
+constexpr int kInvalidValue = 1, kCaptureUnsupported = 900;
+
+// The machine code of a kernel is loaded when it is first asked for; not while a graph is captured,
+// as some drivers have it.
+inline int load_kernel(const void* function) {
+  const auto end = loaded_kernels.end();
+  if (std::find(loaded_kernels.begin(), end, function) != end) return 0;
+  if (capturing) return kCaptureUnsupported;
+  loaded_kernels.push_back(function);
+  return 0;
+}
+
+inline void launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes,
+                   const std::function<void()>& body) {
+  last_error = load_kernel(function);
+  if (last_error != 0) return;
   if (shared_bytes > shared_limit || block.x > 1024 || grid.x == 0) {
     last_error = kInvalidValue;
     return;
@@ -232,12 +252,16 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
   block_index = dim3(0, 0, 0);
   for (; block_index.x < grid.x; ++block_index.x) {
     ++counters.blocks;
-    // Exactly as large as asked for, so that the address sanitizer sees its end; NaN until written.
+    // Exactly as large as asked for, so that the address sanitizer sees its end.
     void* allocated = nullptr;
     if (posix_memalign(&allocated, 128, std::max<size_t>(shared_bytes, 1)) != 0) die("no memory");
     shared = static_cast<unsigned char*>(allocated);
-    std::memset(shared, 0xff, shared_bytes);
+    std::memset(shared, garbage, shared_bytes);
+    const long long before = counters.multiply_adds;
     run_block();
+    const long long done = counters.multiply_adds - before;
+    if (done > 0) counters.last_block = done;
+    if (done > 0 && block_index.x == 0) counters.first_block = done;
     std::free(shared);
     shared = nullptr;
   }

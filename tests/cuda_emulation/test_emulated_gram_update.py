@@ -10,7 +10,14 @@ import math
 
 import pytest
 import torch
-from cuda_emulation.emulator import NO_TOKEN, emulate, unavailable
+from cuda_emulation.emulator import (
+    FINITE_BYTE,
+    LATER,
+    NAN_BYTE,
+    NO_TOKEN,
+    emulate,
+    unavailable,
+)
 from support.gram_sums import assert_close, exact_sums, make_sums, make_weights
 from torch import Tensor
 
@@ -252,6 +259,75 @@ def test_under_capture_scales_are_taken_as_inexact_and_nan_goes_on() -> None:
     assert sums["gram"][5, :6].isnan().all() and sums["gram"][:5, :5].isfinite().all()
 
 
+# What the hardware's arithmetic gives, what the host's gives, and what is in no arithmetic.
+NAN_PATTERNS = {"gpu": 0x7FFFFFFF, "host": -0x400000, "quiet": 0x7FC00000, "signalling": 0x7F800001}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pattern"), [(BF16, "host"), (FP16, "host"), *((FP32, name) for name in NAN_PATTERNS)]
+)
+@pytest.mark.parametrize(
+    ("norm_eps", "delta", "weights"),
+    [(None, False, "none"), (None, True, "none"), (1e-5, True, "any"), (None, False, "power of 4")],
+)
+def test_no_nan_is_lost_under_capture(
+    norm_eps: float | None, delta: bool, weights: str, dtype: torch.dtype, pattern: str
+) -> None:
+    x, y = torch.randn(40, 24).to(dtype), torch.randn(40, 24).to(dtype)
+    x[3, 5] = math.nan
+    if dtype == FP32:
+        x.view(torch.int32)[3, 5] = NAN_PATTERNS[pattern]
+    sums = make_sums(24, 24)
+    emulate(x, y, make_weights(weights, 40), norm_eps=norm_eps, delta=delta, captured=True, **sums)
+    assert sums["gram"][5, :6].isnan().all() and sums["cross"][5].isnan().all()
+    assert sums["moments"][0, 5].isnan()
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("garbage", [NAN_BYTE, FINITE_BYTE])
+@pytest.mark.parametrize(("dtype", "norm_eps"), [(BF16, None), (FP32, 1e-5)], ids=str)
+def test_a_bad_weight_shows_in_the_sums_under_capture(
+    dtype: torch.dtype, norm_eps: float | None, garbage: int, value: float
+) -> None:
+    x, weight, sums = torch.randn(40, 24).to(dtype), torch.ones(40), make_sums(24, 24)
+    weight[17] = value
+    emulate(x, x, weight, norm_eps=norm_eps, captured=True, garbage=garbage, **sums)
+    assert sums["gram"].tril().isnan().sum() == 24 * 25 // 2
+    assert sums["cross"].isnan().all() and sums["moments"][0].isnan().all()
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("weights", ["none", "padding"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_nothing_is_read_that_was_not_written(
+    dtype: torch.dtype, weights: str, captured: bool
+) -> None:
+    x, y = torch.randn(70, 40).to(dtype), torch.randn(70, 136).to(dtype)
+    results = []
+    for garbage in (NAN_BYTE, FINITE_BYTE):
+        sums, weight = make_sums(40, 136), make_weights(weights, 70)
+        emulate(x, y, weight, norm_eps=1e-5, captured=captured, garbage=garbage, **sums)
+        results.append(sums)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("weights", ["none", "any"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_the_promise_holds_for_adders_of_later_devices(dtype: torch.dtype, weights: str) -> None:
+    """A possible one: nothing says how those of sm_90 add. On a GPU the tests of values decide."""
+    num_tokens = 1100
+    x, y = outlier_activations(num_tokens, 24, dtype), torch.randn(num_tokens, 24).to(dtype)
+    weight, sums = make_weights(weights, num_tokens), make_sums(24, 24)
+    emulate(x, y, weight, delta=True, adder=LATER, **sums)
+    assert_close(sums, exact_sums(x, y, weight, delta=True))
+
+
+def test_the_longest_blocks_begin_first() -> None:
+    x, y = torch.randn(32, 264).to(BF16), torch.randn(32, 264).to(BF16)
+    run = emulate(x, y, delta=True, **make_sums(264, 264))
+    assert run.first_block == 3 * run.last_block > 0
+
+
 def multiply_adds(hidden_size: int, weight: Tensor | None = None, **sums: Tensor) -> float:
     """Return the multiply-adds of the tensor cores, in units of one full product."""
     num_tokens = 32
@@ -272,6 +348,31 @@ def test_scales_that_are_powers_of_two_cost_no_more_products() -> None:
     weight = make_weights("power of 4", 32)
     assert multiply_adds(128, weight, **make_sums(128, 128)) == 2.0
     assert multiply_adds(128, make_weights("any", 32), **make_sums(128, 128)) == 6.0
+
+
+def weights_of_normed_rows(x: Tensor, norm_eps: float) -> Tensor:
+    """As `token_weights` makes them on CUDA: powers of four times the rows' mean squares."""
+    powers = 4.0 ** torch.randint(-3, 4, (len(x),)).double()
+    return (powers * (x.double().square().mean(1) + norm_eps)).float()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_weights_of_normed_rows_cost_one_product_in_g(dtype: torch.dtype) -> None:
+    x, y = torch.randn(32, 128).to(dtype), torch.randn(32, 128).to(dtype)
+    weight, sums = weights_of_normed_rows(x, 1e-5), make_sums(128, 128)
+    run = emulate(x, y, weight, norm_eps=1e-5, delta=True, **sums)
+    assert_close(sums, exact_sums(x, y, weight, 1e-5, True))
+    products = {BF16: 1 + 3, FP32: 6 + 6}[dtype]
+    assert run.multiply_adds == products * 32 * 128 * 128
+
+
+@pytest.mark.parametrize("moved", [0.0, 2e-7, 5e-7])
+def test_a_weight_is_moved_no_further_than_its_rounding(moved: float) -> None:
+    """Of one token all of G is off as its weight is: here the bound of 1e-7 is the tightest."""
+    x, sums = torch.randn(1, 16).to(BF16), make_sums(16, 16)
+    weight = (weights_of_normed_rows(x, 1e-5).double() * (1.0 + moved)).float()
+    emulate(x, x, weight, norm_eps=1e-5, **sums)
+    assert_close(sums, exact_sums(x, x, weight, 1e-5))
 
 
 def test_bytes_are_the_least_that_tiles_of_128_can_do_with() -> None:

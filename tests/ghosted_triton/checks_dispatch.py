@@ -49,6 +49,45 @@ def test_served_shapes_run_on_triton() -> None:
     assert relative_rms(y, ghost_apply_expression(operands)) <= 0.01
 
 
+def test_many_rows_of_a_plain_ghost_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where the products are the bound on paper: at 512 rows of 2048, not at 256."""
+    from ghosted_fast.kernels import _tuning
+
+    for key, rows, others in ((90, 512, 256), (80, 256, 128), (100, 512, 256)):
+        assert _tuning.is_bound_by_products(key, rows, 2048)
+        assert not _tuning.is_bound_by_products(key, others, 2048)
+    x, weight = torch.randn(2, 40, 64).to(BF16), torch.randn(64, 64).to(BF16) / 8
+    products, launches, torchs = [], [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args: products.append(args) or torchs(*args))
+    monkeypatch.setattr(triton, "run", lambda *args: launches.append(args) or x)
+    apply_on_cuda(GhostOperands(x, weight))
+    assert (len(products), len(launches)) == (0, 1)  # 80 rows
+    asked: list[tuple[int, ...]] = []
+
+    def always(table: int, num_tokens: int, hidden_size: int) -> bool:
+        asked.append((table, num_tokens, hidden_size))
+        return True
+
+    monkeypatch.setattr("ghosted_fast.kernels.ghost_apply.is_bound_by_products", always)
+    plain = GhostOperands(x, weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = apply_on_cuda(plain)
+    assert (len(products), len(launches), asked) == (1, 1, [(90, 80, 64)])
+    assert y.shape == x.shape and relative_rms(y, ghost_apply_expression(plain)) <= 0.01
+    integer, scale = torch.ones(64, 64, dtype=torch.int8), torch.full((64,), 0.01)
+    fused = (
+        GhostOperands(x, weight, norm_eps=1e-5),
+        GhostOperands(x, weight, torch.zeros(64, dtype=BF16)),
+        GhostOperands(x, integer, None, scale),
+        GhostOperands(x, weight, None, None, None, x[0, 0], torch.zeros(2, 40, dtype=torch.bool)),
+    )
+    for operands in fused:
+        apply_on_cuda(operands)
+    insist("triton", "ghost_apply", plain)  # named: no other takes its place
+    assert (len(products), len(launches)) == (1, 1 + len(fused) + 1)
+
+
 REFUSED = [
     (torch.randn(3, 64), torch.randn(64, 64), "expected x in bfloat16 or float16, got torch.flo"),
     (torch.randn(3, 96).to(BF16), torch.randn(96, 96).to(BF16), "multiple of 64, got 96"),

@@ -203,6 +203,34 @@ def test_rows_of_gram_update(capability: int, monkeypatch: pytest.MonkeyPatch) -
     assert compiled(inspect, capability).count(r"LDG\b.*\.128")
 
 
+def test_a_call_launches_what_a_capture_after_it_will(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "_can_be_captured", lambda x: True)
+    monkeypatch.setattr(gram, "_prepared", set())
+    x, sums = torch.empty(64, 128, dtype=BF16), torch.empty(2, 128, 128, dtype=FP64)
+    call = partial(gram.gram_update, x, x, torch.ones(64), None, False, *sums, None)
+
+    def constants(launch: Launch) -> tuple[object, ...]:
+        parameters = {item.name for item in launch.kernel.params if item.is_constexpr}
+        chosen = {name: launch.arguments[name] for name in parameters}
+        return launch.name, sorted(chosen.items()), sorted(launch.options.items())
+
+    first, again = launches_of(call), launches_of(call)
+    monkeypatch.setattr(gram, "_reads_back", lambda x: False)
+    in_capture = launches_of(call)
+    assert [launch.name for launch in first] == [
+        "gram_inspect_kernel",
+        "gram_tiles_kernel",
+        "gram_tiles_kernel",
+    ]
+    assert len(again) == len(in_capture) == 2
+    assert [constants(launch) for launch in in_capture] == [
+        constants(first[0]),
+        constants(first[2]),
+    ]
+    assert constants(first[1]) != constants(first[2])
+    assert not first[2].arguments["problems"].any()  # token 0 is bad: nothing is added
+
+
 def test_the_reading_finds_what_it_looks_for() -> None:
     """A kernel that must spill and load bytes, so that the zeros above mean something."""
     x, weight = torch.empty(512, SIZE, dtype=FP16), torch.empty(SIZE, SIZE, dtype=FP16)

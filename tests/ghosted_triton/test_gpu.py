@@ -39,6 +39,19 @@ def test_ghost_apply(rows: int, types: tuple[torch.dtype, torch.dtype], size: in
         assert relative_rms(y, exact) <= torch.finfo(x.dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_many_rows_of_a_plain_ghost(dtype: torch.dtype) -> None:
+    """What `auto` leaves to cuBLAS is as exact as the kernel, and may be captured."""
+    x, (weight, _) = torch.randn(2, 2048, 2048, device="cuda").to(dtype), make_weight(2048, dtype)
+    exact = ghost_apply_reference(GhostOperands(x, weight))
+    assert relative_rms(ghost_apply(x, weight), exact) <= torch.finfo(dtype).eps
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ghost_apply(x, weight)
+    graph.replay()
+    assert relative_rms(y, exact) <= torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32], ids=str)
 def test_gram_update(dtype: torch.dtype) -> None:
     x, y = torch.randn(3000, 256, device="cuda").to(dtype), torch.randn(3000, 256, device="cuda")
@@ -67,24 +80,37 @@ def test_cuda_graph_replays() -> None:
     rows = torch.randn(300, 64, device="cuda").to(BF16)
     gram = torch.zeros(64, 64, dtype=torch.float64, device="cuda")
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles outside of the capture
         ghost_apply(x, weight)
-        gram_update(rows, gram=gram)
+        gram_update(rows, gram=gram, backend="triton")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = ghost_apply(x, weight)
-        gram_update(rows, gram=gram)
+        gram_update(rows, gram=gram, backend="triton")
     x.normal_(), rows.normal_(), gram.zero_()
     graph.replay()
     assert torch.equal(y, ghost_apply(x, weight))
     once = torch.zeros_like(gram)
-    gram_update(rows, gram=once)
+    gram_update(rows, gram=once, backend="triton")
     assert torch.equal(gram, once)
     # A bad token adds nothing on replay, and there is nobody to tell.
     rows[5, 5] = math.nan
     graph.replay()
     assert torch.equal(gram, once)
+
+
+def test_weights_that_are_powers_of_two_leave_nothing_to_compile_in_a_capture() -> None:
+    rows, weight = torch.randn(320, 128, device="cuda").to(BF16), torch.ones(320, device="cuda")
+    gram = torch.zeros(128, 128, dtype=torch.float64, device="cuda")
+    gram_update(rows, None, weight, gram=gram, backend="triton")
+    once, graph = gram.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gram_update(rows, None, weight, gram=gram, backend="triton")
+    gram.zero_()
+    graph.replay()
+    assert relative_rms(gram, once) <= 1e-6
 
 
 def test_compiles_without_a_graph_break() -> None:

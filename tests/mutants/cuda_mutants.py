@@ -7,7 +7,8 @@ from mutants.mutant import Mutant
 
 _TILES = "csrc/cuda/gram_tiles.cuh"
 _TOKENS = "csrc/cuda/gram_tokens.cuh"
-_PLAN = "csrc/cuda/gram_update.cu"
+_PLAN = "csrc/cuda/gram_plan.cuh"
+_LAUNCH = "csrc/cuda/gram_update.cu"
 _EMULATED = "tests/cuda_emulation/test_emulated_gram_update.py"
 _SHAPES = (f"{_EMULATED}::test_shapes", "-k", "bfloat16 and (31 or 136 or 257)")
 _LONG = (f"{_EMULATED}::test_shapes", "-k", "bfloat16 and (1025 or 2100)")
@@ -71,8 +72,8 @@ _TILE_MUTANTS = (
     Mutant(
         "one token too many",
         _TILES,
-        "token < args.num_tokens &&",
-        "token <= args.num_tokens &&",
+        "if (token < args.num_tokens) {",
+        "if (token <= args.num_tokens) {",
         _SHAPES,
     ),
     Mutant(
@@ -99,13 +100,20 @@ _TILE_MUTANTS = (
     Mutant(
         "rows of weight 0 loaded",
         _TILES,
-        "(args.token_weight == nullptr || args.token_weight[token] != 0.0f)",
-        "true",
+        "args.token_weight == nullptr ? 1.0f : args.token_weight[token];",
+        "1.0f;",
+        _MASKED,
+    ),
+    Mutant(
+        "weights not looked at for later tiles",
+        _TILES,
+        "        mask.look_ahead(args, load_token);\n",
+        "",
         _MASKED,
     ),
     Mutant(
         "weights of the first chunk used for all",
-        _PLAN,
+        _LAUNCH,
         "args->token_weight == nullptr ? nullptr : args->token_weight + first",
         "args->token_weight",
         (f"{_EMULATED}::test_several_chunks_of_operands",),
@@ -237,7 +245,7 @@ _TILE_MUTANTS = (
     ),
     Mutant(
         "all tiles of the square computed",
-        _PLAN,
+        _LAUNCH,
         "plan.want_gram ? rows * (rows + 1) / 2 : 0;",
         "plan.want_gram ? rows * rows : 0;",
         (f"{_EMULATED}::test_bytes_are_the_least_that_tiles_of_128_can_do_with",),

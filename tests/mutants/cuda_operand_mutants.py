@@ -6,7 +6,8 @@ from mutants.mutant import Mutant
 
 _TILES = "csrc/cuda/gram_tiles.cuh"
 _TOKENS = "csrc/cuda/gram_tokens.cuh"
-_PLAN = "csrc/cuda/gram_update.cu"
+_PLAN = "csrc/cuda/gram_plan.cuh"
+_LAUNCH = "csrc/cuda/gram_update.cu"
 _PTX = "csrc/cuda/primitives.cuh"
 _BINDING = "csrc/cuda/operators.cpp"
 _EMULATED = "tests/cuda_emulation/test_emulated_gram_update.py"
@@ -22,7 +23,7 @@ MUTANTS = (
     # Parts and scales.
     Mutant(
         "smallest products of parts lost",
-        _PLAN,
+        _LAUNCH,
         "for (int order = kMaxParts - 1; order >= 0; --order) {",
         "for (int order = kMaxParts - 2; order >= 0; --order) {",
         _FLOATS,
@@ -30,8 +31,8 @@ MUTANTS = (
     Mutant(
         "one part used for all",
         _TILES,
-        "sum.right_offset[load_product], args, sum.right);",
-        "sum.right_offset[0], args, sum.right);",
+        "sum.right_offset[load_product],\n                        mask, sum.right);",
+        "sum.right_offset[0],\n                        mask, sum.right);",
         _FLOATS,
     ),
     Mutant(
@@ -44,15 +45,15 @@ MUTANTS = (
     Mutant(
         "weighted targets taken as exact",
         _PLAN,
-        "const int num_parts = inexact || args.delta ? kMaxParts",
+        "const int num_parts = cross_inexact || args.delta ? kMaxParts",
         "const int num_parts = args.delta ? kMaxParts",
         (f"{_EMULATED}::test_values", "-k", "bf16-bf16 and any"),
     ),
     Mutant(
         "differences taken as exact",
         _PLAN,
-        "const int num_parts = inexact || args.delta ? kMaxParts",
-        "const int num_parts = inexact ? kMaxParts",
+        "const int num_parts = cross_inexact || args.delta ? kMaxParts",
+        "const int num_parts = cross_inexact ? kMaxParts",
         (f"{_EMULATED}::test_differences_keep_all_their_bits",),
     ),
     Mutant(
@@ -188,8 +189,52 @@ MUTANTS = (
     Mutant(
         "read back under graph capture",
         _BINDING,
-        "if (!gram_update_cuda_is_capturing(stream)) {",
-        "{",
+        "  if (!capturing) {",
+        "  {",
         (_BOUND, "-k", "capture"),
+    ),
+    Mutant(
+        "kernels first loaded under graph capture",
+        _BINDING,
+        "if (!capturing) check_cuda(gram_update_cuda_load());",
+        "",
+        (_BOUND, "-k", "capture"),
+    ),
+    Mutant(
+        "compensated kernels not loaded beforehand",
+        _LAUNCH,
+        "  if (error == cudaSuccess) error = load_tile_kernels<true>();\n",
+        "",
+        (f"{_EMULATED}::test_under_capture_scales_are_taken_as_inexact_and_nan_goes_on",),
+    ),
+    Mutant(
+        "scales snapped in G alone",
+        _TOKENS,
+        "    cross_scale *= moved / gram_scale;\n",
+        "",
+        (f"{_EMULATED}::test_weights_of_normed_rows_cost_one_product_in_g",),
+        "1e-7 of a weight: less than what C is rounded by",
+    ),
+    Mutant(
+        "weights that are near a power of two taken as one",
+        _TOKENS,
+        "constexpr double kRounding = 1.01 / (1 << 24);",
+        "constexpr double kRounding = 1.01 / (1 << 20);",
+        (f"{_EMULATED}::test_a_weight_is_moved_no_further_than_its_rounding",),
+    ),
+    # NaN under graph capture, where nobody is told of it.
+    Mutant(
+        "NaN of the hardware's arithmetic rounded to -0",
+        _TOKENS,
+        "return value == value ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : kNaN;",
+        "(void)kNaN;\n  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
+        (f"{_EMULATED}::test_no_nan_is_lost_under_capture",),
+    ),
+    Mutant(
+        "scales of a bad weight left as they were",
+        _TOKENS,
+        "if (scales.gram != nullptr) scales.gram[token] = scales.cross[token] = NAN;",
+        "",
+        (f"{_EMULATED}::test_a_bad_weight_shows_in_the_sums_under_capture",),
     ),
 )

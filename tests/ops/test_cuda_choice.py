@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ghosted_fast.ops import backend_status, compiled
-from ghosted_fast.ops.backends import native
+from ghosted_fast.ops.backends import kernels_absence_reason, native, triton
 from ghosted_fast.ops.operands import GhostOperands, GramOperands
 
 BF16 = torch.bfloat16
@@ -51,6 +51,12 @@ def test_only_a_cuda_build_serves_cuda_tensors(
     narrow = torch.zeros(9, 20).as_subclass(OnCuda)
     reason = native.refusal("gram_update", GramOperands(narrow))
     assert ("multiple of 8 columns" in reason) == with_cuda
+
+
+def test_torch_itself_solves_on_cuda_and_says_nothing() -> None:
+    assert kernels_absence_reason("ghost_solve", "cuda") == ""
+    assert "no compiled kernels for xpu" in kernels_absence_reason("ghost_solve", "xpu")
+    assert kernels_absence_reason("gram_update", "cuda") == triton.absence_reason()
 
 
 @pytest.mark.skipif(compiled.extension() is None, reason="the extension is absent")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,6 +113,39 @@ def test_under_a_graph() -> None:
     assert_close(
         {name: tensor / 2 for name, tensor in on_cpu(sums).items()}, exact_sums(x, x, norm_eps=1e-5)
     )
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_no_nan_is_lost_under_a_graph(dtype: torch.dtype) -> None:
+    """NaN of the hardware's own arithmetic; the eager call names its token, a replay adds it."""
+    x, weight = torch.randn(200, 64).to(dtype).cuda(), torch.rand(200).cuda() + 0.5
+    sums = on_gpu(make_sums(64, 64))
+    gram_update(x, x, weight, delta=True, backend="native", **sums)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gram_update(x, x, weight, delta=True, backend="native", **sums)
+    x[5, 7] = x[5, 7] * math.inf - x[5, 7] * math.inf
+    graph.replay()
+    assert sums["gram"][7, :8].isnan().all() and sums["cross"][7].isnan().all()
+    sums = on_gpu(make_sums(64, 64))
+    with pytest.raises(RuntimeError, match="in x at token 5"):
+        gram_update(x, x, weight, delta=True, backend="native", **sums)
+
+
+def test_all_kernels_are_loaded_before_a_capture() -> None:
+    """In a process of its own: here other tests have loaded them."""
+    code = (
+        "import torch; from ghosted_fast.ops import gram_update\n"
+        "x = torch.randn(64, 64, device='cuda')\n"
+        "gram = torch.zeros(64, 64, device='cuda', dtype=torch.float64)\n"
+        "gram_update(x.bfloat16(), gram=gram, backend='native')\n"
+        "graph = torch.cuda.CUDAGraph()\n"
+        "with torch.cuda.graph(graph):\n"
+        "    gram_update(x, gram=gram, norm_eps=1e-5, backend='native')\n"
+        "graph.replay(); print(bool(gram.isfinite().all()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_compiles_without_a_graph_break() -> None:

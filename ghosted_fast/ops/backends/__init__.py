@@ -55,15 +55,18 @@ def insist(backend: str, operator: str, operands: Operands) -> Any:
     return chosen.run(operator, operands)
 
 
-def kernels_absence_reason(device_type: str) -> str:
-    """Return why `backend="auto"` runs plain torch on a kind of device.
+def kernels_absence_reason(operator: str, device_type: str) -> str:
+    """Return why `backend="auto"` runs an operator by plain torch on a kind of device.
 
-    Empty for an extension that was switched off on purpose: that is no news to anybody.
+    Empty where that is no news: for an extension that was switched off on purpose, and for what is
+    left to torch's own solvers on CUDA.
     """
     if device_type == "cpu":
         return "" if native_disabled() else native.absence_reason()
-    if device_type == "cuda" and torch.version.hip is not None:
-        return triton.absence_reason()
+    if device_type == "cuda":
+        if operator in triton.OPERATORS or torch.version.hip is not None:
+            return triton.absence_reason()
+        return ""
     return f"this version has no compiled kernels for {device_type}"
 
 

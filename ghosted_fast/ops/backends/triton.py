@@ -76,6 +76,18 @@ def refusal(operator: str, operands: Operands) -> str:
     return reason
 
 
+def is_left_to_torch(operator: str, operands: Operands) -> bool:
+    """Return whether torch has a product for operands that are served, and the faster one.
+
+    It has one for a plain ghost: nothing but x and a weight.
+    """
+    x, weight, *others = operands
+    if operator != "ghost_apply" or any(other is not None for other in others):
+        return False
+    found: bool = _kernels(operator).is_slower_than_torch(x, weight)
+    return found
+
+
 def run(operator: str, operands: Operands) -> Any:
     """Launch the kernels on the device of the operands."""
     with torch.cuda.device_of(operands[0]):

@@ -1,0 +1,1 @@
+"""The parts of `gpu_day.py`: what a GPU is wanted for."""
