@@ -33,7 +33,9 @@ def forgotten() -> Iterator[None]:
 
 @pytest.fixture(params=[True], ids=["adds_bos"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    tiny_model("llama", 4).save_pretrained(tmp_path / "model")
+    model = tiny_model("llama", 4)
+    model.config.bos_token_id = BOS
+    model.save_pretrained(tmp_path / "model")
     tiny_tokenizer(request.param).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
