@@ -196,8 +196,8 @@ def _flops(
     for name in _SUMS[wanted]:
         count = (1.0 if name == "gram" else 2.0) * tokens * width**2
         kind = kinds[name] if products is None else "bf16"
-        # The rows' scales are powers of two: those of x cost no parts.
-        is_exact = dtype != torch.float32 and name == "gram"
+        # The scales of rows of x are powers of two, which cost no parts.
+        is_exact = dtype == torch.bfloat16 and name == "gram"
         parts = 1 if products is None or is_exact else products
         flops[kind] = flops.get(kind, 0.0) + count * parts
     return flops

@@ -160,7 +160,9 @@ def test_on_cuda_every_product_of_parts_counts() -> None:
         assert gram_update._products(dtype, normed, cuda) == products
     assert gram_update._products(FP32, False, cuda) == gram_update._products(FP32, True, cuda) == 6
     assert gram_update._products(FP32, True, CPU) is None
-    assert gram_update._flops(64, 300, FP16, "G+C", True, 5) == {"bf16": 5 * 3 * 300.0 * 64**2}
+    work = 300.0 * 64**2
+    assert gram_update._flops(64, 300, FP16, "G+C", True, 5) == {"bf16": 5 * 3 * work}
+    assert gram_update._flops(64, 300, BF16, "G+C", True, 3) == {"bf16": (1 + 3 * 2) * work}
 
 
 def test_weights_of_decoding_leave_the_cache_and_those_of_prefill_need_not() -> None:
