@@ -158,8 +158,8 @@ class IntervalScore:
         start: First removed layer.
         stop: One past the last removed layer.
         score: In the unit of the criterion: nats per token for `ghost`, `ghost-search` and `sleb`,
-            1 - cosine for `streamline` and `shortgpt`, half turns for `angular`,
-            |weight x gradient| for `taylor`.
+            1 - cosine for `streamline`, `shortgpt`, `lorp` and `prunecomp`, half turns for
+            `angular`, |weight x gradient| for `taylor`.
     """
 
     start: int

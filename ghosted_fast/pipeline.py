@@ -85,11 +85,12 @@ def ghost_model(
             `SpeedBound(1.3)` for as few as make decoding 1.3 times as fast; bounds are for the
             recovery "ghost". Give this or `removed`.
         removed: The layers to remove.
-        criterion: "ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor" or "angular";
-            see `select_layers`.
+        criterion: "ghost", "ghost-search", or a published one: "streamline", "shortgpt", "sleb",
+            "taylor", "angular", "lorp", "prunecomp"; see `select_layers`.
         recovery: What takes the place of each removed run: "ghost" or a published rival: "none",
-            "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"; see
-            `ghosted_fast.recovery`. The options of ghosts do not concern the rivals.
+            "linearpatch-d", "linearpatch-r", "replaceme", "replaceme-cosine", "prunecomp", "nbl",
+            "ghost-paper"; see `ghosted_fast.recovery`. The options of ghosts do not concern the
+            rivals.
         options: How ghosts are fitted.
         run: How much work is done: corrections, healing, tokens to score on, memory; whether the
             given model is cut in place; whether to show progress.

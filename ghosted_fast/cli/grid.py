@@ -52,7 +52,8 @@ class ComparedArgs(ImproveArgs):
             autocompletion=values.completing(get_args(values.Criterion)),
             metavar="NAME",
             help="What picks the layers; repeat it: "
-            f"{', '.join(get_args(values.Criterion))}. All if not given.",
+            f"{', '.join(get_args(values.Criterion))}. All that the model allows if "
+            "not given.",
         ),
     ] = None
     recovery: Annotated[
@@ -67,7 +68,19 @@ class ComparedArgs(ImproveArgs):
         ),
     ] = None
 
+    correct_rivals: Annotated[
+        bool,
+        typer.Option(
+            "--correct-rivals/--no-correct-rivals",
+            help="Also correct what the other recoveries put in, as the ghost is corrected: a row "
+            "more for each that has an operator.",
+        ),
+    ] = False
+
     def __post_init__(self) -> None:
+        if self.correct_rivals and self.corrections == 0:
+            raise usage_error("expected corrections with it, got --corrections 0",
+                              "--correct-rivals")  # fmt: skip
         for option, names in (("--criterion", self.criterion), ("--recovery", self.recovery)):
             if names is not None and len(set(names)) < len(names):
                 raise usage_error(f"expected each once, got {', '.join(names)}", option)
@@ -82,12 +95,14 @@ class ComparedArgs(ImproveArgs):
         from ghosted_fast.grid import corrected, healed
         from ghosted_fast.recovery import RECOVERIES
 
-        found: list[str | Variant] = [*(self.recovery or RECOVERIES)]
-        names = list(found)
-        if self.corrections != 0 and "ghost" in found:
-            found.append(corrected(self.corrections))
+        names = [*(self.recovery or RECOVERIES)]
+        found: list[str | Variant] = [*names]
+        for name in names if self.corrections != 0 else ():
+            method = RECOVERIES[name]
+            if method.improvable or (self.correct_rivals and method.has_operator):
+                found.append(corrected(self.corrections, name))
         if self.heal:
-            found += [healed(self.heal, str(name), seed) for name in names]
+            found += [healed(self.heal, name, seed) for name in names]
         return found
 
 
@@ -168,7 +183,8 @@ def grid(
 ) -> Result:
     """Run every way to choose layers with every way to make up for them, each with each.
 
-    The ghost comes with and without corrections; --heal adds every recovery after training.
+    The ghost comes with and without corrections, with --correct-rivals every operator does; --heal
+    adds every recovery after training.
     Writes results.json, results.md and the page index.html into the output folder.
     """
     from ghosted_fast.checkpoint.save import check_place
@@ -176,7 +192,6 @@ def grid(
     from ghosted_fast.grid import GridPlan, run_grid
     from ghosted_fast.grid.outputs import check_outputs, full_table
     from ghosted_fast.options import Count, RunOptions
-    from ghosted_fast.selection.criteria import CRITERIA
 
     check_outputs()
     _check_text(calibration, compared)
@@ -197,7 +212,7 @@ def grid(
         compared.counts,
         folder.output,
         plan=GridPlan(
-            criteria=compared.criterion or tuple(CRITERIA),
+            criteria=compared.criterion,
             recoveries=compared.recoveries(calibration.seed),
             name=Path(model.model).name,
             speed=_SPEED if judged.speed else None,

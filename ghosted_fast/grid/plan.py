@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ghosted_fast.errors import ArgumentError
+from ghosted_fast.errors import ArgumentError, GhostedFastError
 from ghosted_fast.facts import HealingFacts
 from ghosted_fast.fit.walk import check_enough_tokens
 from ghosted_fast.models.decoder import Decoder
@@ -16,6 +17,7 @@ from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
 
+_LOGGER = logging.getLogger(__name__)
 CORRECTED = "corrections"
 # The library's default is the first of these recoveries that a grid has, with this criterion.
 DEFAULT_CRITERION, DEFAULT_RECOVERIES = "ghost", (f"ghost + {CORRECTED}", "ghost")
@@ -92,7 +94,7 @@ class GridPlan:
     """What a grid compares, and what it measures.
 
     Attributes:
-        criteria: Names out of `CRITERIA`.
+        criteria: Names out of `CRITERIA`. None for all that can choose layers of the model.
         recoveries: Names out of `RECOVERIES`, or variants of them (`corrected`, `healed`). None
             for all, and the ghost with corrections, which is the library's default.
         name: What the model is called; by default what its configuration says.
@@ -105,7 +107,7 @@ class GridPlan:
         overwrite: Whether results of other settings in the folder may be replaced.
     """
 
-    criteria: Sequence[str] = tuple(CRITERIA)
+    criteria: Sequence[str] | None = None
     recoveries: Sequence[str | Variant] | None = None
     name: str | None = None
     speed: Mapping[str, Any] | None = None
@@ -113,6 +115,18 @@ class GridPlan:
     accuracy_name: str = ""
     seed: int = 0
     overwrite: bool = False
+
+
+def criteria_for(decoder: Decoder, remove: Sequence[int]) -> tuple[str, ...]:
+    """Return all criteria that can choose layers of a model; log why others cannot."""
+    found = []
+    for name, criterion in CRITERIA.items():
+        try:
+            criterion.check(decoder, max(remove, default=1))
+            found.append(name)
+        except GhostedFastError as error:
+            _LOGGER.warning("the criterion %r is left out: %s", name, error)
+    return tuple(found)
 
 
 def check_plan(
@@ -133,6 +147,7 @@ def check_plan(
         check_layer_count(count, decoder.num_layers)
     for criterion in criteria:
         check_criterion(criterion)
+        CRITERIA[criterion].check(decoder, max(remove, default=1))
     _check_distinct("number of layers", remove)
     _check_distinct("criterion", criteria)
     _check_distinct("evaluation text", list(evaluations))

@@ -13,7 +13,7 @@ from ghosted_fast.errors import ArgumentError, renamed
 from ghosted_fast.grid.cells import Cell, Fitting, Removed, run_cells, stand_in
 from ghosted_fast.grid.judge import Judge
 from ghosted_fast.grid.outputs import check_outputs, write_outputs
-from ghosted_fast.grid.plan import GridPlan, Variant, check_plan, variants_of
+from ghosted_fast.grid.plan import GridPlan, Variant, check_plan, criteria_for, variants_of
 from ghosted_fast.grid.state import GridState
 from ghosted_fast.grid.table import Grid, grid_of, speed_key
 from ghosted_fast.grid.variants import corrected
@@ -88,10 +88,13 @@ def run_grid(
     variants = variants_of(
         (*RECOVERIES, corrected()) if plan.recoveries is None else plan.recoveries
     )
-    check_plan(fitting.decoder, fitting.text, texts, remove, plan.criteria)
+    criteria = plan.criteria
+    if criteria is None:
+        criteria = criteria_for(fitting.decoder, remove)
+    check_plan(fitting.decoder, fitting.text, texts, remove, criteria)
     check_outputs()
     facts = _facts(fitting, texts, plan)
-    shape = Shape(tuple(remove), tuple(plan.criteria), variants)
+    shape = Shape(tuple(remove), tuple(criteria), variants)
     judge = Judge(model, texts, plan.accuracy, plan.seed)
     with GridState(Path(output), facts, plan.overwrite) as state, evaluating(model):
         if state.get("dense") is None:
@@ -107,7 +110,7 @@ def run_grid(
             "calibration_tokens": fitting.text.num_tokens,
             "machine": machine_facts(),
         }
-        grid = grid_of(state, about, remove, plan.criteria, variants, plan.speed)
+        grid = grid_of(state, about, remove, criteria, variants, plan.speed)
         write_outputs(Path(output), grid)
     return grid
 

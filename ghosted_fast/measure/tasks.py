@@ -1,7 +1,8 @@
 """Accuracy on tasks of lm-evaluation-harness, for model objects; some tasks need no hub.
 
 Source: lm-evaluation-harness (PyPI `lm_eval`), which scores; the offline sets are those of
-`questions`.
+`questions`. The tasks `paper` are those of Yun et al., arXiv 2605.15491, and its code: nine of
+common sense, without examples, by accuracy ("acc"), and the mean of the nine.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import functools
 import importlib.util
 import io
 import logging
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,15 @@ from ghosted_fast.models.decoder import evaluating
 from ghosted_fast.text.files import first_line
 
 LOCAL_TASKS = tuple(PREFIX + name for name in SETS)
+PAPER = "paper"
+PAPER_TASKS = (
+    *("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "openbookqa"),
+    *("rte", "copa", "race"),
+)
 # Where a task has several metrics, the first of these that it has is reported.
 _METRICS = ("acc_norm", "acc", "exact_match")
+# What the paper's table has, whatever else a task has.
+_PAPER_METRICS = ("acc",)
 # fp32 log-probabilities that one call of the model may make: 1 GiB, for texts of 256 tokens.
 _CALL_ELEMENTS = 1 << 28
 _USUAL_LENGTH = 256
@@ -49,6 +58,10 @@ class TaskScore:
         value: The mean over the samples.
         stderr: Standard error of it; None where lm-eval gives none.
         num_samples: Samples.
+        flips: Share of the samples of which the model chooses another answer than the dense one,
+            see `with_flips`; None of the dense one, and where there are no answers to choose from.
+        choices: The answer that it chooses for each sample, by its index; None where there are no
+            answers to choose from, or nobody asked for them. Not part of the JSON.
     """
 
     task: str
@@ -56,6 +69,8 @@ class TaskScore:
     value: float
     stderr: float | None
     num_samples: int
+    flips: float | None = None
+    choices: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
 
     def _repr_html_(self) -> str:
         error = "-" if self.stderr is None else f"{self.stderr:.1%}"
@@ -64,7 +79,7 @@ class TaskScore:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "choices"}
 
 
 def evaluate_tasks(
@@ -74,27 +89,30 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
+    choices: bool = False,
 ) -> list[TaskScore]:
     """Score a model on tasks of lm-evaluation-harness, without examples in the prompt.
 
     Args:
         model: A transformers causal language model: dense, pruned or ghosted.
         tokenizer: Its tokenizer.
-        tasks: Names: those of `LOCAL_TASKS`, which need no hub, or lm-eval's own. A group is one
-            score if lm-eval aggregates it, else one for each of its tasks.
+        tasks: Names: those of `LOCAL_TASKS`, which need no hub, lm-eval's own, or "paper" for
+            `PAPER_TASKS` by "acc", and the mean of the nine. A group is one score if lm-eval
+            aggregates it, else one for each of its tasks.
         limit: How many samples of each task, the first ones; None for all.
         batch_size: Texts at a time; None chooses by the size of the vocabulary.
         progress: Show lm-eval's progress bars on stderr.
+        choices: Whether scores also say which answers were chosen.
 
     Returns:
-        The scores, in the order of the tasks.
+        The scores, in the order of the tasks; the mean of the paper's behind the last of them.
 
     Raises:
         MissingExtraError: Package lm_eval is absent.
         ArgumentError: A task is unknown, there is none, or a number is below 1.
         SourceError: A task's data cannot be read or reached.
     """
-    names = check_tasks(tasks)
+    names = _expanded(check_tasks(tasks))
     given = {"limit": limit, "batch_size": batch_size}
     check_at_least(1, **{name: number for name, number in given.items() if number is not None})
     if batch_size is None:
@@ -112,18 +130,93 @@ def evaluate_tasks(
             num_fewshot=0,
             limit=limit,
             task_manager=manager,
-            log_samples=False,
+            log_samples=choices,
             bootstrap_iters=_RESAMPLES,
             random_seed=None,
             numpy_random_seed=None,
             torch_random_seed=None,
         )
-    counts = found["n-samples"]
-    return [
-        _score(name, values, counts.get(name, {}).get("effective"))
-        for name, values in found["results"].items()
-        if _metric(values)
-    ]
+    of_paper = PAPER_TASKS if PAPER in tasks else ()
+    counts, samples = found["n-samples"], found.get("samples") or {}
+    scores = []
+    for name, values in found["results"].items():
+        wanted = _PAPER_METRICS if name in of_paper else _METRICS
+        if _metric(values, wanted):
+            count = counts.get(name, {}).get("effective")
+            score = _score(name, values, wanted, count)
+            scores.append(replace(score, choices=_choices(samples.get(name), score.metric)))
+    return _with_mean(scores) if of_paper else scores
+
+
+def _expanded(names: Sequence[str]) -> list[str]:
+    """Return the names with the paper's tasks in the place of their own name, each once."""
+    each = ((name,) if name != PAPER else PAPER_TASKS for name in names)
+    return list(dict.fromkeys(item for items in each for item in items))
+
+
+def _with_mean(scores: Sequence[TaskScore]) -> list[TaskScore]:
+    """Return scores with the mean of the paper's nine behind them."""
+    nine = [score for score in scores if score.task in PAPER_TASKS]
+    errors = [score.stderr for score in nine]
+    known = [error for error in errors if error is not None]
+    mean = TaskScore(
+        task=PAPER,
+        metric="mean acc",
+        value=sum(score.value for score in nine) / len(nine),
+        # The tasks' samples have nothing to do with one another.
+        stderr=math.hypot(*known) / len(nine) if len(known) == len(nine) else None,
+        num_samples=sum(score.num_samples for score in nine),
+    )
+    last = max(place for place, score in enumerate(scores) if score.task in PAPER_TASKS)
+    return [*scores[: last + 1], mean, *scores[last + 1 :]]
+
+
+def with_flips(scores: Sequence[TaskScore], dense: Sequence[TaskScore]) -> list[TaskScore]:
+    """Return scores that say how many answers flip; that of the paper's mean is over all samples.
+
+    Unlike accuracy this shows answers that became right as well as those that became wrong.
+
+    Args:
+        scores: Of a model, with choices.
+        dense: Of the dense model, on the same tasks and samples, with choices.
+
+    Source: Dutta et al., "Accuracy is Not All You Need", arXiv 2407.09141: flips; here of all
+        changes of the chosen answer, from one wrong answer to another included.
+    """
+    found = []
+    changed = chosen = 0
+    for own, other in zip(scores, dense, strict=True):
+        flips = None
+        if own.choices and other.choices:
+            count = sum(a != b for a, b in zip(own.choices, other.choices, strict=True))
+            flips = count / len(own.choices)
+            if own.task in PAPER_TASKS:
+                changed, chosen = changed + count, chosen + len(own.choices)
+        elif own.task == PAPER and chosen:
+            flips = changed / chosen
+        found.append(replace(own, flips=flips))
+    return found
+
+
+def _choices(samples: Sequence[Mapping[str, Any]] | None, metric: str) -> tuple[int, ...] | None:
+    """Return the answer that was chosen for each sample, from lm-eval's record of them.
+
+    Args:
+        samples: With the log-likelihood of each answer; None where they were not kept.
+        metric: "acc_norm" chooses by the log-likelihood per character, others by it alone.
+    """
+    chosen = []
+    for sample in samples or ():
+        answers = sample["filtered_resps"]
+        if len(answers) < 2 or not all(isinstance(item, list | tuple) for item in answers):
+            return None
+        values = [float(item[0]) for item in answers]
+        if metric == "acc_norm":
+            # A blank stands between the question and an answer, which lm-eval does not count.
+            texts = [call[1].removeprefix(" ") for call in sample["arguments"]]
+            values = [v / max(len(text), 1) for v, text in zip(values, texts, strict=True)]
+        chosen.append(max(range(len(values)), key=values.__getitem__))
+    return tuple(chosen) or None
 
 
 def accuracy(
@@ -152,7 +245,7 @@ def check_tasks(tasks: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(tasks))
     if not names:
         raise ArgumentError(f"expected tasks, got none: {', '.join(LOCAL_TASKS)}, or lm-eval's own")
-    others = [name for name in names if name not in LOCAL_TASKS]
+    others = [name for name in _expanded(names) if name not in LOCAL_TASKS]
     if others:
         known = _lm_eval_tasks()
         for name in others:
@@ -211,19 +304,21 @@ def _quiet(progress: bool) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _metric(values: dict[str, Any]) -> str | None:
+def _metric(values: Mapping[str, Any], wanted: Sequence[str]) -> str | None:
     """Return the key, such as "acc,none", of the metric to report; None where there is none."""
     numbers = [
         key
         for key, value in values.items()
         if "," in key and "_stderr," not in key and isinstance(value, int | float)
     ]
-    preferred = [key for name in _METRICS for key in numbers if key.partition(",")[0] == name]
+    preferred = [key for name in wanted for key in numbers if key.partition(",")[0] == name]
     return next(iter([*preferred, *numbers]), None)
 
 
-def _score(name: str, values: dict[str, Any], count: int | None) -> TaskScore:
-    key = _metric(values)
+def _score(
+    name: str, values: Mapping[str, Any], wanted: Sequence[str], count: int | None
+) -> TaskScore:
+    key = _metric(values, wanted)
     assert key is not None
     metric, _, kind = key.partition(",")
     error = values.get(f"{metric}_stderr,{kind}")

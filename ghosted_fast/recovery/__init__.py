@@ -18,7 +18,10 @@ from ghosted_fast.recovery.ghost import GhostCollector, ghost_patch
 from ghosted_fast.recovery.ghost_paper import GhostPaperCollector
 from ghosted_fast.recovery.least_squares import plain_bytes
 from ghosted_fast.recovery.linearpatch import LinearPatchCollector
+from ghosted_fast.recovery.nbl import NBLCollector
+from ghosted_fast.recovery.prunecomp import PruneCompCollector
 from ghosted_fast.recovery.replaceme import ReplaceMeCollector
+from ghosted_fast.recovery.replaceme_cosine import ReplaceMeCosineCollector
 from ghosted_fast.statistics.interval import IntervalStatistics, interval_bytes
 from ghosted_fast.statistics.sample import Interval
 
@@ -77,6 +80,24 @@ RECOVERIES: dict[str, Recovery] = {
             _without_options(ReplaceMeCollector),
             lambda size, _: plain_bytes(size),
             has_operator=False,
+        ),
+        Recovery(
+            "replaceme-cosine",
+            _without_options(ReplaceMeCosineCollector),
+            # The map, its gradient and Adam's two moments; all tokens' states come on top.
+            lambda size, _: 4 * 4 * size * size,
+            has_operator=False,
+        ),
+        Recovery(
+            "prunecomp",
+            _without_options(PruneCompCollector),
+            lambda size, _: 8 * size,
+            has_operator=False,
+        ),
+        Recovery(
+            "nbl",
+            _without_options(NBLCollector),
+            lambda size, _: plain_bytes(size) + 16 * size,
         ),
         Recovery(
             "ghost-paper",

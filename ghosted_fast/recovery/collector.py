@@ -19,6 +19,8 @@ class Patch:
     Attributes:
         ghost: An operator on the hidden state that enters the gap, of the model's dtype.
         mlp_map: T - I [d, d] fp64, [out, in], for a map T on the output of the MLP before the gap.
+        scale: By how much the stream that enters the gap is multiplied, above 0; what the layers
+            above the gap add is divided by it instead.
         solution: How the ghost was solved for, where `solve_ghost` did.
         seconds: What it took: a pass of the model, the statistics and the solve. Of a pass that
             fed several recoveries each counts the forward passes and its own part.
@@ -27,6 +29,7 @@ class Patch:
 
     ghost: GhostLinear | None = None
     mlp_map: Tensor | None = None
+    scale: float | None = None
     solution: GhostSolution | None = None
     seconds: float = 0.0
     solve_seconds: float = 0.0

@@ -17,16 +17,20 @@ def plain_bytes(size: int) -> int:
     return 2 * _BYTES_PER_DOUBLE * size * size
 
 
-def plain_ghost(decoder: Decoder, weight: Tensor) -> GhostLinear:
-    """Return the ghost y = x + M x of a model.
+def plain_ghost(decoder: Decoder, weight: Tensor, bias: Tensor | None = None) -> GhostLinear:
+    """Return the ghost y = x + M x (+ b) of a model.
 
     Args:
         decoder: Gives it its dtype and device.
         weight: M [d, d] fp64, [out, in].
+        bias: b [d] fp64.
     """
-    ghost = GhostLinear(len(weight), device=decoder.device, dtype=decoder.dtype)
+    has_bias = bias is not None
+    ghost = GhostLinear(len(weight), bias=has_bias, device=decoder.device, dtype=decoder.dtype)
     with torch.no_grad():
         ghost.weight.copy_(weight)
+        if bias is not None and ghost.bias is not None:
+            ghost.bias.copy_(bias)
     return ghost.requires_grad_(False)
 
 
@@ -58,13 +62,25 @@ class PlainEquations:
         Raises:
             SolveError: The system is singular.
         """
-        damped = self._gram + damping * torch.eye(
-            len(self._gram), dtype=torch.float64, device=self._gram.device
+        return solve_plain(self._gram, self._cross, damping)
+
+
+def solve_plain(gram: Tensor, cross: Tensor, damping: float = 0.0) -> Tensor:
+    """Return M [d, d], [out, in], with (gram + damping I) M^T = cross, by one LU solve.
+
+    Args:
+        gram: [d, d] fp64.
+        cross: [d, d] fp64.
+        damping: Absolute.
+
+    Raises:
+        SolveError: The system is singular.
+    """
+    damped = gram + damping * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    solution, info = torch.linalg.solve_ex(damped, cross)
+    if int(info) or not bool(torch.isfinite(solution).all()):
+        raise SolveError(
+            f"expected features that span all {len(damped)} channels, got singular equations: "
+            "give more text, or use the recovery 'ghost', whose damping adapts"
         )
-        solution, info = torch.linalg.solve_ex(damped, self._cross)
-        if int(info) or not bool(torch.isfinite(solution).all()):
-            raise SolveError(
-                f"expected features that span all {len(damped)} channels, got singular equations: "
-                "give more text, or use the recovery 'ghost', whose damping adapts"
-            )
-        return solution.mT.contiguous()
+    return solution.mT.contiguous()

@@ -16,17 +16,17 @@ Source: Chen et al., "A Simple Linear Patch Revives Layer-Pruned Large Language 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from ghosted_fast.fit.ratios import ChannelRatios
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.recovery.collector import Collector, Patch
 from ghosted_fast.recovery.hadamard import hadamard
 from ghosted_fast.recovery.least_squares import plain_ghost
-from ghosted_fast.statistics.sample import Interval, Sample
+from ghosted_fast.statistics.sample import Interval
 
 
-class LinearPatchCollector(Collector):
-    """Means of |z| per sequence and channel, as the sum of their ratios.
+class LinearPatchCollector(ChannelRatios, Collector):
+    """The ratios of one gap, see `ChannelRatios`.
 
     Args:
         decoder: The dense model.
@@ -35,38 +35,14 @@ class LinearPatchCollector(Collector):
     """
 
     def __init__(self, decoder: Decoder, gap: Interval, rotated: bool) -> None:
-        super().__init__(gap)
+        basis = hadamard(decoder.hidden_size).to(decoder.device) if rotated else None
+        super().__init__(decoder, gap, basis)
         self._decoder = decoder
-        size, device = decoder.hidden_size, decoder.device
-        self._basis = hadamard(size).to(device) if rotated else None
-        self._ratios = torch.zeros(size, dtype=torch.float64, device=device)
-        self._sequences = torch.zeros((), dtype=torch.int64)
-
-    def update(self, sample: Sample) -> None:
-        """Add the ratios of the batch's sequences."""
-        used = sample.attended.any(-1)
-        x, y = (self._sizes(states, sample.attended) for states in (sample.x, sample.y))
-        ratios = torch.where(x > 0, y / x, 1.0)[used]
-        self._ratios += ratios.sum(0)
-        self._sequences += len(ratios)
-
-    def _sizes(self, states: Tensor, attended: Tensor) -> Tensor:
-        """Return the sum of |z| over the attended tokens [batch, d], fp64."""
-        basis = None if self._basis is None else self._basis.float()
-        sums = []
-        for row, mask in zip(states, attended, strict=True):
-            z = row[mask].float()
-            z = z if basis is None else z @ basis
-            sums.append(z.abs().sum(0, dtype=torch.float64))
-        return torch.stack(sums)
-
-    def sums(self) -> list[Tensor]:
-        """Return the sum of the ratios, and their number."""
-        return [self._ratios, self._sequences]
+        self._exact_basis = basis
 
     def patch(self) -> Patch:
         """Return the operator as a ghost: M = diag(r) - I, or H diag(r) H^T - I."""
-        change = torch.diag(self._ratios / int(self._sequences) - 1.0)
-        if self._basis is not None:
-            change = self._basis @ change @ self._basis.mT
+        change = torch.diag(self.mean() - 1.0)
+        if self._exact_basis is not None:
+            change = self._exact_basis @ change @ self._exact_basis.mT
         return Patch(plain_ghost(self._decoder, change))

@@ -29,6 +29,7 @@ from ghosted_fast.recovery.mlp import map_mlp_output
 from ghosted_fast.statistics.interval import IntervalStatistics
 from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals
+from ghosted_fast.surgery.scaling import divide_branches
 from ghosted_fast.text.calibration_text import CalibrationText
 
 
@@ -211,11 +212,18 @@ def put_patches(
     Returns:
         The smaller model.
     """
-    intervals = removed_intervals(removed, num_layers(model))
+    layers = num_layers(model)
+    intervals = removed_intervals(removed, layers)
     smaller = remove_layers(model, removed, [patch.ghost for patch in patches], inplace=inplace)
     dropped = 0
+    divisors = [1.0] * layers
     for (start, stop), patch in zip(intervals, patches, strict=True):
         if patch.mlp_map is not None:
             map_mlp_output(smaller, start - 1 - dropped, patch.mlp_map)
         dropped += stop - start
+        if patch.scale is not None:
+            divisors[stop:] = [divisor * patch.scale for divisor in divisors[stop:]]
+    if any(patch.scale is not None for patch in patches):
+        gone = {layer for start, stop in intervals for layer in range(start, stop)}
+        divide_branches(smaller, [divisors[layer] for layer in range(layers) if layer not in gone])
     return smaller

@@ -21,19 +21,33 @@ from ghosted_fast.recovery.least_squares import PlainEquations
 from ghosted_fast.statistics.sample import Interval, Sample
 
 
-class ReplaceMeCollector(Collector):
-    """Sums of m m^T and m (y - x)^T, which give T - I."""
+class MlpMapCollector(Collector):
+    """What is common to the recoveries that map the output of the MLP before a gap.
+
+    Attributes:
+        name: What the recovery is called.
+    """
 
     needs_mlp_output = True
+    name: str
 
     def __init__(self, decoder: Decoder, gap: Interval) -> None:
         super().__init__(gap)
         if gap[0] == 0:
             raise ArgumentError(
-                "the recovery 'replaceme' maps the output of the MLP before a gap, and the gap "
+                f"the recovery {self.name!r} maps the output of the MLP before a gap, and the gap "
                 f"[0, {gap[1]}) has none before it: keep layer 0, or use another recovery"
             )
         self.least_tokens = 2 * decoder.hidden_size
+
+
+class ReplaceMeCollector(MlpMapCollector):
+    """Sums of m m^T and m (y - x)^T, which give T - I."""
+
+    name = "replaceme"
+
+    def __init__(self, decoder: Decoder, gap: Interval) -> None:
+        super().__init__(decoder, gap)
         self._equations = PlainEquations(decoder.hidden_size, decoder.device)
 
     def update(self, sample: Sample) -> None:

@@ -34,7 +34,8 @@ def write_report(
         path: The file to write: JSON if its name ends in .json, else an HTML page. It appears
             whole or not at all.
         report: What `GhostReport.to_dict()` returns. Three more keys are shown where present:
-            `models` (a list of `ModelRow.to_dict()`, the dense model of each dtype first),
+            `models` (a list of `ModelRow.to_dict()`, the dense model of each dtype first; with
+            `tasks`, `fidelity` and `exact_answers` where `eval` measured them),
             `samples` (a list of dicts with name, prompt, text; those of one prompt stand side by
             side), `checks` (a list of dicts with label, passed and detail) and `machine` (label to
             value). Every key may be absent.
@@ -73,6 +74,9 @@ def render_report(report: Mapping[str, Any], title: str | None = None) -> str:
         headline=_headline(rows),
         with_perplexity=any(row.get("perplexity") for row in rows),
         with_speed=any(row.get("throughput") for row in rows),
+        with_fidelity=any(row.get("fidelity") for row in rows),
+        tasks=_scores(rows, "tasks", "task"),
+        exact=_scores(rows, "exact_answers", "kind"),
         samples=_by_prompt(report.get("samples") or []),
         times=_times(report.get("seconds") or {}),
         commands=_commands(report),
@@ -103,6 +107,7 @@ def page_template(name: str) -> Any:
     )
     environment.filters.update(
         number=_number,
+        percent=_percent,
         speed=_speed,
         short=_short,
         scientific=_scientific,
@@ -110,6 +115,20 @@ def page_template(name: str) -> Any:
         healing=healing_text,
     )
     return environment.get_template(name)
+
+
+def _scores(
+    rows: Sequence[Mapping[str, Any]], key: str, name: str
+) -> tuple[list[str], list[tuple[str, list[Mapping[str, Any]]]]]:
+    """Return what models were scored on, and their scores.
+
+    Args:
+        rows: The models.
+        key: Where a model's scores are.
+        name: Where a score says what it is of.
+    """
+    scored = [(row["name"], list(row[key])) for row in rows if row.get(key)]
+    return [score[name] for score in scored[0][1]] if scored else [], scored
 
 
 def _by_prompt(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
@@ -173,6 +192,10 @@ def _headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 def _number(value: Any, digits: int = 0) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(value: Any, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
 def _speed(record: Any) -> str:

@@ -45,7 +45,10 @@ def select_layers(
             `shortgpt`: the layers that turn the state least, one by one;
             `sleb`: greedily the layer without which the loss is lowest, with nothing in its place;
             `taylor`: the layers of the lowest sum of |weight x gradient|, one by one;
-            `angular`: the interval across which the last token turns least.
+            `angular`: the interval across which the last token turns least;
+            `lorp`: the most redundant layers of groups of like layers;
+            `prunecomp`: again and again the layer that turns the state least, the size of the state
+            made up for.
         options: How ghosts are fitted (the ghost criteria), and how many folds there are, the last
             of which is held out.
         run: Held-out tokens that candidates are scored on (the ghost criteria, `sleb`, `taylor`;
@@ -59,7 +62,8 @@ def select_layers(
         The chosen layers and every candidate's score.
 
     Raises:
-        ArgumentError: The number of layers or the criterion is not one that can be used.
+        ArgumentError: The number of layers or the criterion is not one that can be used, or the
+            criterion cannot choose so many.
         UnsupportedModelError: The model's layers depend on one another in ways that a cut breaks.
         CalibrationError: Too few tokens, or a budget below the statistics of one interval.
         NonFiniteError: An activation is NaN or infinite.
@@ -70,6 +74,7 @@ def select_layers(
     for count in (remove, *also):
         check_layer_count(count, decoder.num_layers)
     check_criterion(criterion)
+    CRITERIA[criterion].check(decoder, max((remove, *also)))
     alike = are_alike(decoder)
     distributed.check_same(
         {

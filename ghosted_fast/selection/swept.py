@@ -28,7 +28,7 @@ from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.folds import held_out_batches, held_out_places
 
-SWEPT = ("ghost", "streamline", "shortgpt", "angular")
+SWEPT = ("ghost", "streamline", "shortgpt", "angular", "lorp")
 
 
 def check_swept(criterion: str) -> None:
@@ -68,6 +68,7 @@ def choose_swept(
     decoder = sweep.source.decoder
     check_layer_count(remove, decoder.num_layers)
     check_swept(criterion)
+    CRITERIA[criterion].check(decoder, remove)
     with stand_ins(decoder.model):
         alike = are_alike(decoder)
         request = Request(decoder, text, remove, options, run, alike=alike, sweep=sweep)

@@ -45,6 +45,32 @@ def messages_of(record: Mapping[str, Any], field: str | None = None) -> list[dic
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
+def prompt_tokens(tokenizer: Any, asked: str) -> list[int]:
+    """Return the tokens after which a model answers what somebody asked.
+
+    Through the tokenizer's chat template that is one message of the user and what opens the answer;
+    where there is no template, the text as it is.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        asked: The text.
+
+    Raises:
+        SourceError: The template refuses the message.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return list(tokenizer(asked)["input_ids"])
+    message = [{"role": "user", "content": asked}]
+    try:
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # jinja's errors, and whatever a template raises
+        raise SourceError(
+            f"expected the tokenizer's chat template to take one message of the user, got "
+            f"{first_line(error)}: correct the template, or take it off the tokenizer"
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 class ChatWriter:
     """Writes conversations as the model of a tokenizer reads them.
 

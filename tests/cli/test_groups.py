@@ -22,6 +22,7 @@ from ghosted_fast.cli.app import app
 from ghosted_fast.cli.bench import SpeedArgs
 from ghosted_fast.cli.bench_ops import CaseArgs, EffortArgs, FilesArgs
 from ghosted_fast.cli.demo import DemoArgs
+from ghosted_fast.cli.eval import FidelityArgs
 from ghosted_fast.cli.fit import RecoveryArgs
 from ghosted_fast.cli.grid import ComparedArgs, FolderArgs, JudgedArgs
 from ghosted_fast.cli.heal import HealArgs, PairArgs
@@ -49,7 +50,8 @@ GROUPS = {
              fit_args.RanksArgs],
     "grid": [input_args.ModelArgs, input_args.CalibrationArgs, ComparedArgs, JudgedArgs,
              fit_args.GhostArgs, FolderArgs],
-    "eval": [input_args.ModelsArgs, input_args.TextArgs, input_args.TaskArgs],
+    "eval": [input_args.ModelsArgs, input_args.TextArgs, input_args.TaskArgs, FidelityArgs,
+             output_args.ReportArgs],
     "bench": [input_args.ModelsArgs, SpeedArgs, PrecisionArgs],
     "bench-ops": [CaseArgs, EffortArgs, FilesArgs],
 }  # fmt: skip
@@ -211,6 +213,15 @@ def test_numbers_of_a_grid() -> None:
     assert names == ["none", "ghost", "ghost + corrections", *ours]
     plain = ComparedArgs(remove=[(3,)], recovery=["none", "ghost"], corrections=0)
     assert plain.recoveries(0) == ["none", "ghost"]
+
+
+def test_rivals_of_a_grid_are_corrected_too() -> None:
+    recovery = ["none", "prunecomp", "nbl", "ghost", "replaceme"]
+    compared = ComparedArgs(remove=[(3,)], recovery=recovery, correct_rivals=True)
+    names = [item if isinstance(item, str) else item.name for item in compared.recoveries(0)]
+    assert names == [*recovery, "nbl + corrections", "ghost + corrections"]
+    with pytest.raises(typer.BadParameter, match="expected corrections with it"):
+        ComparedArgs(remove=[(3,)], corrections=0, correct_rivals=True)
 
 
 def test_help_names_the_tasks() -> None:

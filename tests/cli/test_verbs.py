@@ -44,6 +44,27 @@ def test_select(model_folder: Path, texts: Path, criterion: str) -> None:
     assert {"start", "stop", "score"} <= found["scores"][0].keys()
 
 
+@pytest.mark.slow
+def test_eval_measures_likeness(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    command = ["eval", "--model", model_folder, "--model", other, "--fidelity", "--new-tokens", 4]
+    found = run_json(*command, "--prompts", texts, "--report", tmp_path / "page.html")
+    dense, changed = found["models"]
+    assert dense["fidelity"]["agreement"] == dense["fidelity"]["never_parts"] == 1.0
+    assert dense["fidelity"]["divergence"] == 0.0 and dense["fidelity"]["parts_after"] is None
+    assert changed["fidelity"]["agreement"] < 1.0 and changed["fidelity"]["divergence"] > 0.0
+    assert changed["fidelity"]["num_prompts"] == 64 and changed["fidelity"]["num_tokens"] == 256
+    assert changed["exact_answers"][0]["kind"] == "copying"
+    assert "Likeness to tiny" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    shown = run(*command, "--report", tmp_path / "page.json")
+    assert "On the answers of tiny: 32 prompts, 128 tokens" in shown
+    assert "tokens until they part (median)" in shown and "Answers written exactly, %" in shown
+    kept = json.loads((tmp_path / "page.json").read_text(encoding="utf-8"))
+    assert kept["models"][1]["fidelity"]["num_prompts"] == 32 and kept["machine"]
+    again = CliRunner().invoke(app, [*map(str, command), "--report", str(tmp_path / "page.json")])
+    assert again.exit_code == 1 and "exists" in again.output
+
+
 def test_select_shows_the_scores(model_folder: Path, texts: Path) -> None:
     command = ["select", "--model", model_folder, "--calibration", texts, "--remove", 5]
     shown = run(*command, "--criterion", "streamline", *SMALL).splitlines()

@@ -15,8 +15,15 @@ from typer.testing import CliRunner
 from ghosted_fast.cli.app import app
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
 from ghosted_fast.measure import tasks
-from ghosted_fast.measure.tasks import LOCAL_TASKS, accuracy, check_tasks, evaluate_tasks
+from ghosted_fast.measure.tasks import (
+    LOCAL_TASKS,
+    accuracy,
+    check_tasks,
+    evaluate_tasks,
+    with_flips,
+)
 from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.testing import random_tokens, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -75,6 +82,44 @@ def test_accuracy_of_dense_and_ghosted(questions: list) -> None:
     }
 
 
+def chosen(model: Any, tokenizer: Any, questions: list) -> list[int]:
+    """Return the likelier word of each question."""
+    found = []
+    for prompt, choices, _ in questions:
+        tokens = tokenizer(prompt, return_tensors="pt").input_ids
+        words = [tokenizer(word).input_ids[0] for word in choices]
+        with torch.inference_mode():
+            found.append(int(model(tokens).logits[0, -1][words].argmax()))
+    return found
+
+
+def test_answers_that_flip(questions: list) -> None:
+    dense, tokenizer = tiny_model("llama", 6), tiny_tokenizer()
+    smaller = prune_model(dense, [1, 2, 3])
+    (own,), (other,) = (
+        evaluate_tasks(model, tokenizer, ["local/quartz"], choices=True)
+        for model in (smaller, dense)
+    )
+    ours, theirs = (chosen(model, tokenizer, questions) for model in (smaller, dense))
+    assert list(own.choices or ()) == ours and list(other.choices or ()) == theirs
+    (score,) = with_flips([own], [other])
+    flips = sum(a != b for a, b in zip(ours, theirs, strict=True)) / COUNT
+    assert 0 < flips == score.flips
+    assert with_flips([other], [other])[0].flips == 0.0
+    assert "choices" not in score.to_dict() and score.to_dict()["flips"] == flips
+
+
+def test_the_answer_of_the_highest_likelihood_per_character_is_chosen() -> None:
+    sample = {
+        "filtered_resps": [(-8.0, False), (-9.0, False)],
+        "arguments": [("the", " cat"), ("the", " elephant")],
+    }
+    assert tasks._choices([sample], "acc") == (0,)
+    assert tasks._choices([sample], "acc_norm") == (1,)
+    assert tasks._choices([{**sample, "filtered_resps": ["a text"]}], "exact_match") is None
+    assert tasks._choices(None, "acc") is None
+
+
 def test_eval_prints_scores(tmp_path: Path, questions: list) -> None:
     folder = str(save_tiny_model(tmp_path / "tiny"))
     command = ["eval", "--model", folder, "--tasks", "local/quartz", "--limit", "5"]
@@ -88,10 +133,10 @@ def test_eval_prints_scores(tmp_path: Path, questions: list) -> None:
     assert record["tasks"][0]["num_samples"] == 5
 
 
-def test_eval_needs_a_text_or_tasks(tmp_path: Path) -> None:
+def test_eval_needs_something_to_measure(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["eval", "--model", "tiny"])
     assert result.exit_code == 2
-    assert "expected one of the two or both" in result.output
+    assert "expected one of the three or more" in result.output
 
 
 def test_help_names_the_tasks() -> None:

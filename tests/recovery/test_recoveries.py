@@ -45,6 +45,8 @@ def test_one_pass_gives_what_single_passes_give(recovery: str) -> None:
     one, other = together[recovery, (4, 5)], alone[recovery, (4, 5)]
     if one.mlp_map is not None and other.mlp_map is not None:
         assert torch.equal(one.mlp_map, other.mlp_map)
+    elif one.scale is not None:
+        assert one.scale == other.scale
     else:
         assert one.ghost is not None and other.ghost is not None
         assert torch.equal(one.ghost.weight, other.ghost.weight)

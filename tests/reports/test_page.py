@@ -81,6 +81,37 @@ def test_full_page() -> None:
     assert balance.open == []
 
 
+@pytest.mark.slow
+def test_page_shows_tasks_and_likeness() -> None:
+    report = full_report()
+    assert "Likeness" not in render_report(report) and "<h2>Tasks" not in render_report(report)
+    dense, ghosted = report["models"]
+    score = {"value": 0.75, "stderr": 0.021, "flips": None, "num_samples": 50}
+    follows = {"agreement": 1.0, "divergence": 0.0, "parts_after": None, "never_parts": 1.0,
+               "num_tokens": 1900, "num_prompts": 32, "new_tokens": 64}  # fmt: skip
+    dense |= {"fidelity": follows, "tasks": [{"task": "local/quartz", **score}]}
+    dense |= {"exact_answers": [{"kind": "copying", **score}]}
+    apart = {"agreement": 0.875, "divergence": 0.1234, "parts_after": 7.5, "never_parts": 0.25}
+    ghosted |= {"fidelity": follows | apart}
+    ghosted |= {"tasks": [{"task": "local/quartz", **score, "flips": 0.1}]}
+    ghosted |= {"exact_answers": [{"kind": "copying", **score, "flips": 0.32}]}
+    page = render_report(report)
+    for expected in (
+        "<th>local/quartz</th>",
+        "75.0 <small>± 2.1</small> <small>10.0 flip</small>",
+        "<h2>Likeness to dense</h2>",
+        "<td>100.0</td><td>0.0000</td><td>over 64</td><td>100.0</td>",
+        "<td>87.5</td><td>0.1234</td><td>7.5</td><td>25.0</td>",
+        "answered 32 prompts with 1,900 tokens",
+        "<th>copying</th>",
+        "<small>32.0 flip</small>",
+    ):
+        assert expected in page, expected
+    balance = Balance()
+    balance.feed(page)
+    assert balance.open == []
+
+
 def healing(**given: Any) -> dict[str, Any]:
     """Return what a report says of a healing, some of it otherwise."""
     curve = [(0, 0.42), (10_000, 0.31), (20_000, 0.25), (30_000, 0.26)]

@@ -147,7 +147,8 @@ def test_sleb_removes_greedily_and_its_choices_are_nested() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_choice_is_repeatable_and_leaves_the_model_alone(criterion: str) -> None:
-    model = tiny_model("gemma3_text")
+    # A norm stands behind what Gemma's layers add, which `prunecomp` cannot serve.
+    model = tiny_model("llama" if criterion == "prunecomp" else "gemma3_text")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     first, second = (select_layers(model, tokens(), 2, criterion) for _ in range(2))
     assert first == second and first.criterion == criterion

@@ -314,8 +314,8 @@ class TaskArgs:
             autocompletion=values.complete_tasks,
             metavar="NAMES",
             help="Tasks to measure accuracy on, with commas between: local/socialiqa, "
-            "local/quartz, local/parables, local/logiqa, local/knowledge, or lm-eval's own, which "
-            "need the hub.",
+            "local/quartz, local/parables, local/logiqa, local/knowledge; 'paper' for the nine of "
+            "the paper on ghosts and their mean; or lm-eval's own. The last two need the hub.",
         ),
     ] = None
     limit: Annotated[

@@ -7,6 +7,8 @@ from typing import Any
 
 from ghosted_fast.cli._shared.results import TextTable
 from ghosted_fast.facts import healing_text, layers_as_text
+from ghosted_fast.measure.exact_answers import ExactScore
+from ghosted_fast.measure.fidelity import Fidelity
 from ghosted_fast.measure.models_table import ModelRow, ratio
 from ghosted_fast.measure.tasks import TaskScore
 from ghosted_fast.measure.throughput import Phase
@@ -134,6 +136,47 @@ def accuracy_table(scores: Mapping[str, Sequence[TaskScore]]) -> TextTable:
 def _percent(score: TaskScore) -> str:
     error = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
     return f"{100 * score.value:.1f}{error}"
+
+
+def flip_table(scores: Mapping[str, Sequence[TaskScore]]) -> TextTable | None:
+    """Return the table of answers that flip, in percent of the samples; None where none is known.
+
+    Args:
+        scores: By model, the dense one first, which has no row.
+    """
+    rows = {
+        name: ["-" if score.flips is None else f"{100 * score.flips:.1f}" for score in items]
+        for name, items in list(scores.items())[1:]
+    }
+    if all(cell == "-" for row in rows.values() for cell in row):
+        return None
+    columns = ["model", *(score.task for score in next(iter(scores.values())))]
+    lines = [[name, *cells] for name, cells in rows.items()]
+    return TextTable(columns, lines, f"Answers other than those of {next(iter(scores))}, %")
+
+
+def fidelity_table(found: Mapping[str, Fidelity]) -> TextTable:
+    """Return the table of how closely models follow the first."""
+    columns = ["model", "same likeliest token, %", "KL, nats", "tokens until they part (median)"]
+    columns.append("never part, %")
+    rows = []
+    for name, item in found.items():
+        parts = f"over {item.new_tokens}" if item.parts_after is None else f"{item.parts_after:g}"
+        line = [name, f"{100 * item.agreement:.1f}", f"{item.divergence:.4f}", parts]
+        rows.append([*line, f"{100 * item.never_parts:.0f}"])
+    first = next(iter(found))
+    counts = f"{found[first].num_prompts} prompts, {found[first].num_tokens:,} tokens"
+    return TextTable(columns, rows, f"On the answers of {first}: {counts}")
+
+
+def exact_table(scores: Mapping[str, Sequence[ExactScore]]) -> TextTable:
+    """Return the table of answers that were written exactly, in percent."""
+    columns = ["model", *(score.kind for score in next(iter(scores.values())))]
+    rows = [
+        [name, *(f"{100 * item.value:.0f} ± {100 * item.stderr:.0f}" for item in items)]
+        for name, items in scores.items()
+    ]
+    return TextTable(columns, rows, "Answers written exactly, %")
 
 
 def ghost_table(ghosts: Sequence[Mapping[str, Any]]) -> TextTable:

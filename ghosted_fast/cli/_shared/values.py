@@ -12,8 +12,28 @@ from typing import Any, Literal, get_args
 
 import typer
 
-Criterion = Literal["ghost", "ghost-search", "streamline", "shortgpt", "sleb", "taylor", "angular"]
-Recovery = Literal["ghost", "none", "linearpatch-d", "linearpatch-r", "replaceme", "ghost-paper"]
+Criterion = Literal[
+    "ghost",
+    "ghost-search",
+    "streamline",
+    "shortgpt",
+    "sleb",
+    "taylor",
+    "angular",
+    "lorp",
+    "prunecomp",
+]
+Recovery = Literal[
+    "ghost",
+    "none",
+    "linearpatch-d",
+    "linearpatch-r",
+    "replaceme",
+    "replaceme-cosine",
+    "prunecomp",
+    "nbl",
+    "ghost-paper",
+]
 Features = Literal["normed", "raw"]
 FirstState = Literal["auto", "on", "off"]
 TokenWeight = Literal["inverse_energy", "capped", "uniform"]

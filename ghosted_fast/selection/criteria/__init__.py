@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.selection.criteria.angular import by_angular
 from ghosted_fast.selection.criteria.ghost import by_ghost
+from ghosted_fast.selection.criteria.lorp import by_lorp, check_lorp
+from ghosted_fast.selection.criteria.prunecomp import by_prunecomp, check_prunecomp
 from ghosted_fast.selection.criteria.request import Request, Selection, candidate_intervals
 from ghosted_fast.selection.criteria.search import by_ghost_search
 from ghosted_fast.selection.criteria.shortgpt import by_shortgpt
@@ -32,6 +35,10 @@ def _one_per_interval_of_each_length(remove: int, num_layers: int) -> int:
     return sum(_one_per_interval(length, num_layers) for length in range(1, remove + 1))
 
 
+def _any(decoder: Decoder, remove: int) -> None:
+    """Take any model and number."""
+
+
 @dataclass(frozen=True)
 class Criterion:
     """One way to choose layers.
@@ -43,12 +50,14 @@ class Criterion:
             remove and of those that the model has: those of the candidates, or of the gaps that the
             chosen layers may leave.
         published: Whether it is somebody's published method.
+        check: Raises unless it can choose so many layers of a model.
     """
 
     name: str
     choose: Callable[[Request], Selection]
     num_statistics: Callable[[int, int], int]
     published: bool = True
+    check: Callable[[Decoder, int], None] = _any
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -63,6 +72,8 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("sleb", by_sleb, _one_per_layer),
         Criterion("taylor", by_taylor, _one_per_layer),
         Criterion("angular", by_angular, _one),
+        Criterion("lorp", by_lorp, _one_per_layer, check=check_lorp),
+        Criterion("prunecomp", by_prunecomp, _one_per_layer, check=check_prunecomp),
     )
 }
 

@@ -17,8 +17,8 @@ from ghosted_fast.text.batches import Batch
 Compare = Callable[[Batch, Tensor, Tensor], Tensor]
 
 
-class _Distances(Listener):
-    """The sum of the distances at one interval, and their number."""
+class Distances(Listener):
+    """The sum of the distances at one interval, and their number; see `mean_distances`."""
 
     checks_finite = True  # a distance that is not finite shows in the scores
 
@@ -28,12 +28,18 @@ class _Distances(Listener):
         self.total = torch.zeros(2, dtype=torch.float64)
 
     def update(self, sample: Sample) -> None:
+        """Add the distances of a batch."""
         distances = self._compare(sample.batch, sample.x, sample.y)
         self.total[0] += float(distances.double().sum())
         self.total[1] += len(distances)
 
     def sums(self) -> list[Tensor]:
+        """Return their sum and number."""
         return [self.total]
+
+    def mean(self) -> float:
+        """Return the mean distance."""
+        return float(self.total[0] / self.total[1])
 
 
 def mean_distances(
@@ -50,7 +56,7 @@ def mean_distances(
     Raises:
         CalibrationError: There is no text.
     """
-    listeners = [_Distances(interval, compare) for interval in intervals]
+    listeners = [Distances(interval, compare) for interval in intervals]
     if request.sweep is not None:
         show_stored(request.sweep, listeners)
     else:
@@ -61,9 +67,7 @@ def mean_distances(
             title="comparing",
             progress=request.run.progress,
         )
-    return [
-        IntervalScore(*item.interval, float(item.total[0] / item.total[1])) for item in listeners
-    ]
+    return [IntervalScore(*item.interval, item.mean()) for item in listeners]
 
 
 def one_minus_cosine(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
