@@ -28,12 +28,12 @@ def loops() -> dict[str, list[Loop]]:
     ("path", "function", "product", "operands", "count", "loads"),
     [
         ("neonbf16", "gram_block", "bfmmla", r"v\d+\.4s", 16, 8),
-        ("neonbf16", "apply_many", "bfmmla", r"v\d+\.4s", 16, 8),
+        ("neonbf16", "gemm_strip", "bfmmla", r"v\d+\.4s", 16, 8),
         ("neonbf16", "apply_few_packed", "bfdot", r".*\.2h\[", 16, 17),
         ("neonbf16", "apply_few_packed", "bfdot", r".*\.2h\[", 16, 5),
         ("neonbf16", "apply_byte_block", "smmla", "", 16, 12),
         ("neon", "gram_block", "fmla", r"v\d+\.4s.*\.s\[", 16, 4),
-        ("neon", "apply_many", "fmla", r"v\d+\.4s.*\.s\[", 16, 4),
+        ("neon", "gemm_strip", "fmla", r"v\d+\.4s.*\.s\[", 16, 4),
         ("neon", "solve", "fmla", r"v\d+\.2d.*\.d\[", 16, 6),
     ],
 )

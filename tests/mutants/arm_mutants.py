@@ -39,10 +39,10 @@ MUTANTS = (
         "high = load(right[v] + k * kPanel)",
     ),
     _fault(
-        "a stripe read from the panel of the one before",
+        "every stripe read from the first of its panel",
         "tile.h",
-        "right[v] = panels + (at / kPanelVectors) * panel_stride +",
-        "right[v] = panels + (stripe / kPanelVectors) * panel_stride +",
+        "(at % kPanelVectors) * 2 * kLanes",
+        "(v % kPanelVectors) * 2 * kLanes",
     ),
     _fault(
         "wrong stride between a group's rows",

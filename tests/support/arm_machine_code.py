@@ -44,8 +44,12 @@ class Loop:
         return single + 2 * self.count("ldp", r"[qd]\d")
 
     def spills(self) -> list[str]:
-        """Return what is kept on the stack for want of registers."""
-        return [f"{each.name} {each.operands}" for each in self.body if "[sp" in each.operands]
+        """Return the vectors that are kept on the stack for want of registers."""
+        return [
+            f"{each.name} {each.operands}"
+            for each in self.body
+            if re.match(r"[qdv]\d.*\[sp", each.operands)
+        ]
 
 
 def loops_of(made: Path) -> list[Loop]:
