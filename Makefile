@@ -21,6 +21,7 @@ OLDEST_TRITON ?= 3.6
 OLDEST_INDEX ?=
 OLDEST_TESTS := tests/test_build.py tests/test_cuda_build.py tests/test_torch_range.py \
   tests/ops tests/statistics tests/fit tests/models tests/checkpoint tests/ghosted_triton
+ARM_PACKAGES := g++-aarch64-linux-gnu qemu-user
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 
 .PHONY: setup assets demo test test-quick test-families test-mutants test-oldest test-engines test-vllm lint types \
@@ -55,6 +56,14 @@ demo: setup
 	  $(BIN)/python -m pip install --quiet -c constraints.txt $(NVCC_PACKAGES)
 	touch $@
 
+# A compiler for Arm and a processor in software, where this user may install them; tests say what is
+# missing and are skipped elsewhere.
+.venv/.arm: .venv/.torch
+	if ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null && \
+	    command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(ARM_PACKAGES); fi
+	touch $@
+
 # What deployments are tested with, in an environment of its own over .venv: transformers imports
 # some of it wherever it finds it.
 .venv-deployment/.installed: constraints.txt | .venv/.installed
@@ -64,7 +73,7 @@ demo: setup
 	.venv-deployment/bin/python -m pip install --quiet -c constraints.txt $(DEPLOYMENT)
 	touch $@
 
-test: setup .venv/.nvcc .venv-deployment/.installed
+test: setup .venv/.nvcc .venv/.arm .venv-deployment/.installed
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(addprefix --ignore=,$(DEPLOYMENT_TESTS))
 	.venv-deployment/bin/python -m pytest -n auto --dist loadgroup $(DEPLOYMENT_TESTS)
 
@@ -76,7 +85,7 @@ test-quick: setup
 test-families: setup
 	PYTHONPATH=tests $(BIN)/python -m families.sweep --output benchmarks/results/families.json
 
-test-mutants: setup .venv/.nvcc
+test-mutants: setup .venv/.nvcc .venv/.arm
 	PYTHONPATH=tests $(BIN)/python -m mutants.run
 
 # The oldest torch, transformers and triton: a copy of the sources is built against that torch, and

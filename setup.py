@@ -38,20 +38,24 @@ KERNELS = CSRC / "cpu" / "kernels"
 CUDA_ARCHITECTURES = "80,90,100"
 OLDEST_TORCH = "2.10"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+X86_PATHS = {
+    # The tile instructions are inline assembly, which needs no flags. Not -mavx512bf16: what is
+    # not done in tiles is faster in fp32 on the processors that have them. Another false alarm.
+    "amx": [*AVX512, "-mprefer-vector-width=512", "-Wno-uninitialized"],
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-mprefer-vector-width=512"],
+    "avx512": [*AVX512, "-mprefer-vector-width=512"],
+    "avx2": AVX2,
+}
+# Not armv8.6-a: Neoverse V1 has its products of bf16 and int8, and lacks other parts of it.
+ARM_PATHS = {"neonbf16": ["-march=armv8.2-a+bf16+i8mm"], "neon": []}
 # Every path is compiled on its own and chosen at run time: one wheel serves all processors.
-PATH_FLAGS: dict[str, list[str]] = {"portable": []}
-if IS_X86:
-    PATH_FLAGS = {
-        # The tile instructions are inline assembly, which needs no flags. Not -mavx512bf16: what is
-        # not done in tiles is faster in fp32 on the processors that have them. Another false alarm.
-        "amx": [*AVX512, "-mprefer-vector-width=512", "-Wno-uninitialized"],
-        "avx512bf16": [*AVX512, "-mavx512bf16", "-mprefer-vector-width=512"],
-        "avx512": [*AVX512, "-mprefer-vector-width=512"],
-        "avx2": AVX2,
-        **PATH_FLAGS,
-    }
+PATH_FLAGS: dict[str, list[str]] = {
+    **(X86_PATHS if IS_X86 else ARM_PATHS if IS_ARM else {}),
+    "portable": [],
+}
 # No -ffast-math: NaN checks and the order of sums matter. No -march=native: wheels travel.
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno"]
 FLAGS += ["-Wno-maybe-uninitialized"]  # false alarms inside GCC 12's own intrinsics
@@ -313,6 +317,7 @@ def _extensions() -> list[setuptools.Extension]:
             library_dirs=[str(torch.folder / "lib")],
             define_macros=[
                 *([("GHOSTED_FAST_X86", "1")] if IS_X86 else []),
+                *([("GHOSTED_FAST_ARM", "1")] if IS_ARM else []),
                 *([("GHOSTED_FAST_CUDA", "1")] if with_cuda else []),
                 ("GHOSTED_FAST_BUILD_KIND", quoted("cuda" if with_cuda else "cpu")),
                 ("GHOSTED_FAST_CUDA_BUILD", quoted(cuda_build)),

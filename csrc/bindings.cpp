@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/amx_support.h"
+#include "cpu/arm_support.h"
 #include "cpu/dispatch.h"
 #include "cpu/operators.h"
 #include "cpu/parallel.h"
@@ -48,6 +49,9 @@ PYBIND11_MODULE(_C, m) {
       "Return the path in use.");
   m.def("amx_problem", &ghosted_fast::amx_problem,
         "Return why the AMX that the processor has cannot be used; empty if it can, or has none.");
+  m.def("neonbf16_problem", &ghosted_fast::neonbf16_problem,
+        "Return why the path neonbf16 cannot be used on this Arm processor; empty if it can, or on "
+        "others.");
   m.def("advise_huge_pages", &ghosted_fast::advise_huge_pages, pybind11::arg("address"),
         pybind11::arg("num_bytes"),
         "Ask the system to back memory, whole huge pages of it, by huge pages.");

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "amx_support.h"
+#include "arm_support.h"
 
 namespace ghosted_fast {
 
@@ -12,6 +13,10 @@ extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAvx512Bf16Kernels;
 extern const KernelTable kAmxKernels;
+#endif
+#ifdef GHOSTED_FAST_ARM
+extern const KernelTable kNeonKernels;
+extern const KernelTable kNeonBf16Kernels;
 #endif
 
 namespace {
@@ -34,6 +39,10 @@ std::vector<const KernelTable*> find_tables() {
   if (avx512) tables.push_back(&kAvx512Kernels);
   if (bf16 && !fast_bf16) tables.push_back(&kAvx512Bf16Kernels);
   if (avx2) tables.push_back(&kAvx2Kernels);
+#endif
+#ifdef GHOSTED_FAST_ARM
+  if (neonbf16_problem().empty()) tables.push_back(&kNeonBf16Kernels);
+  tables.push_back(&kNeonKernels);
 #endif
   tables.push_back(&kPortableKernels);
   return tables;

@@ -9,6 +9,8 @@
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
 #endif
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define WITH_TILES
@@ -30,8 +32,14 @@ typedef uint64_t Words __attribute__((vector_size(VECTOR_BYTES)));
 
 namespace {
 
-// Enough to hide the latency of two multiply-adds per cycle.
+// Enough to hide the latency of two multiply-adds per cycle; of four on Arm.
+#if defined(__aarch64__)
+#define IN_REGISTER "+w"
+constexpr int kRegisters = 20;
+#else
+#define IN_REGISTER "+v"
 constexpr int kRegisters = 12;
+#endif
 
 template <class Vector, class Step>
 double multiply_adds(int64_t rounds, Step step) {
@@ -39,8 +47,9 @@ double multiply_adds(int64_t rounds, Step step) {
   for (int i = 0; i < kRegisters; ++i) sums[i] = Vector{};
   Vector a = Vector{} + 1, b = Vector{} + 1;
   for (int64_t round = 0; round < rounds; ++round) {
-    asm volatile("" : "+v"(a), "+v"(b));  // keeps the loop from being computed beforehand
-#pragma GCC unroll 12
+    // Keeps the loop from being computed beforehand.
+    asm volatile("" : IN_REGISTER(a), IN_REGISTER(b));
+#pragma GCC unroll 20
     for (int i = 0; i < kRegisters; ++i) sums[i] = step(sums[i], a, b);
   }
   double total = 0;
@@ -104,6 +113,11 @@ double roof_bf16(int64_t rounds, double* sink) {
     return (Floats)_mm512_dpbf16_ps((__m512)s, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   });
   return 4.0 * rounds * kRegisters * 16;
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  *sink = multiply_adds<Floats>(rounds, [](Floats s, Floats a, Floats b) {
+    return (Floats)vbfmmlaq_f32((float32x4_t)s, (bfloat16x8_t)a, (bfloat16x8_t)b);
+  });
+  return 2.0 * rounds * kRegisters * 16;
 #else
   (void)rounds;
   *sink = 0;

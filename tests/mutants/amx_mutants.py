@@ -91,7 +91,7 @@ MUTANTS = (
     # Digits.
     _fault(
         "digits in the wrong order",
-        "ghost_int8.h",
+        "../digits.h",
         "for (int64_t digit = kDigits - 1; digit >= 0; --digit) {",
         "for (int64_t digit = 0; digit < kDigits; ++digit) {",
     ),

@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mutants import amx_mutants, cuda_mutants, triton_mutants
+from mutants import amx_mutants, arm_mutants, cuda_mutants, triton_mutants
 from mutants.mutant import Mutant
 
 HERE = Path(__file__).parent
@@ -31,7 +31,8 @@ FAILED_TESTS, PASSED = 1, 0
 
 def all_mutants() -> list[Mutant]:
     """Return the mutants of every list that is there."""
-    return [*amx_mutants.MUTANTS, *cuda_mutants.MUTANTS, *triton_mutants.MUTANTS]
+    lists = (amx_mutants, arm_mutants, cuda_mutants, triton_mutants)
+    return [mutant for each in lists for mutant in each.MUTANTS]
 
 
 def copy_tree(to: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 
 from ghosted_fast.ops import compiled
 
-PATHS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
+ARM_PATHS = ("neonbf16", "neon")
+X86_PATHS = ("amx", "avx512bf16", "avx512", "avx2")
+IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
+PATHS = (*(ARM_PATHS if IS_ARM else X86_PATHS), "portable")
 
 
 @pytest.fixture(autouse=True)

@@ -88,6 +88,39 @@ def test_a_kernel_that_refuses_tiles_leaves_the_other_paths() -> None:
     assert f"; the processor's AMX is not used: {reason}" in output
 
 
+class ArmExtension:
+    """Answers as the extension does on an Arm processor without bf16 products."""
+
+    @staticmethod
+    def cpu_path() -> str:
+        return "neon"
+
+    @staticmethod
+    def cpu_paths() -> list[str]:
+        return ["neon", "portable"]
+
+    @staticmethod
+    def amx_problem() -> str:
+        return ""
+
+    @staticmethod
+    def neonbf16_problem() -> str:
+        return "the processor or the system has no bf16 products (FEAT_BF16)"
+
+    @staticmethod
+    def build_info() -> dict[str, str]:
+        return {"kind": "cpu"}
+
+
+def test_an_arm_path_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "extension", ArmExtension)
+    (text,) = (text for name, _, text in backend_status() if name == "native")
+    assert text == (
+        "C++ for the CPU, path neon of neon, portable; the path neonbf16 is not used: "
+        "the processor or the system has no bf16 products (FEAT_BF16)"
+    )
+
+
 def test_status_names_every_backend() -> None:
     status = {name: (available, text) for name, available, text in backend_status()}
     assert set(status) == {"native", "reference", "triton"}

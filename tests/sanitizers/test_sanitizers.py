@@ -24,6 +24,8 @@ TABLES = {
     "avx512bf16": "kAvx512Bf16Kernels",
     "avx512": "kAvx512Kernels",
     "avx2": "kAvx2Kernels",
+    "neonbf16": "kNeonBf16Kernels",
+    "neon": "kNeonKernels",
     "portable": "kPortableKernels",
 }
 EMULATION = ["-DGHOSTED_FAST_EMULATED_TILES", f"-I{ROOT / 'tests' / 'amx_emulation'}"]
@@ -32,6 +34,8 @@ NEEDED = {
     "avx512bf16": {"avx512_bf16", "avx512bw"},
     "avx512": {"avx512f", "avx512bw"},
     "avx2": {"avx2", "fma", "f16c"},
+    "neonbf16": {"bf16"},
+    "neon": set(),
     "portable": set(),
 }
 

@@ -108,6 +108,17 @@ inline VecF load_as_float(const StorageOf<kType>* from) {
       const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
       return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
     }
+#elif defined(GHOSTED_FAST_NEON)
+    if constexpr (kType == Dtype::kBFloat16) {
+      return (VecF)vshll_n_u16(vld1_u16(from), 16);
+    } else if constexpr (kType == Dtype::kFloat16) {
+      return (VecF)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+    } else {
+      int32_t four;
+      std::memcpy(&four, from, sizeof(four));
+      const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+      return (VecF)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+    }
 #else
     VecF v;
     for (int i = 0; i < kLanes; ++i) {
@@ -160,6 +171,19 @@ inline void store_rounded(StorageOf<kType>* to, VecF v) {
                        _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
       return;
     }
+#elif defined(GHOSTED_FAST_NEON)
+    if constexpr (kType == Dtype::kFloat16) {
+      vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+      return;
+    } else if constexpr (kType == Dtype::kBFloat16) {
+      const uint32x4_t bits = (uint32x4_t)v;
+      const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+      const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+      const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+      const uint32x4_t is_number = vceqq_f32((float32x4_t)v, (float32x4_t)v);
+      vst1_u16(to, vshrn_n_u32(vbslq_u32(is_number, up, quiet), 16));
+      return;
+    }
 #endif
     for (int i = 0; i < kLanes; ++i) {
       to[i] = kType == Dtype::kBFloat16 ? float_to_bfloat16(v[i]) : float_to_half(v[i]);
@@ -199,6 +223,10 @@ inline void row_to_float(const void* from, Dtype dtype, int64_t count, int64_t p
 #if defined(__AVX512BF16__)
 inline VecF multiply_add_pairs(VecF sum, VecF a, VecF b) {
   return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#elif defined(GHOSTED_FAST_NEON_BF16)
+inline VecF multiply_add_pairs(VecF sum, VecF a, VecF b) {
+  return (VecF)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
 }
 #else
 inline VecF multiply_add_pairs(VecF sum, VecF, VecF) { return sum; }  // never reached

@@ -127,8 +127,17 @@ inline const float* strip_panels(const ApplyArgs& args, int64_t out, int64_t out
     if (args.packed) {
       const float* panels = static_cast<const float*>(args.weight) +
                             out / kPanel * packed_dwords<kType>(size) * kPanel;
+      const int64_t count = (outputs + kPanel - 1) / kPanel;
+#if defined(GHOSTED_FAST_NEON)
+      for (int64_t panel = 0; kPairs && panel < count; ++panel) {
+        const int64_t from = packed_dwords<kType>(size);
+        put_in_quads(panels + panel * from * kPanel, from, dwords,
+                     buffer + panel * dwords * kPanel);
+      }
+      if (kPairs) return buffer;
+#endif
       if (kInputsPerDword<kType> == 1) return panels;
-      widen_strip(panels, (outputs + kPanel - 1) / kPanel, size, buffer);
+      widen_strip(panels, count, size, buffer);
       return buffer;
     }
   }
@@ -141,7 +150,7 @@ template <Dtype kType, bool kPairs>
 inline void apply_many(const Epilogue& epilogue, const Inputs& x, int64_t threads) {
   const ApplyArgs& args = epilogue.args;
   const int64_t size = args.hidden_size;
-  const int64_t dwords = kPairs ? (size + 1) / 2 : size;
+  const int64_t dwords = kPairs ? round_up((size + 1) / 2, kPairDwords) : size;
   const int64_t strips = (size + kStripOutputs - 1) / kStripOutputs;
   // With few strips, tokens are shared out too; each share packs its own panels.
   const int64_t wanted = max64(1, (4 * threads + strips - 1) / strips);
@@ -187,12 +196,18 @@ struct Layout {
   int64_t padded = 0;  // numbers of a row, with the zeros after them
   int64_t stride = 0;  // dwords from one row to the next
   bool in_place = false;
+  bool grouped = false;  // kGemmRows rows side by side
 };
 
 inline Layout layout_of(const ApplyArgs& args, bool pairs) {
   Layout layout;
   layout.padded = round_up(args.hidden_size, pairs ? 2 * kLanes : kLanes);
   const int64_t dwords = pairs ? layout.padded / 2 : layout.padded;
+  layout.grouped = kHasNeon && args.num_rows > kDotTokens;
+  if (layout.grouped) {
+    layout.stride = dwords;
+    return layout;
+  }
   // Several rows of x are read at once: at a distance of whole KiB they would fall into the same
   // cache sets.
   const bool spread = args.num_rows > 1 && dwords % 256 == 0;
@@ -229,6 +244,37 @@ inline void copy_rows(const ApplyArgs& args, bool pairs, const Layout& layout, i
     }
   });
 }
+
+#if defined(GHOSTED_FAST_NEON)
+template <Dtype kType, bool kPairs>
+inline void group_rows_typed(const ApplyArgs& args, const Layout& layout, int64_t threads,
+                             float* copy) {
+  typedef WeightSource<kType, kPairs> Source;
+  const StorageOf<kType>* x = static_cast<const StorageOf<kType>*>(args.x);
+  const int64_t size = args.hidden_size, groups = (args.num_rows + kGemmRows - 1) / kGemmRows;
+  for_each_task(groups, threads, [&](int64_t group, int64_t) {
+    const auto load_step = [&](int64_t r, int64_t k) {
+      const int64_t row = group * kGemmRows + r, element = kPairs ? 2 * k : k;
+      if (row >= args.num_rows) return VecF{};
+      const StorageOf<kType>* from = x + row * size + element;
+      const int64_t count = size - element;
+      return count >= Source::kStep ? Source::load_step(from) : Source::load_step(from, count);
+    };
+    put_side_by_side<kPairs, kGemmRows>(layout.stride, load_step,
+                                        copy + group * kGemmRows * layout.stride);
+  });
+}
+
+inline void group_rows(const ApplyArgs& args, bool pairs, const Layout& layout, int64_t threads,
+                       float* copy) {
+  if (pairs) return group_rows_typed<Dtype::kBFloat16, kHasPairs>(args, layout, threads, copy);
+  with_dtype(args.dtype, [&](auto tag) {
+    group_rows_typed<decltype(tag)::kDtype, false>(args, layout, threads, copy);
+  });
+}
+#else
+inline void group_rows(const ApplyArgs&, bool, const Layout&, int64_t, float*) {}  // never called
+#endif
 
 // The first state in x's dtype, rounded once; `values` is scratch.
 inline void round_first_state(const ApplyArgs& args, float* values, void* rounded) {
@@ -278,12 +324,13 @@ inline void ghost_apply(const ApplyArgs& args) {
   const int64_t threads = max64(1, num_threads());
   const bool pairs = kHasPairs && args.dtype == Dtype::kBFloat16;
   const Layout layout = layout_of(args, pairs);
-  Scratch scratch(Scratch::bytes_for<float>(layout.in_place ? 0 : rows * layout.stride) +
+  const int64_t held = layout.grouped ? round_up(rows, kGemmRows) : layout.in_place ? 0 : rows;
+  Scratch scratch(Scratch::bytes_for<float>(held * layout.stride) +
                   epilogue_bytes(args, layout.padded));
   Inputs x{static_cast<const float*>(args.x), layout.stride};
   if (!layout.in_place) {
-    float* copy = scratch.take<float>(rows * layout.stride);
-    copy_rows(args, pairs, layout, threads, copy);
+    float* copy = scratch.take<float>(held * layout.stride);
+    (layout.grouped ? group_rows : copy_rows)(args, pairs, layout, threads, copy);
     x.data = copy;
   }
   const Epilogue epilogue = make_epilogue(args, layout.padded, threads, scratch);

@@ -10,7 +10,7 @@
 namespace ghosted_fast {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(GHOSTED_FAST_NEON)
 constexpr int kAccumulators = 16;
 #else
 constexpr int kAccumulators = 8;
@@ -20,7 +20,7 @@ constexpr int64_t kDotGroup = 32;
 // Rows of x up to which streaming the weight beats packing it.
 constexpr int64_t kDotTokens = 16;
 
-// Where a step of weights comes from. In the pair form a step is 32 bf16, otherwise kLanes numbers.
+// Where a step of weights comes from: kLanes numbers, or in the pair form twice as many bf16.
 template <Dtype kType, bool kPairs>
 struct WeightSource {
   typedef StorageOf<kType> Stored;
@@ -36,6 +36,15 @@ struct WeightSource {
       const __m512 low = (__m512)load_as_float<kType>(from);
       const __m512 high = (__m512)load_as_float<kType>(from + kLanes);
       return (VecF)_mm512_cvtne2ps_pbh(high, low);
+    }
+#elif defined(GHOSTED_FAST_NEON_BF16)
+    if constexpr (kPairs && kType == Dtype::kBFloat16) {
+      return (VecF)vld1q_u16(from);
+    } else if constexpr (kPairs) {  // the upper halves: int8 is exact in bf16
+      const int16x8_t wide = vmovl_s8(vld1_s8(from));
+      const float32x4_t low = vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+      const float32x4_t high = vcvtq_f32_s32(vmovl_high_s16(wide));
+      return (VecF)vuzp2q_u16((uint16x8_t)low, (uint16x8_t)high);
     }
 #endif
     if constexpr (!kPairs) return load_as_float<kType>(from);
@@ -72,6 +81,12 @@ inline void sum_registers(const VecF* acc, float* sums) {
   // Lane 4q + r holds the register 4r + q.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_ps(sums, _mm512_permutexvar_ps(order, total));
+#elif defined(GHOSTED_FAST_NEON)
+  for (int i = 0; i < kAccumulators; i += 4) {
+    const float32x4_t upper = vpaddq_f32((float32x4_t)acc[i], (float32x4_t)acc[i + 1]);
+    const float32x4_t lower = vpaddq_f32((float32x4_t)acc[i + 2], (float32x4_t)acc[i + 3]);
+    store(sums + i, (VecF)vpaddq_f32(upper, lower));
+  }
 #else
   for (int i = 0; i < kAccumulators; ++i) sums[i] = sum_of_lanes(acc[i]);
 #endif

@@ -1,13 +1,15 @@
 // ghost_apply for many rows: a blocked product. Strips of the weight are packed into panels
-// [16 outputs][k][16 dwords] as they are needed, x is read in rows, one dword broadcast at a time.
+// [16 outputs][k][16 dwords] as they are needed. x is read in rows, one dword broadcast at a time,
+// or on Arm in groups of rows side by side (tile.h).
 #pragma once
 
 #include "ghost_dot.h"
+#include "tile.h"
 
 namespace ghosted_fast {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(GHOSTED_FAST_NEON)
 constexpr int kGemmRows = 8;
 constexpr int kGemmPanels = 3;
 #elif defined(__AVX2__)
@@ -17,6 +19,8 @@ constexpr int kGemmPanels = 1;
 constexpr int kGemmRows = 2;
 constexpr int kGemmPanels = 1;
 #endif
+// Rows of the tiles that take what is left of the tokens.
+constexpr int kFewRows = kHasNeon ? 4 : 1;
 // Outputs per strip: a multiple of 48, its panels fit the L2 cache up to hidden size 4096.
 constexpr int64_t kStripPanels = 6;
 constexpr int64_t kStripOutputs = kStripPanels * kPanel;
@@ -67,19 +71,20 @@ inline void pack_strip(const void* weight_rows, int64_t size, int64_t outputs, i
   const StorageOf<kType>* weight = static_cast<const StorageOf<kType>*>(weight_rows);
   for (int64_t panel = 0; panel * kPanel < outputs; ++panel) {
     float* to = panels + panel * dwords * kPanel;
-    for (int64_t k = 0; k < dwords; k += kLanes) {
+    const auto load_step = [&](int64_t out, int64_t k) {
       const int64_t element = kPairs ? 2 * k : k;
       const int64_t count = min64(Source::kStep, size - element);
+      if (panel * kPanel + out >= outputs) return VecF{};
+      const auto* from = weight + (panel * kPanel + out) * size + element;
+      return count == Source::kStep ? Source::load_step(from) : Source::load_step(from, count);
+    };
+#if defined(GHOSTED_FAST_NEON)
+    put_side_by_side<kPairs, kPanel>(dwords, load_step, to);
+#else
+    for (int64_t k = 0; k < dwords; k += kLanes) {
       const int64_t lanes = min64(kLanes, dwords - k);
       float rows[kPanel][kLanes];
-      for (int64_t out = 0; out < kPanel; ++out) {
-        VecF step = {};
-        if (panel * kPanel + out < outputs) {
-          const auto* from = weight + (panel * kPanel + out) * size + element;
-          step = count == Source::kStep ? Source::load_step(from) : Source::load_step(from, count);
-        }
-        store(rows[out], step);
-      }
+      for (int64_t out = 0; out < kPanel; ++out) store(rows[out], load_step(out, k));
 #if defined(__AVX512F__)
       if (lanes == kLanes) {
         transpose_16(&rows[0][0], to + k * kPanel);
@@ -90,10 +95,31 @@ inline void pack_strip(const void* weight_rows, int64_t size, int64_t outputs, i
         for (int64_t out = 0; out < kPanel; ++out) to[(k + lane) * kPanel + out] = rows[out][lane];
       }
     }
+#endif
   }
 }
 
 // sums[row][column] (+)= sum_k x[row][k] * panel[k][column] for k in [0, dwords).
+#if defined(GHOSTED_FAST_NEON)
+template <bool kPairs, int kRows, int kPanels>
+inline void gemm_tile(int64_t dwords, const float* x, int64_t, const float* panels,
+                      int64_t panel_stride, bool first, float* sums) {
+  constexpr int kVectors = kPanels * kPanelVectors, kTaken = kStripe<kVectors>;
+  for (int stripe = 0; stripe < kVectors; stripe += kTaken) {
+    VecF acc[kRows][kTaken] = {};
+    add_tile<kPairs>(dwords, x, kGemmRows, panels, panel_stride, stripe, acc);
+    untangle<kPairs>(acc);
+    GHOSTED_FAST_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      GHOSTED_FAST_UNROLL
+      for (int v = 0; v < kTaken; ++v) {
+        float* to = sums + r * kStripOutputs + (stripe + v) * kLanes;
+        store(to, first ? acc[r][v] : load(to) + acc[r][v]);
+      }
+    }
+  }
+}
+#else
 template <bool kPairs, int kRows, int kPanels>
 inline void gemm_tile(int64_t dwords, const float* x, int64_t x_stride, const float* panels,
                       int64_t panel_stride, bool first, float* sums) {
@@ -128,6 +154,7 @@ inline void gemm_tile(int64_t dwords, const float* x, int64_t x_stride, const fl
     for (int v = 0; v < kVectors; ++v) store(sums + r * kStripOutputs + v * kLanes, acc[r][v]);
   }
 }
+#endif
 
 template <bool kPairs, int kRows>
 inline void gemm_tile_of(int64_t panels, int64_t dwords, const float* x, int64_t x_stride,
@@ -143,7 +170,9 @@ inline void gemm_tile_of(int64_t panels, int64_t dwords, const float* x, int64_t
   return gemm_tile<kPairs, kRows, 1>(dwords, x, x_stride, strip, panel_stride, first, sums);
 }
 
-// sums[token * kStripOutputs + output] for `tokens` rows of x and one packed strip.
+// sums[token * kStripOutputs + output] for `tokens` rows of x and one packed strip. On Arm x is in
+// groups of kGemmRows rows side by side, and sums of rows beyond `tokens`, up to a group, are
+// written too.
 template <bool kPairs>
 inline void gemm_strip(const float* x, int64_t x_stride, int64_t tokens, const float* strip,
                        int64_t outputs, int64_t dwords, float* sums) {
@@ -154,15 +183,16 @@ inline void gemm_strip(const float* x, int64_t x_stride, int64_t tokens, const f
     for (int64_t panel = 0; panel < panels; panel += kGemmPanels) {
       const float* b = strip + panel * panel_stride + k * kPanel;
       const int64_t left = min64(kGemmPanels, panels - panel);
+      const float* from = x + (kHasNeon ? kGemmRows : 1) * k;
+      float* to = sums + panel * kPanel;
       int64_t token = 0;
-      for (; token + kGemmRows <= tokens; token += kGemmRows) {
-        gemm_tile_of<kPairs, kGemmRows>(left, count, x + token * x_stride + k, x_stride, b,
-                                        panel_stride, k == 0,
-                                        sums + token * kStripOutputs + panel * kPanel);
+      for (; token + (kHasNeon ? kFewRows : kGemmRows - 1) < tokens; token += kGemmRows) {
+        gemm_tile_of<kPairs, kGemmRows>(left, count, from + token * x_stride, x_stride, b,
+                                        panel_stride, k == 0, to + token * kStripOutputs);
       }
-      for (; token < tokens; ++token) {
-        gemm_tile_of<kPairs, 1>(left, count, x + token * x_stride + k, x_stride, b, panel_stride,
-                                k == 0, sums + token * kStripOutputs + panel * kPanel);
+      for (; token < tokens; token += kFewRows) {
+        gemm_tile_of<kPairs, kFewRows>(left, count, from + token * x_stride, x_stride, b,
+                                       panel_stride, k == 0, to + token * kStripOutputs);
       }
     }
   }

@@ -5,7 +5,7 @@
 // broadcast of x meets sixteen outputs: no lanes are left to add up.
 #pragma once
 
-#include "convert.h"
+#include "lefts.h"
 
 namespace ghosted_fast {
 namespace {
@@ -13,7 +13,7 @@ namespace {
 // Rows of x that meet a panel at once: with the panel's own vectors they fill the registers.
 #if defined(__AVX512F__)
 constexpr int kPanelTokens = 16;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(GHOSTED_FAST_NEON)
 constexpr int kPanelTokens = 4;
 #else
 constexpr int kPanelTokens = 2;
@@ -37,10 +37,11 @@ inline int64_t packed_dwords(int64_t size) {
 // is spread over kChains registers, so that there are enough to hide the latency of an addition.
 template <Dtype kType, int kTokens>
 inline void panel_dots(const float* panel, int64_t dwords, const float* x, float* sums) {
-  constexpr int kInputs = kInputsPerDword<kType>;
+  constexpr int kInputs = kInputsPerDword<kType>, kPerStep = kInputs * kTokens;
   constexpr int kChains = kPanelTokens / kTokens > 8 ? 8 : kPanelTokens / kTokens;
   VecF acc[kChains][kTokens * kPanelVectors] = {};
-  auto step = [&](int64_t k, VecF* into) {
+  // Of `inputs` those from `first` on are this step's.
+  auto step = [&](int64_t k, VecF* into, const auto& inputs, int first) {
     VecF weight[kInputs * kPanelVectors];
     __builtin_prefetch(reinterpret_cast<const char*>(panel + k * kPanel) + kStreamAhead, 0, 3);
     GHOSTED_FAST_UNROLL
@@ -57,7 +58,7 @@ inline void panel_dots(const float* panel, int64_t dwords, const float* x, float
     for (int i = 0; i < kInputs; ++i) {
       GHOSTED_FAST_UNROLL
       for (int t = 0; t < kTokens; ++t) {
-        const VecF input = broadcast(x[(k * kInputs + i) * kTokens + t]);
+        const auto input = inputs.at(first + i * kTokens + t);
         GHOSTED_FAST_UNROLL
         for (int v = 0; v < kPanelVectors; ++v) {
           VecF& sum = into[t * kPanelVectors + v];
@@ -69,10 +70,13 @@ inline void panel_dots(const float* panel, int64_t dwords, const float* x, float
   };
   int64_t k = 0;
   for (; k + kChains <= dwords; k += kChains) {
+    const Lefts<kChains * kPerStep> inputs(x + k * kPerStep);
     GHOSTED_FAST_UNROLL
-    for (int chain = 0; chain < kChains; ++chain) step(k + chain, acc[chain]);
+    for (int chain = 0; chain < kChains; ++chain) {
+      step(k + chain, acc[chain], inputs, chain * kPerStep);
+    }
   }
-  for (; k < dwords; ++k) step(k, acc[0]);
+  for (; k < dwords; ++k) step(k, acc[0], Lefts<kPerStep>(x + k * kPerStep), 0);
   GHOSTED_FAST_UNROLL
   for (int i = 0; i < kTokens * kPanelVectors; ++i) {
     VecF sum = acc[0][i];
@@ -112,7 +116,7 @@ inline void panel_dots_of(int64_t tokens, const float* panel, int64_t dwords, co
   if (tokens == 12) return panel_dots<kType, 12>(panel, dwords, x, sums);
   if (tokens == 8) return panel_dots<kType, 8>(panel, dwords, x, sums);
 #endif
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(GHOSTED_FAST_NEON)
   if (tokens == 4) return panel_dots<kType, 4>(panel, dwords, x, sums);
 #endif
   if (tokens == 2) return panel_dots<kType, 2>(panel, dwords, x, sums);

@@ -11,7 +11,8 @@ namespace {
 
 // Residuals above this are refined.
 constexpr double kRefineAbove = 1e-12;
-constexpr int kProbes = 8;
+// Sign vectors, as many as the registers hold sums of.
+constexpr int kProbes = kSolveRows * 8 / kDoubleLanes > 24 ? kStripWidth : 8;
 // Strips that are solved together: each copy of U serves so many.
 constexpr int64_t kGroupStrips = 16;
 // Rows of a matrix that one thread takes at a time.

@@ -3,15 +3,16 @@
 //   G += sum_t w_t f_t f_t^T (lower triangle)     C += sum_t w_t f_t t_t^T     t = y or y - x
 //
 // Rows scaled by sqrt(w) (and 1/rms) are packed once into panels [slab][16 columns][k][16 dwords],
-// a dword being one fp32 or the bf16 of two neighbouring tokens; the same panels serve both sides
-// and both products. A micro-kernel multiplies 8 columns of one side with 48 of the other over one
-// slab in registers; slabs are added in fp64 per block of 192 x 192, and blocks to the sums. 2 T
-// d^2 flops per product (half of that for G); accuracy: see GramAccuracy in the tests' table.
+// a dword being one fp32 or the bf16 of two neighbouring tokens (tile.h); the same panels serve
+// both sides and both products. A micro-kernel multiplies 8 columns of one side with 48 of the
+// other over one slab in registers; slabs are added in fp64 per block of 192 x 192, and blocks to
+// the sums. 2 T d^2 flops per product (half of that for G); accuracy: see GramAccuracy in the
+// tests' table.
 #pragma once
 
 #include <cmath>
 
-#include "convert.h"
+#include "tile.h"
 
 namespace ghosted_fast {
 namespace {
@@ -20,8 +21,10 @@ namespace {
 // fp32.
 constexpr int64_t kSlabDwords = 128;
 // Tokens that one register sums up; the sums of a slab's parts are then added. Without parts the
-// error of a sum that few tokens own would be twice as large.
+// error of a sum that few tokens own would be twice as large. bfmmla rounds to odd, with errors of
+// up to a whole last bit, not half of one: its parts are shorter.
 constexpr int64_t kPartTokens = 64;
+constexpr int64_t kPairPartTokens = kHasQuads ? 32 : 64;
 // One line of padding per panel, or panels of neighbouring columns fall into the same cache sets.
 constexpr int64_t kPanelStride = kSlabDwords * kPanel + kPanel;
 // Panels per side of a block: its fp64 sums (288 KiB) stay in the L2 cache.
@@ -30,7 +33,7 @@ constexpr int64_t kBlockPanels = 12;
 constexpr int64_t kChunkTokens = 2048;
 constexpr int64_t kChunkBytes = int64_t{96} << 20;
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(GHOSTED_FAST_NEON)
 constexpr int kTileRows = 8;
 constexpr int kTilePanels = 3;
 #elif defined(__AVX2__)
@@ -45,9 +48,14 @@ constexpr int64_t kTileSize = kTileRows * kTileColumns;
 
 // to[0, kLanes) = or += sum, in fp64.
 inline void promote(VecF sum, bool first, double* to) {
+#if defined(__AVX512F__) || defined(GHOSTED_FAST_NEON)
 #if defined(__AVX512F__)
   VecD low = (VecD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)sum));
   VecD high = (VecD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)sum, 1));
+#else
+  VecD low = (VecD)vcvt_f64_f32(vget_low_f32((float32x4_t)sum));
+  VecD high = (VecD)vcvt_high_f64_f32((float32x4_t)sum);
+#endif
   store(to, first ? low : load(to) + low);
   store(to + kDoubleLanes, first ? high : load(to + kDoubleLanes) + high);
 #else
@@ -59,38 +67,31 @@ inline void promote(VecF sum, bool first, double* to) {
 template <bool kPairs, int kPanels>
 inline void gram_tile(int64_t dwords, const float* a, const float* b, bool first, float* parts,
                       double* sums) {
-  constexpr int kVectors = kPanels * kPanelVectors;
-  constexpr int64_t kPart = kPairs ? kPartTokens / 2 : kPartTokens;
-  for (int64_t begin = 0; begin < dwords; begin += kPart) {
-    const int64_t end = min64(dwords, begin + kPart);
-    VecF acc[kTileRows][kVectors] = {};
-    for (int64_t k = begin; k < end; ++k) {
-      VecF right[kVectors];
-      GHOSTED_FAST_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        right[v] = load(b + (v / kPanelVectors) * kPanelStride + k * kPanel +
-                        (v % kPanelVectors) * kLanes);
-      }
+  constexpr int kVectors = kPanels * kPanelVectors, kTaken = kStripe<kVectors>;
+  constexpr int64_t kPart = kPairs ? kPairPartTokens / 2 : kPartTokens;
+  for (int stripe = 0; stripe < kVectors; stripe += kTaken) {
+    for (int64_t begin = 0; begin < dwords; begin += kPart) {
+      const int64_t end = min64(dwords, begin + kPart);
+      VecF acc[kTileRows][kTaken] = {};
+      add_tile<kPairs>(end - begin, a + begin * kPanel, kPanel, b + begin * kPanel, kPanelStride,
+                       stripe, acc);
+      // The earlier parts' sums, the slab's sums, and the tile's: fp32, fp32, fp64.
       GHOSTED_FAST_UNROLL
       for (int r = 0; r < kTileRows; ++r) {
-        const VecF left = broadcast(a[k * kPanel + r]);
         GHOSTED_FAST_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          acc[r][v] = multiply_add<kPairs>(acc[r][v], left, right[v]);
+        for (int v = 0; v < kTaken; ++v) {
+          float* part = parts + (r * kTaken + v) * kLanes;
+          if (begin > 0) acc[r][v] = load(part) + acc[r][v];
+          if (end < dwords) store(part, acc[r][v]);
         }
       }
-    }
-    // The earlier parts' sums, the slab's sums, and the tile's: fp32, fp32, fp64.
-    GHOSTED_FAST_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
+      if (end < dwords) continue;
+      untangle<kPairs>(acc);
       GHOSTED_FAST_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        const int at = (r * kVectors + v) * kLanes;
-        const VecF sum = begin == 0 ? acc[r][v] : load(parts + at) + acc[r][v];
-        if (end < dwords) {
-          store(parts + at, sum);
-        } else {
-          promote(sum, first, sums + at);
+      for (int r = 0; r < kTileRows; ++r) {
+        GHOSTED_FAST_UNROLL
+        for (int v = 0; v < kTaken; ++v) {
+          promote(acc[r][v], first, sums + (r * kVectors + stripe + v) * kLanes);
         }
       }
     }
@@ -160,7 +161,7 @@ inline void gram_block(const Block& block, const Panels& left, const Panels& rig
   };
   for (int64_t start = 0, slab = 0; start < num_tokens; start += slab_tokens, ++slab) {
     const int64_t tokens = min64(slab_tokens, num_tokens - start);
-    const int64_t dwords = left.pairs ? (tokens + 1) / 2 : tokens;
+    const int64_t dwords = left.pairs ? round_up((tokens + 1) / 2, kPairDwords) : tokens;
     const float* a = left.data + slab * left.count * kPanelStride;
     const float* b = right.data + slab * right.count * kPanelStride;
     const bool is_last = start + slab_tokens >= num_tokens;
@@ -168,7 +169,8 @@ inline void gram_block(const Block& block, const Panels& left, const Panels& rig
       double* to = into.data + i * columns + j;
       const int64_t tile_rows = min64(kTileRows, into.rows - i);
       if (is_last) prefetch_tile(to, tile_rows, columns, panels);
-      const float* a_tile = a + (i / kPanel) * kPanelStride + i % kPanel;
+      const int64_t in_panel = i % kPanel * (left.pairs ? kPairDwords : 1);
+      const float* a_tile = a + (i / kPanel) * kPanelStride + in_panel;
       const float* b_tile = b + (j / kPanel) * kPanelStride;
       if (kHasPairs && left.pairs) {
         gram_tile_of<kHasPairs>(panels, dwords, a_tile, b_tile, slab == 0, parts, sums);

@@ -114,8 +114,10 @@ inline void scale_tokens(const GramArgs& args, const float* x_largest, const flo
   double feature_largest = 0.0, target_largest = 0.0;
   for (int64_t i = 0; i < tokens.count; ++i) {
     const double root = std::sqrt(tokens.weight[i]);
-    feature_largest = std::fmax(feature_largest, root * inverse_rms[i] * x_largest[i]);
-    target_largest = std::fmax(target_largest, root * largest_target(i));
+    // Not std::fmax, over which GCC 12 breaks down where it compiles for Arm.
+    const double feature = root * inverse_rms[i] * x_largest[i], target = root * largest_target(i);
+    feature_largest = feature > feature_largest ? feature : feature_largest;
+    target_largest = target > target_largest ? target : target_largest;
   }
   tokens.feature_shift = safe_shift(feature_largest);
   tokens.target_shift = safe_shift(target_largest);
@@ -193,6 +195,33 @@ inline void pack_floats(const PackSource& source, const int64_t* index, int64_t 
   }
 }
 
+#if defined(GHOSTED_FAST_NEON_BF16)
+// Eight bf16 times a power of two; zeros after the first `count`.
+inline uint16x8_t scaled_bf16(const char* from, int64_t count, float scale) {
+  uint16x8_t raw = {};
+  if (count >= 8) {
+    std::memcpy(&raw, from, sizeof(raw));
+  } else if (count > 0) {
+    std::memcpy(&raw, from, static_cast<size_t>(count) * 2);
+  }
+  const float32x4_t low = (float32x4_t)vshll_n_u16(vget_low_u16(raw), 16);
+  const float32x4_t high = (float32x4_t)vshll_high_n_u16(raw, 16);
+  return vuzp2q_u16((uint16x8_t)vmulq_n_f32(low, scale), (uint16x8_t)vmulq_n_f32(high, scale));
+}
+
+// Eight columns of four tokens as quads: to[column][token].
+inline void store_quads(const uint16x8_t* tokens, float* to) {
+  const uint32x4_t first[2] = {(uint32x4_t)vzip1q_u16(tokens[0], tokens[1]),
+                               (uint32x4_t)vzip2q_u16(tokens[0], tokens[1])};
+  const uint32x4_t second[2] = {(uint32x4_t)vzip1q_u16(tokens[2], tokens[3]),
+                                (uint32x4_t)vzip2q_u16(tokens[2], tokens[3])};
+  for (int i = 0; i < 2; ++i, to += 2 * kLanes) {
+    store(to, (VecF)vzip1q_u32(first[i], second[i]));
+    store(to + kLanes, (VecF)vzip2q_u32(first[i], second[i]));
+  }
+}
+#endif
+
 // Packs 128 columns of one slab of bf16 tokens into panels of pairs. Scales are powers of two.
 inline void pack_pairs(const PackSource& source, const int64_t* index, int64_t begin, int64_t end,
                        int64_t column, float* slab) {
@@ -217,6 +246,23 @@ inline void pack_pairs(const PackSource& source, const int64_t* index, int64_t b
       const __m512i low = _mm512_srli_epi32((__m512i)a_scaled, 16);
       const __m512i pair = _mm512_or_si512(low, _mm512_and_si512((__m512i)b_scaled, high));
       _mm512_storeu_si512(to, pair);
+    }
+  }
+#elif defined(GHOSTED_FAST_NEON_BF16)
+  constexpr int64_t kTaken = 4, kColumns = 8;
+  const int64_t count = min64(kGroupColumns, source.columns - column);
+  float* panels = slab + column / kPanel * kPanelStride;
+  for (int64_t i = begin; i < end; i += kTaken) {
+    float* to = panels + (i - begin) / 2 * kPanel;
+    for (int64_t c = 0; c < count; c += kPanel, to += kPanelStride) {
+      for (int64_t half = 0; half < kPanel; half += kColumns) {
+        uint16x8_t tokens[kTaken] = {};
+        for (int64_t t = 0; t < min64(kTaken, end - i); ++t) {
+          const char* from = row_of(source.rows, index[i + t]) + (column + c + half) * 2;
+          tokens[t] = scaled_bf16(from, count - c - half, source.scale[i + t]);
+        }
+        store_quads(tokens, to + 2 * half);
+      }
     }
   }
 #else

@@ -12,6 +12,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(GHOSTED_FAST_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "../../arguments.h"
@@ -35,12 +37,26 @@ typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef double VecD __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 
+// Whether these are the vectors of Arm; "portable" does without its intrinsics there too.
+#if defined(GHOSTED_FAST_NEON)
+constexpr bool kHasNeon = true;
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define GHOSTED_FAST_NEON_BF16
+#endif
+#else
+constexpr bool kHasNeon = false;
+#endif
+
 // Whether a dword can hold two bf16 numbers that one instruction multiplies and adds.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(GHOSTED_FAST_NEON_BF16)
 constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
 #endif
+// Dwords of a column that lie side by side in panels of pairs: two where one instruction multiplies
+// four bf16 of two rows and two columns (bfmmla).
+constexpr bool kHasQuads = kHasNeon && kHasPairs;
+constexpr int kPairDwords = kHasQuads ? 2 : 1;
 
 constexpr int kPanelVectors = kPanel / kLanes;
 

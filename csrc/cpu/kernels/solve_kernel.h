@@ -9,7 +9,7 @@
 
 #include <cmath>
 
-#include "simd.h"
+#include "lefts.h"
 
 namespace ghosted_fast {
 namespace {
@@ -17,6 +17,9 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int kSolveRows = 8;
 constexpr int kSolveVectors = 3;
+#elif defined(GHOSTED_FAST_NEON)
+constexpr int kSolveRows = 8;
+constexpr int kSolveVectors = 2;
 #elif defined(__AVX2__)
 constexpr int kSolveRows = 4;
 constexpr int kSolveVectors = 3;
@@ -41,32 +44,23 @@ struct Factor {
   double* at(int64_t row, int64_t column) const { return data + row * stride + column; }
 };
 
-inline VecD broadcast_double(double value) {
-#if defined(__AVX512F__)
-  return (VecD)_mm512_set1_pd(value);
-#elif defined(__AVX2__)
-  return (VecD)_mm256_set1_pd(value);
-#else
-  return VecD{value, value};
-#endif
-}
-
 // tile[row] -= sum_k a(row, k) * b[k], rows of kVectors vectors; a(row, k) = a[row * row_step + k *
-// k_step], b[k] = b + k * b_stride.
-template <int kVectors>
-inline void subtract_product(int64_t count, const double* a, int64_t row_step, int64_t k_step,
-                             const double* b, int64_t b_stride, double* tile, int64_t tile_stride) {
+// k_step], b[k] = b + k * b_stride. With kNeighbours row_step is 1.
+template <int kVectors, bool kNeighbours>
+inline void subtract_product_of(int64_t count, const double* a, int64_t row_step, int64_t k_step,
+                                const double* b, int64_t b_stride, double* tile,
+                                int64_t tile_stride) {
   VecD acc[kSolveRows][kVectors] = {};
   for (int64_t k = 0; k < count; ++k) {
     VecD right[kVectors];
     GHOSTED_FAST_UNROLL
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * b_stride + v * kDoubleLanes);
-    const double* left = a + k * k_step;
+    const DoubleLefts<kSolveRows, kNeighbours> left(a + k * k_step, row_step);
     GHOSTED_FAST_UNROLL
     for (int r = 0; r < kSolveRows; ++r) {
-      const VecD value = broadcast_double(left[r * row_step]);
+      const auto value = left.at(r);
       GHOSTED_FAST_UNROLL
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = value * right[v] + acc[r][v];
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(acc[r][v], value, right[v]);
     }
   }
   GHOSTED_FAST_UNROLL
@@ -77,6 +71,16 @@ inline void subtract_product(int64_t count, const double* a, int64_t row_step, i
       store(to, load(to) - acc[r][v]);
     }
   }
+}
+
+template <int kVectors>
+inline void subtract_product(int64_t count, const double* a, int64_t row_step, int64_t k_step,
+                             const double* b, int64_t b_stride, double* tile, int64_t tile_stride) {
+  if (kHasNeon && row_step == 1) {
+    return subtract_product_of<kVectors, kHasNeon>(count, a, 1, k_step, b, b_stride, tile,
+                                                   tile_stride);
+  }
+  subtract_product_of<kVectors, false>(count, a, row_step, k_step, b, b_stride, tile, tile_stride);
 }
 
 template <int kVectors>

@@ -28,6 +28,8 @@ def description() -> str:
     text = f"C++ for the CPU, path {module.cpu_path()} of {', '.join(module.cpu_paths())}"
     if problem := module.amx_problem():
         text += f"; the processor's AMX is not used: {problem}"
+    if problem := module.neonbf16_problem():
+        text += f"; the path neonbf16 is not used: {problem}"
     if compiled.serves_cuda():
         devices = "" if torch.cuda.is_available() else ", but torch finds no CUDA device"
         text += f"; CUDA C++ for {', '.join(CUDA_OPERATORS)}{devices}"

@@ -1,13 +1,11 @@
 // ghost_apply in tiles for up to 16 rows of bf16 with an int8 weight, as it lies: 16 outputs by 64
 // inputs of it are the left tile of a product in int32.
 //
-// x is the right side, as a fixed-point number of 22 bits below the row's largest magnitude: three
-// signed digits of 8 bits, which are three columns of a tile. The products of the digits are exact;
-// one stream through the weight, bound by its reading.
+// x is the right side: three digits of 8 bits (digits.h), which are three columns of a tile. One
+// stream through the weight, bound by its reading.
 #pragma once
 
-#include <limits>
-
+#include "../digits.h"
 #include "ghost_stream.h"
 
 namespace ghosted_fast {
@@ -15,14 +13,8 @@ namespace {
 
 // Inputs that one tile of int8 holds.
 constexpr int64_t kByteInputs = 64;
-constexpr int64_t kDigits = 3;
-constexpr int kFixedBits = 22;
-// Of a row's largest magnitude; rows below have fewer bits.
-constexpr int kSmallestExponent = -100;
 // Rows whose digits fit the 16 columns of a tile.
 constexpr int64_t kDigitRows = kAmxRows / kDigits;
-// Inputs up to which no sum of products of two int8 leaves int32.
-constexpr int64_t kMaxByteInputs = (int64_t{1} << 31) / (128 * 128);
 
 // The rows of x as digits.
 struct DigitRows {
@@ -47,37 +39,15 @@ struct DigitRows {
   }
 
  private:
-  typedef int8_t VecB __attribute__((vector_size(kLanes)));
-
   void fill_row(const ApplyArgs& args, int64_t row) {
-    const int64_t size = args.hidden_size;
-    const uint16_t* x = static_cast<const uint16_t*>(args.x) + row * size;
-    const float largest = largest_magnitude(x, Dtype::kBFloat16, size);
-    if (!std::isfinite(largest)) {
-      unit[row] = std::numeric_limits<float>::quiet_NaN();  // as every output will be
-      return;
-    }
-    int exponent = 0;  // the largest magnitude is below 2^exponent
-    std::frexp(largest, &exponent);
-    exponent = exponent > kSmallestExponent ? exponent : kSmallestExponent;
-    unit[row] = std::ldexp(1.0f, exponent - kFixedBits);
-    const VecF inverse = broadcast(std::ldexp(1.0f, kFixedBits - exponent));
-    for (int64_t k = 0; k < size; k += kLanes) {
-      // To the nearest integer: the lowest bits of a sum with 1.5 * 2^23.
-      const VecF value = load_as_float<Dtype::kBFloat16>(x + k, size - k);
-      VecI fixed = (VecI)(value * inverse + broadcast(12582912.0f)) - 0x4b400000;
+    unit[row] = for_digits(args, row, [&](int64_t k, int64_t digit, VecB bytes) {
       int8_t* to = digits + (k / kByteInputs * groups + row / rows) * tile_bytes() +
                    (k % kByteInputs / 4 * columns + row % rows * kDigits) * 4;
-      for (int64_t digit = kDigits - 1; digit >= 0; --digit) {
-        const VecI low = (fixed << 24) >> 24;
-        const VecB bytes = __builtin_convertvector(low, VecB);
-        for (int64_t quad = 0; quad < kLanes / 4; ++quad) {
-          std::memcpy(to + (quad * columns + digit) * 4,
-                      reinterpret_cast<const char*>(&bytes) + 4 * quad, 4);
-        }
-        fixed = (fixed - low) >> 8;
+      for (int64_t quad = 0; quad < kLanes / 4; ++quad) {
+        std::memcpy(to + (quad * columns + digit) * 4,
+                    reinterpret_cast<const char*>(&bytes) + 4 * quad, 4);
       }
-    }
+    });
   }
 };
 

@@ -1,0 +1,84 @@
+"""Compiles for 64-bit Arm and runs the programs: on this machine, or on a processor in software."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
+CPU = ROOT / "csrc" / "cpu"
+KERNELS = CPU / "kernels"
+IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
+COMPILER = os.environ.get("CXX", "g++") if IS_ARM else "aarch64-linux-gnu-g++"
+OBJDUMP = "objdump" if IS_ARM else "aarch64-linux-gnu-objdump"
+QEMU = "qemu-aarch64"
+# Where Debian's cross compiler has its libraries.
+SYSROOT = "/usr/aarch64-linux-gnu"
+TABLES = {
+    "neonbf16": "kNeonBf16Kernels",
+    "neon": "kNeonKernels",
+    "portable": "kPortableKernels",
+}
+
+
+def missing_tools() -> str:
+    """Return why nothing can be compiled for Arm and run here; empty if it can."""
+    for tool in (COMPILER.split()[0], OBJDUMP, QEMU):
+        if shutil.which(tool) is None:
+            return f"no {tool}; apt-get install g++-aarch64-linux-gnu qemu-user brings it"
+    return ""
+
+
+@cache
+def import_setup() -> ModuleType:
+    """Import setup.py, which knows the flags of each path, without building."""
+    spec = importlib.util.spec_from_file_location("ghosted_fast_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def flags_of(path: str) -> list[str]:
+    """Return the flags with which setup.py compiles a path on Arm."""
+    setup = import_setup()
+    return [*setup.FLAGS, "-DGHOSTED_FAST_ARM=1", *setup.ARM_PATHS.get(path, [])]
+
+
+def build(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """Return what is compiled of sources, made once for the same files and flags.
+
+    Raises:
+        AssertionError: It does not compile; says why.
+    """
+    digest = hashlib.sha256(repr((COMPILER, list(flags), [str(path) for path in sources])).encode())
+    tests = ROOT / "tests"
+    used = {*sources, *CPU.parent.glob("*.h"), *CPU.rglob("*.h"), *KERNELS.glob("*.cpp")}
+    used |= {*(tests / "sanitizers").glob("*.h"), *(tests / "arm_emulation").glob("*.h")}
+    for path in sorted(used):
+        digest.update(path.read_bytes())
+    made = ROOT / "build" / "arm_emulation" / digest.hexdigest()[:16] / name
+    if made.exists():
+        return made
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+        command = [*COMPILER.split(), *flags, *map(str, sources), "-o", f"{folder}/{name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{name} does not compile: {done.stderr}"
+        (Path(folder) / name).replace(made)
+    return made
+
+
+def run(program: Path, processor: str) -> subprocess.CompletedProcess[str]:
+    """Run a program on a processor that qemu knows."""
+    command = [QEMU, "-cpu", processor, *([] if IS_ARM else ["-L", SYSROOT]), str(program)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
