@@ -77,7 +77,7 @@ def test_the_tests_that_are_named_are_found(gpu: Any, tmp_path: Path) -> None:
         words = list(part.command(setting(gpu, tmp_path)).words)
         words = words[words.index(sys.executable) :]
         done = subprocess.run(
-            [*words, "--collect-only"], cwd=gpu.plan.ROOT, capture_output=True, text=True
+            [*words, "--collect-only", "-v"], cwd=gpu.plan.ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout
         found = [line for line in done.stdout.splitlines() if "::" in line]
