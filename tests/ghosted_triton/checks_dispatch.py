@@ -52,6 +52,7 @@ def test_served_shapes_run_on_triton() -> None:
 def test_many_rows_of_a_plain_ghost_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where the products are the bound on paper: at 512 rows of 2048, not at 256."""
     from ghosted_fast.kernels import _tuning
+    from ghosted_fast.kernels import ghost_apply as kernels
 
     for key, rows, others in ((90, 512, 256), (80, 256, 128), (100, 512, 256)):
         assert _tuning.is_bound_by_products(key, rows, 2048)
@@ -68,7 +69,7 @@ def test_many_rows_of_a_plain_ghost_are_one_product(monkeypatch: pytest.MonkeyPa
         asked.append((table, num_tokens, hidden_size))
         return True
 
-    monkeypatch.setattr("ghosted_fast.kernels.ghost_apply.is_bound_by_products", always)
+    monkeypatch.setattr(kernels, "is_bound_by_products", always)
     plain = GhostOperands(x, weight)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
