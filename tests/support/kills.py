@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import tqdm.auto
 from torch import Tensor
 
 from ghosted_fast.errors import GhostedFastError
@@ -47,6 +49,10 @@ def _run(work: Work, told: int, at: int | None) -> NoReturn:
             if count == at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    # Progress bars share a lock between processes, which would stay locked for all if a child that
+    # holds it is killed.
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        bar.set_lock(threading.RLock())
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
