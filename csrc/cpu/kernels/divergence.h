@@ -177,9 +177,9 @@ inline void typed_divergence(const DivergenceArgs& args) {
   };
   for_each_task(args.num_rows, num_threads(), [&](int64_t row, int64_t) {
     double* found = args.sums + row * kFound;
-    Element* gradient =
-        args.gradient == nullptr ? nullptr
-                                 : static_cast<Element*>(args.gradient) + row * args.num_columns;
+    Element* gradient = args.gradient == nullptr
+                            ? nullptr
+                            : static_cast<Element*>(args.gradient) + row * args.num_columns;
     if (args.counted != nullptr && !args.counted[row]) {
       std::memset(found, 0, kFound * sizeof(double));
       if (gradient != nullptr) {
