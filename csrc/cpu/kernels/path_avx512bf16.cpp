@@ -7,6 +7,7 @@
 namespace ghosted_fast {
 
 extern const KernelTable kAvx512Bf16Kernels;
-const KernelTable kAvx512Bf16Kernels{"avx512bf16", &gram_update, &ghost_apply, &ghost_solve, &divergence};
+const KernelTable kAvx512Bf16Kernels{"avx512bf16", &gram_update, &ghost_apply, &ghost_solve,
+                                     &divergence};
 
 }  // namespace ghosted_fast

@@ -7,6 +7,7 @@
 namespace ghosted_fast {
 
 extern const KernelTable kPortableKernels;
-const KernelTable kPortableKernels{"portable", &gram_update, &ghost_apply, &ghost_solve, &divergence};
+const KernelTable kPortableKernels{"portable", &gram_update, &ghost_apply, &ghost_solve,
+                                   &divergence};
 
 }  // namespace ghosted_fast
