@@ -131,8 +131,9 @@ def _ghost_model(model: Any, batches: Iterable[Any], request: Asked) -> tuple[An
     method = RECOVERIES[recovery]
     decoder = Decoder.of(model)
     which = list(wanted.removed) if isinstance(wanted, Layers) else None
-    name = "remove" if which is None else "removed"
-    asked = {name: wanted, "criterion": criterion, "recovery": recovery}
+    count = wanted.layers if isinstance(wanted, Count) else wanted
+    asked: dict[str, Any] = {"criterion": criterion, "recovery": recovery}
+    asked |= {"remove": count} if which is None else {"removed": which}
     if which is not None:
         check_removable(model, which)
     here = replace(run, progress=False, inplace=False, heal_state=None)

@@ -66,7 +66,7 @@ def test_options() -> None:
         (("bench", "--engine"), ["transformers", "vllm"]),
         (("export", "m", "--to"), ["gguf", "ort-genai"]),
         (("export", "m", "--precision"), ["f32", "f16", "q8_0", "fp32", "int8", "int4"]),
-        (("bench-ops", "--operator"), ["gram_update", "ghost_apply", "ghost_solve"]),
+        (("bench-ops", "--operator"), ["gram_update", "ghost_apply", "ghost_solve", "divergence"]),
         (("import", "f", "--form"), ["auto", "full", "delta"]),
         (("eval", "--tasks"), TASKS),
         (("fit", "--model"), []),
