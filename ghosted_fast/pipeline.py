@@ -132,8 +132,8 @@ def _ghost_model(model: Any, batches: Iterable[Any], request: Asked) -> tuple[An
     decoder = Decoder.of(model)
     which = list(wanted.removed) if isinstance(wanted, Layers) else None
     count = wanted.layers if isinstance(wanted, Count) else wanted
-    asked: dict[str, Any] = {"criterion": criterion, "recovery": recovery}
-    asked |= {"remove": count} if which is None else {"removed": which}
+    asked: dict[str, Any] = {"remove": count} if which is None else {"removed": which}
+    asked |= {"criterion": criterion, "recovery": recovery}
     if which is not None:
         check_removable(model, which)
     here = replace(run, progress=False, inplace=False, heal_state=None)

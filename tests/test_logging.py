@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,11 @@ SAYS = {"debug", "info", "warning", "warn", "error", "exception", "critical", "l
 def said(*lines: str) -> tuple[str, str]:
     """Run a program, and return what it wrote to stdout and stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", "\n".join(lines)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr

@@ -266,7 +266,8 @@ def test_accuracy_and_speed(tmp_path: Path) -> None:
             assert row["decode_ratio"]["low"] > 0 and row["decode_tokens_per_s"]["low"] > 0
     lines = (tmp_path / STATE_FILE).read_text().splitlines()
     shapes = [line for line in lines if json.loads(line).get("key", [""])[0] == "speed"]
-    assert len(shapes) == 2 * 3  # without an operator, with a ghost, with a normed ghost
+    # Without an operator, with a ghost, with a normed ghost, with a ghost and its bias.
+    assert len(shapes) == 2 * 4
     assert "quiz" in (tmp_path / "results.md").read_text()
     with pytest.raises(ArgumentError, match=r"other settings.*accuracy"):
         run(tmp_path, criteria=["streamline"])

@@ -117,7 +117,7 @@ def test_killed_run_goes_on_to_the_same_bits(
 
     def step(*arguments: Any) -> None:
         taken[0] += 1
-        if taken[0] == 9:
+        if taken[0] == 14:  # after the judgement half-way, which the state is written at
             raise KeyboardInterrupt
         real(*arguments)
 
@@ -248,13 +248,13 @@ def test_best_state_is_kept_where_later_ones_are_worse(monkeypatch: pytest.Monke
 
     def judge(_: Any, point: list[Tensor]) -> float:
         judged.append(point[0].clone())
-        return abs(len(judged) - 4) + 10.0  # lowest at the fourth
+        return abs(len(judged) - 2) + 10.0  # lowest at the second
 
     monkeypatch.setattr(healing._Healing, "_judge", judge)
     facts = healed(smaller, dense, rank=0)
     (ghost,) = (module for module in smaller.modules() if isinstance(module, GhostLinear))
-    assert facts.after == 10.0 and 0 < facts.best_tokens < facts.tokens and len(judged) > 4
-    assert torch.equal(ghost.weight, judged[3]) and not torch.equal(judged[3], judged[-1])
+    assert facts.after == 10.0 and 0 < facts.best_tokens < facts.tokens and len(judged) > 2
+    assert torch.equal(ghost.weight, judged[1]) and not torch.equal(judged[1], judged[-1])
 
 
 @pytest.mark.slow

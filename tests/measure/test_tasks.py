@@ -134,7 +134,7 @@ def test_eval_prints_scores(tmp_path: Path, questions: list) -> None:
 
 
 def test_eval_needs_something_to_measure(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["eval", "--model", "tiny"])
+    result = CliRunner().invoke(app, ["eval", "--model", "tiny"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert "expected one of the three or more" in result.output
 
