@@ -124,7 +124,8 @@ def test_the_archive_builds_offline_and_the_wheel_works(archive: Path, tmp_path:
     assert Path(package_file).is_relative_to(tmp_path) and Path(library).is_relative_to(tmp_path)
     compiled = {path.stem for path in (ROOT / "csrc/cpu/kernels").glob("path_*.cpp")}
     if os.uname().machine == "x86_64":
-        assert {f"path_{name}" for name in paths.split()} == compiled
+        of_arm = {"path_neon", "path_neonbf16"}
+        assert {f"path_{name}" for name in paths.split()} == compiled - of_arm
     assert "native" in call(sys.executable, "-m", "ghosted_fast", "doctor", cwd=tmp_path, **used)
 
 
@@ -175,7 +176,7 @@ def test_a_build_in_isolation_takes_the_torch_of_the_environment(
     script = "import importlib.util; print(importlib.util.find_spec('torch'))"
     assert call(sys.executable, "-c", script, cwd=checkout, **isolated) == "None\n"
     assert asked_for(checkout, isolated) == "[]"
-    assert asked_for(checkout, isolated, NO_TORCH="1") == "['torch>=2.13']"
+    assert asked_for(checkout, isolated, NO_TORCH="1") == "['torch>=2.10']"
     assert asked_for(checkout, isolated | {"GHOSTED_FAST_BUILD": "none"}, NO_TORCH="1") == "[]"
 
 
@@ -192,7 +193,7 @@ def test_without_torch_building_says_so(checkout: Path, isolated: dict[str, str]
         check=False,
     )
     assert refused.returncode != 0
-    assert "expected torch 2.13 or later to build for, got none: install it" in refused.stderr
+    assert "expected torch 2.10 or later to build for, got none: install it" in refused.stderr
 
 
 def test_versions_agree() -> None:
