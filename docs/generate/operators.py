@@ -125,7 +125,7 @@ def divergence_table() -> str:
         return machine.newest("divergence")
 
     parts = [f"{_machine_line(has(m))}\n\n{_divergences_of(has(m))}" for m in machines(has)]
-    return "\n".join(parts)
+    return "\n".join(parts) or "Not measured yet in this way.\n"
 
 
 def _divergences_of(found: list[Row]) -> str:

@@ -49,7 +49,7 @@ def by_machine(
         rows = has(machine)
         processor = rows[0]["machine"]["processor"]
         parts.append(f"**{processor}.** {show(rows)}")
-    return "\n".join(parts)
+    return "\n".join(parts) or "Not measured yet in this way.\n"
 
 
 def engines() -> str:
