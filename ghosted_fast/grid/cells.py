@@ -172,9 +172,12 @@ def stand_in(decoder: Decoder, removed: Removed, operators: Sequence[str]) -> An
         if kind is None:
             patches.append(Patch())
             continue
-        eps = 1e-6 if kind == "normed" else None
         ghost = GhostLinear(
-            decoder.hidden_size, norm_eps=eps, device=decoder.device, dtype=decoder.dtype
+            decoder.hidden_size,
+            bias=kind.endswith(" with bias"),
+            norm_eps=1e-6 if kind.startswith("normed") else None,
+            device=decoder.device,
+            dtype=decoder.dtype,
         )
         patches.append(Patch(ghost.requires_grad_(False)))
     return put_patches(decoder.model, removed, patches)

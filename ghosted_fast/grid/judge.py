@@ -101,9 +101,15 @@ def _logits(model: Any, batch: Batch) -> Tensor:
 
 
 def operators_of(model: nn.Module) -> list[str]:
-    """Return the kinds of the operators that a smaller model computes in place of layers."""
+    """Return the kinds of the operators that a smaller model computes in place of layers.
+
+    They are "raw" or "normed", and "raw with bias" or "normed with bias".
+    """
     ghosts = [module for module in model.modules() if isinstance(module, GhostLinear)]
-    return sorted("raw" if ghost.norm_eps is None else "normed" for ghost in ghosts)
+    return sorted(
+        ("raw" if ghost.norm_eps is None else "normed") + " with bias" * (ghost.bias is not None)
+        for ghost in ghosts
+    )
 
 
 def _summary(found: Perplexity) -> dict[str, Any]:

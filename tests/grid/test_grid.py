@@ -264,10 +264,16 @@ def test_accuracy_and_speed(tmp_path: Path) -> None:
         if row["refused"] is None:
             assert row["accuracy"] == {"quiz": (6 - row["remove"]) / 10}
             assert row["decode_ratio"]["low"] > 0 and row["decode_tokens_per_s"]["low"] > 0
-    lines = (tmp_path / STATE_FILE).read_text().splitlines()
-    shapes = [line for line in lines if json.loads(line).get("key", [""])[0] == "speed"]
-    # Without an operator, with a ghost, with a normed ghost, with a ghost and its bias.
-    assert len(shapes) == 2 * 4
+    keys = (json.loads(line).get("key", [""]) for line in (tmp_path / STATE_FILE).open())
+    shapes = sorted(key[2:] for key in keys if key[0] == "speed")
+    more = {"raw": 32 * 32, "normed": 32 * 32, "raw with bias": 32 * 32 + 32}
+    bare = {count: prune_model(tiny_model("llama"), range(6 - count)) for count in (4, 5)}
+    sizes = {count: sum(p.numel() for p in model.parameters()) for count, model in bare.items()}
+    assert shapes == sorted(
+        [count, size + more.get(kind, 0), [kind] * bool(kind)]
+        for count, size in sizes.items()
+        for kind in ("", *more)
+    )
     assert "quiz" in (tmp_path / "results.md").read_text()
     with pytest.raises(ArgumentError, match=r"other settings.*accuracy"):
         run(tmp_path, criteria=["streamline"])

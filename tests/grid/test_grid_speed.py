@@ -1,4 +1,4 @@
-"""The speed of a grid's models: what was interrupted does not stay."""
+"""The speed of a grid's models: what it is measured on, and that no half of it stays."""
 
 from __future__ import annotations
 
@@ -8,9 +8,26 @@ from pathlib import Path
 import pytest
 
 from ghosted_fast.grid import GridPlan, run_grid
+from ghosted_fast.grid.cells import stand_in
+from ghosted_fast.grid.judge import operators_of
 from ghosted_fast.grid.state import STATE_FILE
 from ghosted_fast.measure.speed import Run
+from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, tiny_model
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+def test_a_stand_in_computes_what_the_model_does(bias: bool, norm_eps: float | None) -> None:
+    model = tiny_model("llama")
+    ghosts = [GhostLinear(32, bias=bias, norm_eps=norm_eps), GhostLinear(32)]
+    smaller = remove_layers(model, [1, 3, 4], ghosts)
+    found = stand_in(Decoder.of(model), (1, 3, 4), operators_of(smaller))
+    assert operators_of(found) == operators_of(smaller)
+    sizes = [sum(p.numel() for p in item.parameters()) for item in (found, smaller)]
+    assert sizes[0] == sizes[1] and len(found.model.layers) == 3
 
 
 @pytest.mark.slow
