@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.kills import clear_leftovers, logits_of, run_in_child, which
+from support.kills import clear_leftovers, logits_of, need_exchange, run_in_child, which
 from support.tiny_text import tiny_tokenizer
 
 from ghosted_fast import _atomic_files
@@ -25,16 +25,11 @@ def ghosted(removed: list[int]) -> torch.nn.Module:
     return model
 
 
-def can_exchange(target: Path) -> bool:
-    return _atomic_files.exchange(target, target)
-
-
 def test_an_old_folder_is_there_until_the_new_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = save.save_model(ghosted([2]), tmp_path / "model")
-    if not can_exchange(target):
-        pytest.skip("this file system cannot let names change places")
+    need_exchange(target)
 
     def rename(*_: object) -> None:
         raise AssertionError("for a moment there was no folder")
@@ -71,8 +66,7 @@ def test_kills_while_a_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.Mo
              for model in models]  # fmt: skip
     shutil.rmtree(tmp_path / "known")
     target = save.save_model(models[0], tmp_path / "model", tokenizer)
-    if not can_exchange(target):
-        pytest.skip("this file system cannot let names change places")
+    need_exchange(target)
 
     def work() -> None:
         while True:

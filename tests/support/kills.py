@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import pytest
 import torch
 import tqdm.auto
 from torch import Tensor
 
+from ghosted_fast._atomic_files import exchange
 from ghosted_fast.errors import GhostedFastError
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.testing import random_tokens
@@ -95,6 +97,12 @@ def run_in_child(work: Work, at: int | None = None, after: float | None = None) 
         return None
     assert os.WEXITSTATUS(status) == 0, said
     return int(said)
+
+
+def need_exchange(path: Path) -> None:
+    """Skip the test if two names cannot change places at once in the file system of a path."""
+    if not exchange(path, path):
+        pytest.skip("this file system cannot let names change places")
 
 
 def logits_of(folder: Path) -> Tensor:
