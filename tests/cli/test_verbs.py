@@ -86,7 +86,8 @@ def test_fit_shows_where_the_time_went(model_folder: Path, texts: Path, tmp_path
     found = run_json(*command, "--output", tmp_path / "one")
     assert set(found["spans"]) > {"select/pass/sums", "select/scoring", "correct/gradients", "heal"}
     for name in ("select", "correct"):
-        assert found["spans"][name]["seconds"] == pytest.approx(found["seconds"][name], abs=0.01)
+        # The entry is timed around the span.
+        assert 0.0 < found["spans"][name]["seconds"] <= found["seconds"][name]
     shown = run(*command, "--output", tmp_path / "other", "--profile")
     assert "where the time went" in shown and "(the rest)" in shown
     saved = json.loads((tmp_path / "one" / "config.json").read_text())
