@@ -70,6 +70,8 @@ def test_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_notebook_is_the_program_of_the_readme() -> None:
     program = (QUICK_START.parent / "fit.py").read_text(encoding="utf-8")
     code = "".join("".join(cell["source"]) + "\n" for cell in cells(QUICK_START))
-    for line in program.partition('"""\n\n')[2].splitlines():
-        if line.startswith(("demo", "model,", "calibration", "evaluation", "smaller,", "gf.save")):
-            assert line.partition("  #")[0] in code, line
+    begins = ("demo", "model,", "calibration", "evaluation", "smaller,", "gf.save")
+    lines = [line for line in program.splitlines() if line.startswith(begins)]
+    assert len(lines) == len(begins)
+    for line in lines:
+        assert line.partition("  #")[0] in code, line
