@@ -79,6 +79,32 @@ def test_on_a_model() -> None:
     assert all(score.flips == 0.0 for score in scores["same"])
 
 
+def test_the_longest_answer_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a token is a character, and an answer may stand behind a blank and before a new line."""
+
+    class Characters:
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [0] * add_special_tokens + [ord(letter) for letter in text]}
+
+        def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
+            return "".join(map(chr, tokens))
+
+    lengths = []
+
+    def answers(_: Any, prompts: Any, new_tokens: int, *__: Any) -> list[list[int]]:
+        lengths.append(new_tokens)
+        asked = ["".join(map(chr, prompt[1:])) for prompt in prompts]
+        return [[ord(letter) for letter in known[text]][:new_tokens] for text in asked]
+
+    problems = {kind: make_problems(kind, 20) for kind in KINDS}
+    known = {item.prompt: f" {item.answer}\n" for items in problems.values() for item in items}
+    monkeypatch.setattr(module, "greedy_answers", answers)
+    (scores,) = exact_answers({"dense": None}, Characters(), count=20).values()
+    assert [score.value for score in scores] == [1.0, 1.0, 1.0]
+    longest = [max(len(item.answer) for item in items) for items in problems.values()]
+    assert all(2 < new - most < 6 for new, most in zip(lengths, longest, strict=True))
+
+
 def test_refusals() -> None:
     with pytest.raises(ArgumentError, match="kind out of copying, adding, brackets, got 'magic'"):
         make_problems("magic", 1)
