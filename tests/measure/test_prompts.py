@@ -13,7 +13,7 @@ from ghosted_fast.measure.prompts import QUESTIONS, read_questions
 from ghosted_fast.text.chat import prompt_tokens
 
 TEMPLATE = (
-    "{% for m in messages %}the {{ m.content }} . {% endfor %}"
+    "{% for m in messages if m.role == 'user' %}the {{ m.content }} . {% endfor %}"
     "{% if add_generation_prompt %}bird{% endif %}"
 )
 
