@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.folded_models import check_saved_and_loaded
 from support.padded_text import dense_states, padded_batches
 
 from ghosted_fast.errors import UnsupportedModelError
@@ -75,18 +76,24 @@ def test_is_the_published_model(gaps: list[tuple[int, int]]) -> None:
     assert relative_rms(plain, exact) > 1e-2
 
 
-def test_a_compensated_model_is_saved_and_loaded(tmp_path: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
+def test_with_nothing_above_the_gap_it_is_the_pruned_model() -> None:
+    """The final norm takes the scale of the published code off."""
     model = tiny_model("llama")
-    patches = fit_patches(model, padded_batches(), [("prunecomp", (2, 4))])
-    smaller = put_patches(model, [2, 3], list(patches.values()))
-    smaller.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ids = padded_batches(1)[0]["input_ids"]
+    patches = fit_patches(model, padded_batches(), [("prunecomp", (4, 6))])
+    alpha = patches["prunecomp", (4, 6)].scale
+    assert alpha is not None and abs(alpha - 1.0) > 0.05
+    smaller, pruned = put_patches(model, [4, 5], list(patches.values())), prune_model(model, [4, 5])
+    batch = padded_batches(1)[0]
+    mask = batch["attention_mask"].bool()
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, smaller(ids).logits)
-    assert loaded.config.model_type == "llama"
+        logits = smaller(**batch).logits
+        assert torch.equal(logits, pruned(**batch).logits)
+        published = multiplied_below(model, [(4, 6)], [alpha])(**batch).logits
+    assert relative_rms(logits[mask], published[mask].double()) < 2e-4
+
+
+def test_a_compensated_model_is_saved_and_loaded(tmp_path: Any) -> None:
+    check_saved_and_loaded("prunecomp", "llama", tmp_path)
 
 
 def influences_of(model: Any) -> list[float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.folded_models import check_saved_and_loaded
 from support.padded_text import dense_states, padded_batches
 from torch import Tensor
 
@@ -73,17 +74,7 @@ def test_map_and_fold(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 def test_a_folded_model_is_saved_and_loaded(family: str, tmp_path: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = tiny_model(family)
-    patches = fit_patches(model, padded_batches(), [("replaceme", (2, 4))])
-    smaller = put_patches(model, [2, 3], list(patches.values()))
-    smaller.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ids = padded_batches(1)[0]["input_ids"]
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, smaller(ids).logits)
-    assert loaded.config.model_type == family
+    check_saved_and_loaded("replaceme", family, tmp_path)
 
 
 @pytest.mark.parametrize("family", BEHIND_NORM)
