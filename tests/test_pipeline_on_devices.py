@@ -50,7 +50,9 @@ def test_a_ghost_is_that_of_the_processor(device: str) -> None:
 def test_layers_are_chosen_and_a_ghost_is_corrected(device: str, dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype).to(device)
     smaller, report = ghost_model(model, tokens(40), 2, run=RunOptions(corrections=1))
-    assert len(report.removed) == 2 and report.corrections is not None
+    assert len(report.removed) == 2
+    (correction,) = report.corrections
+    assert correction.accepted and correction.after < correction.before
     assert ghost_of(smaller).weight.dtype == dtype
     assert bool(smaller(random_tokens(2, 24, 99).to(device)).logits.isfinite().all())
 
