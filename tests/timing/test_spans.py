@@ -57,9 +57,12 @@ def test_a_span_that_fails_is_closed(clock: list[float]) -> None:
 
 def test_nothing_is_recorded_outside_and_recordings_are_apart(clock: list[float]) -> None:
     work(clock)
-    with recording() as outer, span("outer"), recording() as inner:
-        work(clock)
-    assert list(outer.to_dict()) == ["outer"]
+    with recording() as outer, span("outer"):
+        with recording() as inner:
+            work(clock)
+        with span("later"):
+            clock[0] += 1.0
+    assert list(outer.to_dict()) == ["outer", "outer/later"]
     assert "fit/pass" in inner.to_dict()
 
 
