@@ -15,7 +15,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from ghosted_fast.text.batches import iterate_batches
 from ghosted_fast.text.folds import held_out_batches
 from ghosted_fast.text.loading import load_texts, token_batches
 from ghosted_fast.timing.estimates import Estimate, ratio_text
-from ghosted_fast.timing.rounds import time_variants
+from ghosted_fast.timing.rounds import Rounds, time_variants
 from ghosted_fast.timing.stopwatch import warm_sample
 
 INTERVAL = (14, 19)
@@ -91,6 +91,16 @@ def gate(model: Any, batch: torch.Tensor) -> float:
     return error
 
 
+def in_rounds(
+    works: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
+) -> Rounds:
+    """Return the times of some works, each of seconds, run by turns until 1% is known."""
+    variants = {
+        label: partial(warm_sample, work, device, 1, warm_up=False) for label, work in works.items()
+    }
+    return time_variants(variants, 0.01, seconds)
+
+
 def overheads(model: Any, batch: torch.Tensor, seconds: float) -> dict[str, dict[str, Any]]:
     """Return the time of calibration over that of the bare layers, as an `Estimate`."""
     count = num_layers(model)
@@ -106,12 +116,7 @@ def overheads(model: Any, batch: torch.Tensor, seconds: float) -> dict[str, dict
         def collected(intervals: list[tuple[int, int]] = intervals) -> None:
             collect_statistics(model, [batch], intervals, OPTIONS)
 
-        works: dict[str, Callable[[], None]] = {"collected": collected, "bare": bare}
-        variants = {
-            label: partial(warm_sample, work, model.device, 1, warm_up=False)
-            for label, work in works.items()
-        }
-        rounds = time_variants(variants, 0.01, seconds)
+        rounds = in_rounds({"collected": collected, "bare": bare}, model.device, seconds)
         result[name] = {
             "ratio": rounds.speedup("bare").to_dict(),
             "bare_ms": 1e3 * rounds.seconds("bare").value,
@@ -150,11 +155,7 @@ def scoring(model: Any, batches: list[torch.Tensor], seconds: float) -> dict[str
         "evaluated": lambda: [perplexity(variant, held_out) for variant in smaller],
         "scored": lambda: score_intervals(model, held_out, intervals, ghosts),
     }
-    variants = {
-        label: partial(warm_sample, work, model.device, 1, warm_up=False)
-        for label, work in works.items()
-    }
-    rounds = time_variants(variants, 0.01, seconds)
+    rounds = in_rounds(works, model.device, seconds)
     share = rounds.speedup("scored").inverse.times(len(chosen) / len(intervals))
     return {
         "ratio": share.to_dict(),

@@ -118,8 +118,8 @@ class Machine:
         """Return the rows of the newest run of a benchmark; none if it did not run here.
 
         Args:
-            benchmark: `gram_update`, `ghost_apply`, `ghost_solve`, `calibration` or `generate`. Of
-                `generate`, the newest run of each dtype.
+            benchmark: An operator, `calibration`, `generate`, `timing` or `fit`. Of `generate`, the
+                newest run of each dtype.
         """
         path = self.folder / f"{benchmark}.jsonl"
         if not path.exists():
