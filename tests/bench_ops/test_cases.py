@@ -15,6 +15,11 @@ from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant
 from ghosted_fast.bench_ops.rotation import InTurn, bytes_past_the_cache
 from ghosted_fast.errors import ArgumentError, BackendError, GateError
 from ghosted_fast.ops import packing
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.statistics import gram
+from ghosted_fast.statistics.interval import new_statistics, update_statistics
+from ghosted_fast.statistics.sample import Sample
+from ghosted_fast.text.batches import Batch
 
 CPU = torch.device("cpu")
 SMALL = Setting(CPU, rotated_bytes=1 << 16, compiled=False)
@@ -172,6 +177,29 @@ def test_bytes_and_flops(in_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (case.num_bytes, case.flops) == (4 * square + 8 * 3 * 64, {"fp32": 6.0 * square})
     int8 = next(variant for variant in case.variants if variant.name == f"{OURS} int8")
     assert int8.num_bytes == square + 8 * 3 * 64
+
+
+def test_the_form_of_the_fit_is_what_calibration_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[torch.Tensor, ...]] = []
+    settings: list[dict[str, Any]] = []
+
+    def note(x: torch.Tensor, y: torch.Tensor, token_weight: torch.Tensor, **given: Any) -> None:
+        calls.append((x, y, token_weight))
+        settings.append({name: given[name] for name in ("norm_eps", "delta")})
+        assert given["gram"] is not None and given["cross"] is not None
+
+    for module in (gram_update, gram):
+        monkeypatch.setattr(module, "gram_update", note)
+    *_, plan = gram_update.plans(64, 300, BF16)
+    plan.make(SMALL).variants[0].run()
+    x, y = calls[0][0][None], calls[0][1][None]
+    # Without the floor of capped weights, which only makes some of them smaller.
+    options = GhostOptions(token_weight="inverse_energy", first_state="off")
+    item = new_statistics((1, 2), options, 64, settings[0]["norm_eps"])
+    batch = Batch(*torch.ones(2, 1, 300, dtype=torch.int64))
+    update_statistics(item, Sample((1, 2), x, y, batch, 0, 0), options)
+    assert settings[0] == settings[1] and len(calls) == 2
+    assert all(torch.equal(one, other) for one, other in zip(*calls, strict=True))
 
 
 def test_on_cuda_every_product_of_parts_counts() -> None:
