@@ -73,7 +73,7 @@ def test_steps_fall_by_the_minutes_where_these_end_first(monkeypatch: pytest.Mon
     [
         ({"held_out_tokens": 768}, 18, [9, 18]),  # a quarter of 6912 is 2.25 times 768
         ({"held_out_tokens": 384}, 19, [4, 8, 12, 16, 19]),  # 4.75 times
-        ({"held_out_tokens": 96}, 20, list(range(2, 21, 2))),  # 19.75 times, ten at most
+        ({"held_out_tokens": 144}, 20, list(range(2, 21, 2))),  # 13.08 times, ten at most
         ({"held_out_tokens": 768, "tokens": 1900}, 5, [3, 5]),  # 0.6 times, two at least
     ],
     ids=str,
