@@ -23,6 +23,7 @@ from fuzz.judge import Outcomes
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.export.gguf_tokenizer import add_tokenizer
 from ghosted_fast.models.checked.gguf_header import read_gguf_header
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.surgery.cut import remove_layers
@@ -200,7 +201,9 @@ def test_whole_gguf_models(tmp_path: Path) -> None:
     write_gguf_model(path)
     whole = path.read_bytes()
     numbers = sum(math.prod(shape) for shape in read_gguf_header(path).shapes.values())
-    expected = logits(load_model(path)[0])
+    model, _ = load_model(path)
+    expected = logits(model)
+    assert Decoder.of(model).name == str(path)
     chance, outcomes = random.Random(SEED + 3), Outcomes()
     ways = [truncate, flip, scramble, renamed]
     for turn in range(80 * TIMES):
