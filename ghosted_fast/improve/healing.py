@@ -314,13 +314,14 @@ class _Healing:
         began = time.perf_counter()
         self._set(point)
         found, judges = 0.0, list(distributed.my_share(self._judges))
-        with span("judgement"), self._trained.applied():
+        with span("judgement"):
             if not self._expected:
                 self._expected = [self._dense.states(batch) for batch in judges]
-            for batch, theirs in zip(judges, self._expected, strict=True):
-                ours = self._smaller.states(batch)
-                counted = batch.attention_mask.bool()
-                found += exit_divergence(self._dense, self._smaller, theirs, ours, counted)
+            with self._trained.applied():
+                for batch, theirs in zip(judges, self._expected, strict=True):
+                    ours = self._smaller.states(batch)
+                    counted = batch.attention_mask.bool()
+                    found += exit_divergence(self._dense, self._smaller, theirs, ours, counted)
         sums = torch.tensor([found], dtype=torch.float64)
         distributed.add_up([sums])
         self._judging = time.perf_counter() - began
