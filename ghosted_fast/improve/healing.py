@@ -225,7 +225,7 @@ class _Healing:
                 if not all(bool(torch.isfinite(part).all()) for part in gradients):
                     ended = self._nan_ends("a gradient", run)
                     break
-                take_step(run, gradients, self._options.learning_rate * _schedule(run))
+                take_step(run, gradients, self._options.learning_rate * learning_rate_share(run))
                 bar.update(token_count(chosen))
                 self._stepping = time.perf_counter() - began - run.seconds
                 run.seconds += self._stepping
@@ -375,7 +375,7 @@ class _Healing:
         )
 
 
-def _schedule(run: Run) -> float:
+def learning_rate_share(run: Run) -> float:
     """Return the share of the learning rate: up over a few steps, and down a line at the end."""
     rising = min(1.0, (run.step + 1) / _WARMUP_STEPS)
     return rising * min(1.0, (1.0 - run.share) / _COOLING)
