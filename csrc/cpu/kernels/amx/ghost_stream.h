@@ -115,12 +115,10 @@ inline void apply_stream(const Epilogue& epilogue, int64_t threads) {
   tile_rows(static_cast<const uint16_t*>(args.x), rows, size, rows, x);
   const TileConfig config = stream_tiles(rows, steps);
   const int64_t bytes = panels * dwords * kPanel * static_cast<int64_t>(sizeof(float));
-  const int64_t used = min64(threads, max64(1, bytes / kBytesPerThread));
-  const int64_t tasks = used == 1 ? 1 : min64(panels, kRunsPerThread * used);
-  for_each_task(tasks, used, [&](int64_t task, int64_t) {
+  for_each_run(panels, bytes, threads, [&](int64_t begin, int64_t end) {
     const Tiles tiles(config);
     alignas(64) float sums[2][kStreamRows * kPanel];
-    for (int64_t p = task * panels / tasks; p < (task + 1) * panels / tasks; ++p) {
+    for (int64_t p = begin; p < end; ++p) {
       const float* panel = static_cast<const float*>(args.weight) + p * dwords * kPanel;
       stream_panel(x, rows, panel, steps, sums[0], sums[1]);
       const int64_t out = p * kPanel, count = min64(kPanel, size - out);

@@ -127,14 +127,12 @@ inline void apply_unpacked_groups(const Epilogue& epilogue, int64_t threads) {
   transpose_rows(static_cast<const uint16_t*>(args.x), rows, size, kGroups, steps, tiles);
   const UnpackedRows x{tiles, steps};
   const int64_t bytes = size * size * static_cast<int64_t>(sizeof(uint16_t));
-  const int64_t used = min64(threads, max64(1, bytes / kBytesPerThread));
-  const int64_t tasks = used == 1 ? 1 : min64(panels, kRunsPerThread * used);
-  for_each_task(tasks, used, [&](int64_t task, int64_t) {
+  for_each_run(panels, bytes, threads, [&](int64_t begin, int64_t end) {
     const Tiles owned(whole_tiles());
     constexpr int64_t kSums = kGroups == 1 ? 2 : kGroups;
     alignas(64) float sums[kSums * kAmxDwords];
     alignas(64) float by_row[kAmxDwords + kPanel];  // may be read to a whole vector
-    for (int64_t p = task * panels / tasks; p < (task + 1) * panels / tasks; ++p) {
+    for (int64_t p = begin; p < end; ++p) {
       // The last 16 outputs may overlap those before, which are not written again.
       const int64_t out = p * kPanel, first = min64(out, size - kPanel);
       unpacked_panel<kGroups>(x, weight + first * size, size, sums);
