@@ -135,12 +135,14 @@ inline const float* strip_panels(const ApplyArgs& args, int64_t out, int64_t out
                             out / kPanel * packed_dwords<kType>(size) * kPanel;
       const int64_t count = (outputs + kPanel - 1) / kPanel;
 #if defined(GHOSTED_FAST_NEON)
-      for (int64_t panel = 0; kPairs && panel < count; ++panel) {
+      if constexpr (kPairs) {
         const int64_t from = packed_dwords<kType>(size);
-        put_in_quads(panels + panel * from * kPanel, from, dwords,
-                     buffer + panel * dwords * kPanel);
+        for (int64_t panel = 0; panel < count; ++panel) {
+          put_in_quads(panels + panel * from * kPanel, from, dwords,
+                       buffer + panel * dwords * kPanel);
+        }
+        return buffer;
       }
-      if (kPairs) return buffer;
 #endif
       if (kInputsPerDword<kType> == 1) return panels;
       widen_strip(panels, count, size, buffer);
