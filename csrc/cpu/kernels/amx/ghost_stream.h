@@ -30,6 +30,26 @@ struct TileSteps {
   int64_t count() const { return whole + (rest > 0 ? 1 : 0); }
 };
 
+// A copy of up to 16 rows of up to 32 inputs, beside zeros.
+struct alignas(64) TileCopy {
+  uint16_t numbers[kAmxRows][kTileInputs] = {};
+
+  TileCopy() = default;
+  TileCopy(const uint16_t* from, int64_t stride, int64_t rows, int64_t inputs) {
+    const size_t bytes = static_cast<size_t>(min64(kTileInputs, inputs)) * sizeof(uint16_t);
+    for (int64_t row = 0; row < min64(kAmxRows, rows); ++row) {
+      std::memcpy(numbers[row], from + row * stride, bytes);
+    }
+  }
+
+  // to[16 pairs of inputs][16 rows], in dwords.
+  void transpose(float* to) const {
+    alignas(64) float dwords[kAmxDwords];
+    std::memcpy(dwords, numbers, sizeof(dwords));
+    transpose_16(dwords, to);
+  }
+};
+
 // to[step][tile_rows][32 inputs] of rows of x, zeros beyond the inputs and the rows.
 inline void tile_rows(const uint16_t* x, int64_t rows, int64_t size, int64_t tile_rows,
                       uint16_t* to) {
