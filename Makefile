@@ -130,7 +130,7 @@ format: .venv/.installed
 hooks: .venv/.installed
 	$(BIN)/pre-commit install
 
-# An hour and a half on two cores. Nothing else should run beside it.
+# An hour and a half, by the limits of its parts. Nothing else should run beside it.
 bench: setup
 	$(BIN)/python benchmarks/bench_ops.py --threads 1 2
 	$(BIN)/python benchmarks/bench_calibration.py

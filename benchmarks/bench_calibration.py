@@ -16,11 +16,11 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from _passes import in_rounds, passes
 from _results import append_rows, machine_folder
 from rich.console import Console
 
@@ -30,7 +30,6 @@ from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.fit.ghosts import fit_ghost, fit_on_training_folds
 from ghosted_fast.measure.perplexity import perplexity
 from ghosted_fast.measure.system import machine_facts
-from ghosted_fast.models.boundaries import visit_boundaries
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.families import hidden_size, num_layers
 from ghosted_fast.models.loading import cast_parameters, load_model
@@ -44,11 +43,10 @@ from ghosted_fast.text.batches import iterate_batches
 from ghosted_fast.text.folds import held_out_batches
 from ghosted_fast.text.loading import load_texts, token_batches
 from ghosted_fast.timing.estimates import Estimate, ratio_text
-from ghosted_fast.timing.rounds import time_variants
-from ghosted_fast.timing.stopwatch import warm_sample
 
 INTERVAL = (14, 19)
 OPTIONS = GhostOptions(first_state="off")
+PRECISION = 0.01
 # What is promised: at most this times the bare layers, or the evaluations of whole models.
 GOALS = {"one interval": 1.10, "all intervals": 1.40, "scoring": 0.60}
 SCORE_TOKENS = 2048
@@ -97,21 +95,8 @@ def overheads(model: Any, batch: torch.Tensor, seconds: float) -> dict[str, dict
     every = candidate_intervals(INTERVAL[1] - INTERVAL[0], count)
     result = {}
     for name, intervals in (("one interval", [INTERVAL]), ("all intervals", every)):
-        last = max(stop for _, stop in intervals)
-
-        def bare(last: int = last) -> None:
-            for item in iterate_batches([batch]):
-                visit_boundaries(model, item, [last], lambda *_: None)
-
-        def collected(intervals: list[tuple[int, int]] = intervals) -> None:
-            collect_statistics(model, [batch], intervals, OPTIONS)
-
-        works: dict[str, Callable[[], None]] = {"collected": collected, "bare": bare}
-        variants = {
-            label: partial(warm_sample, work, model.device, 1, warm_up=False)
-            for label, work in works.items()
-        }
-        rounds = time_variants(variants, 0.01, seconds)
+        works = passes(model, [batch], intervals, OPTIONS)
+        rounds = in_rounds(works, model.device, seconds, PRECISION)
         result[name] = {
             "ratio": rounds.speedup("bare").to_dict(),
             "bare_ms": 1e3 * rounds.seconds("bare").value,
@@ -150,11 +135,7 @@ def scoring(model: Any, batches: list[torch.Tensor], seconds: float) -> dict[str
         "evaluated": lambda: [perplexity(variant, held_out) for variant in smaller],
         "scored": lambda: score_intervals(model, held_out, intervals, ghosts),
     }
-    variants = {
-        label: partial(warm_sample, work, model.device, 1, warm_up=False)
-        for label, work in works.items()
-    }
-    rounds = time_variants(variants, 0.01, seconds)
+    rounds = in_rounds(works, model.device, seconds, PRECISION)
     share = rounds.speedup("scored").inverse.times(len(chosen) / len(intervals))
     return {
         "ratio": share.to_dict(),
@@ -182,9 +163,7 @@ def measure_memory(dtype: str, tokens: int) -> None:
     batches = calibration_tokens(tokenizer, tokens)
     options = GhostOptions()
 
-    def bare() -> None:
-        for item in iterate_batches(batches[:1]):
-            visit_boundaries(model, item, [INTERVAL[1]], lambda *_: None)
+    bare = passes(model, batches[:1], [INTERVAL], options)["bare"]
 
     def calibrate() -> None:
         fit_ghost(collect_statistics(model, batches, [INTERVAL], options)[0], options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import prune_model
 from ghosted_fast.text.loading import load_texts, token_batches
 from ghosted_fast.timing.estimates import Estimate
+from ghosted_fast.timing.stopwatch import warm_sample
 
 REMOVE = 5
 EVALUATION_TOKENS = 5120
@@ -40,12 +42,12 @@ GOAL = 6.0
 @torch.inference_mode()
 def seconds_per_token(model: Any, batches: list[torch.Tensor]) -> list[float]:
     """Return the dense model's seconds per token, batch by batch; one batch warms up."""
-    found = []
-    for batch in [batches[0], *batches[:TIMED], *batches[:TIMED]]:
-        began = time.perf_counter()
-        model(batch, use_cache=False)
-        found.append((time.perf_counter() - began) / batch.numel())
-    return found[1:]
+    model(batches[0], use_cache=False)
+    return [
+        warm_sample(partial(model, batch, use_cache=False), model.device, 1, warm_up=False)
+        / batch.numel()
+        for batch in 2 * batches[:TIMED]
+    ]
 
 
 def main() -> None:

@@ -136,8 +136,9 @@ def record(
     model: Any,
     errors: dict[str, float],
     roofs: dict[str, float],
+    date: str,
 ) -> dict[str, Any]:
-    """Return a line of the results file."""
+    """Return a line of the results file; the models of a run have one date."""
     speed = row.throughput
     assert speed is not None
     batch_size = speed.settings.batch_size
@@ -164,7 +165,7 @@ def record(
         "roof_gflops": roofs[kind] / 1e9,
         **errors,
         "machine": machine_facts(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": date,
     }
 
 
@@ -206,7 +207,8 @@ def main() -> None:
         models = {"dense": dense, "pruned": prune_model(dense, REMOVED), "ghosted": ghosted}
         rows = compare_models(models, speed=speed, progress=True)
         facts = [row.to_dict() for row in rows]
-        lines = [record(row, facts, models[row.name], errors, roofs) for row in rows]
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        lines = [record(row, facts, models[row.name], errors, roofs, date) for row in rows]
         append_rows(options.output, lines)
         for line in lines:
             console.print(

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import append_rows, machine_folder
+from _shapes import SHAPES, llama_config
 from rich.console import Console
 
 from ghosted_fast.cli._shared.values import parse_bytes
@@ -42,42 +44,6 @@ from ghosted_fast.swept.run import Asked, ghost_unloaded
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 from ghosted_fast.text.batches import iterate_batches
 
-RESULTS = Path(__file__).parent / "results" / "bench_sweep.jsonl"
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 256,
-    },
-    # Weights of 336 MB in layers of 8 MB: soon swept through, under a limit of half of them.
-    "ci": {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "vocab_size": 1000,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-}
 _BLOCK = 1_000_003
 _SHARD_LAYERS = 8
 
@@ -105,14 +71,12 @@ class RandomPiece:
 
 def make_checkpoint(folder: Path, shape: str, layers: int | None = None) -> None:
     """Write a llama of some shape with random weights, unless it is there."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     if (folder / "config.json").exists():
         return
-    sizes = {**SHAPES[shape], "max_position_embeddings": 8192}
-    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
-    config = LlamaConfig(**sizes, dtype="bfloat16", tie_word_embeddings=False)
+    config = llama_config(shape, layers)
     with torch.device("meta"), no_init_weights():
         names = AutoModelForCausalLM.from_config(config).state_dict()
     block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0))
@@ -262,7 +226,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--works", nargs="+", choices=("bare", "fit", "cut"),
                         default=["bare", "fit", "cut"])  # fmt: skip
     parser.add_argument("--folder", default="build/bench_sweep")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=machine_folder() / "sweep.jsonl")
     parser.add_argument("--work", choices=("bare", "fit", "cut"), help=argparse.SUPPRESS)
     parser.add_argument("--limit", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -275,9 +239,7 @@ def main() -> None:
         return
     console = Console()
     rows = measure(arguments)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    append_rows(arguments.output, rows)
     for row in rows:
         peak, allowed, weights = (
             row[name] / 1e9 for name in ("peak_bytes", "limit_bytes", "weight_bytes")

@@ -2,7 +2,7 @@
 #     docker build -f docker/cpu.Dockerfile --build-arg TORCH_INDEX=... -t ghosted-fast:0.1.0 .
 #     docker run --rm -v "$PWD":/work ghosted-fast:0.1.0 doctor
 # TORCH_INDEX is the index of torch's builds for processors, which torch's own page on installing
-# names. Without it torch is PyPI's, which on x86-64 is a build for CUDA of several GB.
+# names. Without it torch is PyPI's, which on x86-64 is a build for CUDA, and large.
 
 FROM python:3.12-slim-bookworm AS build
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ \

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import gc
 import json
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from _passes import in_rounds, passes
+from _shapes import SHAPES, llama_config
 from torch import Tensor
 
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.bench_ops.timers import timer_for
 from ghosted_fast.errors import GateError
-from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.measure.speed import compare_throughput
 from ghosted_fast.measure.system import machine_facts, peak_memory, reset_peak_memory
-from ghosted_fast.models.boundaries import visit_boundaries
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.options import GhostOptions, RunOptions
@@ -30,12 +30,14 @@ from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.selection.criteria.request import candidate_intervals
 from ghosted_fast.surgery.cut import prune_model, remove_layers
 from ghosted_fast.testing import relative_rms
-from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.timing.rounds import time_variants
 from ghosted_fast.timing.stopwatch import warm_sample
 from gpu.plan import Setting, result_file
 
 # A decode step in bf16 with another cache and other shapes, against the whole sequence at once.
 _GATE = 3e-2
+_BATCHES = 8  # of calibration
+_BY_CALLS = " by calls"
 _PROMPT = 16  # tokens before the step that is put into a graph
 
 
@@ -44,19 +46,17 @@ class Shape:
     """A model and how much is done with it.
 
     Attributes:
-        config: Of a Llama.
+        sizes: The name of its sizes.
         removed: The layers that are taken out.
-        batches: Calibration batches.
-        batch: Sequences and tokens of each.
+        batch: Sequences and tokens of each calibration batch.
         prompt: Tokens of a prompt.
         new_tokens: Tokens that are written after it.
         batch_sizes: Prompts at a time.
         seconds: Of each measurement of speed, at most.
     """
 
-    config: Mapping[str, int]
+    sizes: str
     removed: range
-    batches: int
     batch: tuple[int, int]
     prompt: int
     new_tokens: int
@@ -66,25 +66,14 @@ class Shape:
     def text(self) -> list[Tensor]:
         """Return random calibration tokens."""
         generator = torch.Generator().manual_seed(0)
-        vocabulary = self.config["vocab_size"]
-        return [
-            torch.randint(vocabulary, self.batch, generator=generator) for _ in range(self.batches)
-        ]
+        vocabulary = SHAPES[self.sizes]["vocab_size"]
+        return [torch.randint(vocabulary, self.batch, generator=generator) for _ in range(_BATCHES)]
 
 
-SHAPES = {
+WORK = {
     "8b": Shape(
-        config={
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "max_position_embeddings": 8192,
-        },
+        sizes="8b",
         removed=range(16, 24),
-        batches=8,
         batch=(8, 512),
         prompt=512,
         new_tokens=64,
@@ -92,17 +81,8 @@ SHAPES = {
         seconds=60.0,
     ),
     "tiny": Shape(
-        config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 256,
-            "max_position_embeddings": 256,
-        },
+        sizes="tiny",
         removed=range(3, 5),
-        batches=8,
         batch=(2, 64),
         prompt=16,
         new_tokens=4,
@@ -113,24 +93,18 @@ SHAPES = {
 
 
 def dense_model(shape: Shape, device: torch.device) -> Any:
-    """Return a random Llama of a shape in bf16, made on its device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Return a random llama of a shape in bf16, made on its device."""
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            model = LlamaForCausalLM(LlamaConfig(**shape.config, dtype="bfloat16"))
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval()
+    with device:
+        return AutoModelForCausalLM.from_config(llama_config(shape.sizes)).eval()
 
 
 def three_models(shape: Shape, device: torch.device) -> dict[str, Any]:
     """Return the dense model, and without layers, with nothing and with a ghost in their place."""
     dense = dense_model(shape, device)
-    width = shape.config["hidden_size"]
+    width = SHAPES[shape.sizes]["hidden_size"]
     ghost = GhostLinear(
         width, norm_eps=Decoder.of(dense).norm_eps, device=device, dtype=torch.bfloat16
     )
@@ -189,55 +163,53 @@ def decode_step(model: Any, device: torch.device, length: int) -> Callable[[], T
 @torch.no_grad()
 def measure_graphs(shape: Shape, device: torch.device) -> dict[str, Any]:
     """Return the milliseconds of a decode step of each model, in a CUDA graph and by calls."""
-    found = {}
+    variants: dict[str, Callable[[], float]] = {}
+    notes = {}
     for name, model in three_models(shape, device).items():
         step = decode_step(model, device, shape.prompt + shape.new_tokens)
         timed = timer_for(device)(step)
-        samples = sorted(timed.sample() for _ in range(5))
-        eager = sorted(warm_sample(step, device, 5) for _ in range(5))
-        found[name] = {
-            "ms": 1e3 * statistics.median(samples),
-            "eager_ms": 1e3 * statistics.median(eager),
-            "note": timed.note,
+        notes[name] = timed.note
+        variants[name] = timed.sample
+        variants[name + _BY_CALLS] = partial(warm_sample, step, device, 5)
+    rounds = time_variants(variants, seconds=shape.seconds)
+    steps = {
+        name: {
+            "ms": rounds.seconds(name).times(1e3).to_dict(),
+            "to_dense": None if name == "dense" else rounds.speedup(name).to_dict(),
+            "eager_ms": rounds.seconds(name + _BY_CALLS).times(1e3).to_dict(),
+            "note": note,
         }
-    return {"steps": found}
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Return the median seconds of three runs after one, and the most memory that they held."""
-    run()
-    gc.collect()
-    reset_peak_memory(device)
-    samples = [warm_sample(run, device, 1, warm_up=False) for _ in range(3)]
-    return {"seconds": statistics.median(samples), "peak_bytes": peak_memory(device)}
+        for name, note in notes.items()
+    }
+    return {"steps": steps}
 
 
 @torch.no_grad()
 def measure_calibration(shape: Shape, device: torch.device) -> dict[str, Any]:
     """Return the time and memory of the pass over text, for one interval and for all of a length.
 
-    Each is set against the bare layers up to its last boundary.
+    Each is raced with the bare layers up to its last boundary.
     """
     dense, text = dense_model(shape, device), shape.text()
     one = (shape.removed.start, shape.removed.stop)
-    every = candidate_intervals(len(shape.removed), shape.config["num_hidden_layers"])
+    layers = SHAPES[shape.sizes]["num_hidden_layers"]
+    every = candidate_intervals(len(shape.removed), layers)
     found = {}
     for name, intervals in (("one interval", [one]), ("all intervals", every)):
-        last = max(stop for _, stop in intervals)
-
-        def bare(last: int = last) -> None:
-            for item in iterate_batches(text):
-                visit_boundaries(dense, item, [last], lambda *_: None)
-
-        def collected(intervals: list[tuple[int, int]] = intervals) -> None:
-            collect_statistics(dense, text, intervals, GhostOptions())
-
-        alone, whole = _timed(bare, device), _timed(collected, device)
+        works = passes(dense, text, intervals, GhostOptions())
+        for work in works.values():
+            work()
+        gc.collect()
+        reset_peak_memory(device)
+        works["collected"]()
+        memory = peak_memory(device)
+        rounds = in_rounds(works, device, shape.seconds)
         found[name] = {
             "intervals": len(intervals),
-            "bare": alone,
-            "collected": whole,
-            "ratio": whole["seconds"] / alone["seconds"],
+            "bare_seconds": rounds.seconds("bare").to_dict(),
+            "seconds": rounds.seconds("collected").to_dict(),
+            "ratio": rounds.speedup("bare").to_dict(),
+            "peak_bytes": memory,
         }
     return {"tokens": sum(batch.numel() for batch in text), "passes": found}
 
@@ -275,7 +247,7 @@ PARTS: dict[str, Callable[[Shape, torch.device], dict[str, Any]]] = {
 def run_model_part(name: str, setting: Setting) -> None:
     """Measure one part and write its figures."""
     device = torch.device(setting.device)
-    found = PARTS[name](SHAPES[setting.shape], device)
+    found = PARTS[name](WORK[setting.shape], device)
     found["machine"] = {**machine_facts(), "device": setting.device}
     text = json.dumps(found, indent=2, ensure_ascii=False)
     write_atomically(result_file(name, setting), text + "\n")

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ghosted_fast._atomic_files import write_atomically
+from ghosted_fast.bench_ops.report import figure_text
+from ghosted_fast.timing.estimates import Estimate, estimate_from, ratio_text
 from gpu.plan import Part, Setting, result_file
 from gpu.running import DONE, LEFT, state_of
 
@@ -68,14 +70,19 @@ def _machine(found: dict[str, Any]) -> str:
     return str(found["device"])
 
 
+def _figure(record: dict[str, Any], factor: float = 1.0) -> str:
+    """Return an estimate as JSON has it, in another unit, with its interval."""
+    return figure_text(Estimate(**record).times(factor))
+
+
 def _operators(result: dict[str, Any]) -> list[str]:
     lines = []
     for case in result["cases"]:
         for row in case["rows"]:
             best = row["ratios"].get(row["best_rival"]) if row["is_ours"] else None
-            beside = f"{best['value']:.2f}x {row['best_rival']}" if best else ""
-            share = f"{row['roof_share']['value']:.0%} of {row['roof_limit']}"
-            shown = [row["shape"], row["variant"], f"{row['ms']['value']:.4f}", share, beside]
+            beside = f"{ratio_text(Estimate(**best))}: {row['best_rival']}" if best else ""
+            share = f"{_figure(row['roof_share'], 100.0)} % of {row['roof_limit']}"
+            shown = [row["shape"], row["variant"], _figure(row["ms"]), share, beside]
             lines.append([*shown, row["note"]])
     return table(["shape", "variant", "ms", "roof", "against the best rival", ""], lines)
 
@@ -85,8 +92,8 @@ def _speed(result: dict[str, Any]) -> list[str]:
         [
             size,
             name,
-            f"{speed['prefill_tokens_per_s']['value']:.0f}",
-            f"{speed['decode_tokens_per_s']['value']:.1f}",
+            _figure(speed["prefill_tokens_per_s"]),
+            _figure(speed["decode_tokens_per_s"]),
             f"{(speed['weight_bytes'] or 0) / _GIB:.2f}",
         ]
         for size, speeds in result["batch sizes"].items()
@@ -96,10 +103,10 @@ def _speed(result: dict[str, Any]) -> list[str]:
 
 
 def _graphs(result: dict[str, Any]) -> list[str]:
-    dense = result["steps"]["dense"]["ms"]
     lines = []
     for name, step in result["steps"].items():
-        figures = [f"{step['ms']:.3f}", f"{dense / step['ms']:.2f}x", f"{step['eager_ms']:.3f}"]
+        to_dense = ratio_text(estimate_from(step["to_dense"]))
+        figures = [_figure(step["ms"]), to_dense, _figure(step["eager_ms"])]
         lines.append([name, *figures, step["note"]])
     return table(["model", "ms per token", "to dense", "by calls", ""], lines)
 
@@ -113,10 +120,10 @@ def _calibration(result: dict[str, Any]) -> list[str]:
         [
             name,
             item["intervals"],
-            f"{item['bare']['seconds']:.3f}",
-            f"{item['collected']['seconds']:.3f}",
-            f"{item['ratio']:.2f}",
-            _memory(item["collected"]["peak_bytes"]),
+            _figure(item["bare_seconds"]),
+            _figure(item["seconds"]),
+            ratio_text(Estimate(**item["ratio"])),
+            _memory(item["peak_bytes"]),
         ]
         for name, item in result["passes"].items()
     ]

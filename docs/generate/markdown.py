@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from docs.generate.results import Machine, machines
 from ghosted_fast.timing.estimates import estimate_from, ratio_text, speed_text
 
 
@@ -23,6 +24,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1)
         raise ValueError(f"expected {len(columns)} cells, got {list(wrong[0])}")
     rule = ["---" if index < words else "---:" for index in range(len(columns))]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rule, *rows))
+
+
+def by_machine(
+    has: Callable[[Machine], list[dict[str, Any]]],
+    show: Callable[[list[dict[str, Any]]], str],
+) -> str:
+    """Return what is shown of each machine's rows, under its processor's name, the newest first."""
+    parts = []
+    for machine in machines(has):
+        rows = has(machine)
+        processor = rows[0].get("machine", rows[0])["processor"]
+        parts.append(f"**{processor}.** {show(rows)}")
+    return "\n".join(parts) or "Not measured yet in this way.\n"
 
 
 def measured_ratio(record: Mapping[str, Any] | None) -> str:

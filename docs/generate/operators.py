@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from docs.generate.markdown import table
-from docs.generate.results import Machine, machines, newest_rows
+from docs.generate.markdown import by_machine, table
 from ghosted_fast.bench_ops.report import figure_text
 from ghosted_fast.timing.estimates import Estimate, estimate_from
 
@@ -43,20 +43,15 @@ def operator_table(operator: str) -> str:
     interval's lower end is below the floor is bold, whether the benchmark holds that size to the
     floor or not.
     """
-
-    def has(machine: Machine) -> list[Row]:
-        return machine.newest(operator)
-
-    parts = [f"{_machine_line(has(m))}\n\n{_table_of(operator, has(m))}" for m in machines(has)]
-    return "\n".join(parts)
+    return by_machine(lambda machine: machine.newest(operator), partial(_table_of, operator))
 
 
-def _machine_line(found: list[Row]) -> str:
-    """Return on what, with what and when an operator was measured."""
+def _measured_with(found: list[Row]) -> str:
+    """Return the path, the torch and the day that an operator was measured with."""
     row = found[0]
     path = re.search(r"path (\w+)", row["native"])
     assert path is not None
-    return f"**{row['processor']}**, path `{path[1]}`, torch {row['torch']}, {row['date'][:10]}."
+    return f"Path `{path[1]}`, torch {row['torch']}, {row['date'][:10]}.\n\n"
 
 
 def _table_of(operator: str, found: list[Row]) -> str:
@@ -79,7 +74,7 @@ def _table_of(operator: str, found: list[Row]) -> str:
         for case, by_size in floors.items()
     ]
     heads = [f"{threads} thr., d={size}" for threads in _THREADS for size in _SIZES]
-    return table(["case", "against", "floor", *heads], lines, 2)
+    return _measured_with(found) + table(["case", "against", "floor", *heads], lines, 2)
 
 
 def _named(operator: str, case: tuple[str, str, str, str]) -> list[str]:
@@ -120,12 +115,7 @@ def _values(
 
 def divergence_table() -> str:
     """Return each machine's table of `divergence`: how many times as fast as each rival."""
-
-    def has(machine: Machine) -> list[Row]:
-        return machine.newest("divergence")
-
-    parts = [f"{_machine_line(has(m))}\n\n{_divergences_of(has(m))}" for m in machines(has)]
-    return "\n".join(parts) or "Not measured yet in this way.\n"
+    return by_machine(lambda machine: machine.newest("divergence"), _divergences_of)
 
 
 def _divergences_of(found: list[Row]) -> str:
@@ -137,13 +127,17 @@ def _divergences_of(found: list[Row]) -> str:
             cells = [row["shape"], str(row["threads"])]
             cells += ["" if ratio is None else figure_text(ratio) for ratio in ratios]
             lines.append([*cells, figure_text(Estimate(**row["roof_share"]))])
-    return table(["case", "threads", *rivals, "share of the roof"], lines)
+    columns = ["case", "threads", *rivals, "share of the roof"]
+    return _measured_with(found) + table(columns, lines)
 
 
 def against_hooks() -> str:
     """Return how many times as fast a ghost is as a forward hook with an fp32 weight."""
-    newest = newest_rows("ghost_apply")
-    rows = [row for row in newest if row["variant"] == "ghosted_fast"]
+    return by_machine(lambda machine: machine.newest("ghost_apply"), _hooks_of)
+
+
+def _hooks_of(found: list[Row]) -> str:
+    rows = [row for row in found if row["variant"] == "ghosted_fast"]
     shown: list[tuple[str, Callable[[Row], bool]]] = [
         (f"{dtype}, {count} row{'s' * (count > 1)}", _is(dtype, f"rows={count}"))
         for dtype, count in (
@@ -159,15 +153,15 @@ def against_hooks() -> str:
         cells = []
         for threads in _THREADS:
             for size in _SIZES:
-                found = [
+                ratios = [
                     reached(row, "hook, fp32 weight")
                     for row in rows
                     if wanted(row) and row["threads"] == threads and _case(row)[0] == size
                 ]
-                cells.append(figure_text(found[0]) if found and found[0] else "")
+                cells.append(figure_text(ratios[0]) if ratios and ratios[0] else "")
         lines.append([name, *cells])
     heads = [f"{threads} thr., d={size}" for threads in _THREADS for size in _SIZES]
-    return f"{_machine_line(newest)}\n\n{table(['', *heads], lines)}"
+    return _measured_with(found) + table(["", *heads], lines)
 
 
 def _is(dtype: str, shape: str) -> Callable[[Row], bool]:

@@ -8,16 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from docs.generate import (
-    engines,
-    memory,
-    operators,
-    program,
-    quick_start,
-    recovery,
-    speed,
-    sweep,
-)
+from docs.generate import engines, memory, operators, program, quick_start, recovery, speed, sweep
 from docs.generate.markers import block_names, replace_blocks
 from docs.generate.plots import pictures
 from docs.generate.results import ROOT

@@ -58,15 +58,13 @@ class Study:
         )
         return dict(found)
 
+    def published(self, count: int) -> list[dict[str, Any]]:
+        """Return the rows of published criteria with published recoveries."""
+        return [row for row in self.grid["rows"] if row["remove"] == count and row["published"]]
+
     def best_published(self, count: int) -> dict[str, Any]:
         """Return the published row of the lowest perplexity on the first text."""
-        return dict(
-            next(
-                row
-                for row in self.grid["rows"]
-                if row["remove"] == count and "best published" in row["marks"]
-            )
-        )
+        return next(row for row in self.published(count) if "best published" in row["marks"])
 
 
 def _state(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -118,8 +116,8 @@ class Machine:
         """Return the rows of the newest run of a benchmark; none if it did not run here.
 
         Args:
-            benchmark: `gram_update`, `ghost_apply`, `ghost_solve`, `calibration` or `generate`. Of
-                `generate`, the newest run of each dtype.
+            benchmark: An operator, `calibration`, `generate`, `timing` or `fit`. Of `generate`, the
+                newest run of each dtype.
         """
         path = self.folder / f"{benchmark}.jsonl"
         if not path.exists():

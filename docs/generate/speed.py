@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-from docs.generate.markdown import measured_ratio, measured_speed, table
-from docs.generate.results import Machine, engine_rows, machines
+from docs.generate.markdown import by_machine, measured_ratio, measured_speed, table
+from docs.generate.results import Machine, engine_rows
 from ghosted_fast.cli._shared.tables import profile_table
 from ghosted_fast.timing.estimates import Estimate
 
@@ -39,17 +38,9 @@ def _heading(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def by_machine(
-    has: Callable[[Machine], list[dict[str, Any]]],
-    show: Callable[[list[dict[str, Any]]], str],
-) -> str:
-    """Return what is shown of each machine's rows, under its processor's name."""
-    parts = []
-    for machine in machines(has):
-        rows = has(machine)
-        processor = rows[0]["machine"]["processor"]
-        parts.append(f"**{processor}.** {show(rows)}")
-    return "\n".join(parts) or "Not measured yet in this way.\n"
+def _when(found: list[dict[str, Any]]) -> str:
+    """Return on how many threads and on which day rows were measured."""
+    return f"{found[0]['machine']['threads']} threads, {found[0]['date'][:10]}"
 
 
 def engines() -> str:
@@ -121,8 +112,7 @@ def _models_of(found: list[dict[str, Any]]) -> str:
     heading = (
         f"Tokens per second, {_GIVEN}: batch {settings['batch_size']}, prompts of "
         f"{settings['prompt_length']} tokens, {settings['new_tokens']} new ones, "
-        f"{row['machine']['threads']} threads, {row['date'][:10]}. "
-        f"± is half of the 95 % interval.\n\n"
+        f"{_when(found)}. ± is half of the 95 % interval.\n\n"
     )
     return heading + table(columns, rows, 2)
 
@@ -140,7 +130,7 @@ def _deployment_of(found: list[dict[str, Any]]) -> str:
         rows[-1] += [f"{steps[name]:.1f}" for name in ("p50", "p95", "p99")]
         rows[-1] += [f"{row[name] / 2**20:.1f}" for name in ("weight_bytes", "cache_bytes")]
     columns = ["dtype", "model", "first token, ms", "token, ms", "95th of 100", "99th of 100"]
-    return "\n\n" + table([*columns, "weights, MiB", "cache, MiB"], rows, 2)
+    return f"{_when(found)}.\n\n" + table([*columns, "weights, MiB", "cache, MiB"], rows, 2)
 
 
 def calibration() -> str:
@@ -163,8 +153,7 @@ def _calibration_of(found: list[dict[str, Any]]) -> str:
             what = f"statistics of {row['what']} ({row['intervals']}), whole pass"
             cost = f"{measured_ratio(row['ratio'])} the bare forward pass"
             rows.append([what, row["dtype"], cost])
-    day = f"{found[0]['machine']['threads']} threads, {found[0]['date'][:10]}.\n\n"
-    return day + table(["what", "dtype", "cost"], rows, 3)
+    return f"{_when(found)}.\n\n" + table(["what", "dtype", "cost"], rows, 3)
 
 
 def same_model() -> str:
@@ -183,8 +172,8 @@ def _same_model_of(found: list[dict[str, Any]]) -> str:
         rows[-1] += [f"{100 * half:.1f} %" for half in (halves[len(halves) // 2], halves[-1])]
     longest = max(row["seconds"] for row in found)
     heading = (
-        f"SmolLM2-135M-Instruct, {found[0]['dtype']}, {found[0]['machine']['threads']} threads, "
-        f"{found[0]['date'][:10]}: {len(found)} runs of at most {longest:.0f} seconds.\n\n"
+        f"SmolLM2-135M-Instruct, {found[0]['dtype']}, {_when(found)}: {len(found)} runs of at most "
+        f"{longest:.0f} seconds.\n\n"
     )
     columns = ["", "intervals that hold 1", "mean ratio", "± in the middle", "± at most"]
     return heading + table(columns, rows)
@@ -199,7 +188,7 @@ def _fit_of(found: list[dict[str, Any]]) -> str:
     (row,) = found
     parts = profile_table(row["spans"])
     heading = (
-        f"{row['machine']['threads']} threads, {row['date'][:10]}: {row['seconds']:.0f} seconds, "
+        f"{_when(found)}: {row['seconds']:.0f} seconds, "
         f"{Estimate(**row['passes'])} forward passes of the {row['tokens']:,} tokens.\n\n"
     )
     # Blanks at the start of a cell are lost in Markdown.

@@ -25,6 +25,8 @@ from ghosted_fast.ops.backends import BACKENDS
 from ghosted_fast.ops.compiled import extension
 from ghosted_fast.ops.operands import GramOperands
 from ghosted_fast.ops.reference import gram_update_reference
+from ghosted_fast.options import GhostOptions
+from ghosted_fast.statistics.token_weights import token_weights
 from ghosted_fast.testing import relative_rms
 
 OPERATOR = "gram_update"
@@ -72,12 +74,6 @@ def plans(
         )
 
 
-def _weights(x: Tensor, y: Tensor) -> Tensor:
-    """Return weights about 1 / mean(y^2), each row's scale a power of two, as the fit's are."""
-    energy, unit = (rows.float().square().mean(1) + _NORM_EPS for rows in (y, x))
-    return unit * 4.0 ** (-0.5 * (energy * unit).log2()).round()
-
-
 def _zeros(width: int, wanted: str, device: torch.device) -> Sums:
     return {
         name: torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -112,7 +108,8 @@ def _case(
 ) -> Case:
     device = setting.device
     x, y = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(2))
-    norm_eps, weight = (_NORM_EPS, _weights(x, y)) if normed else (None, None)
+    norm_eps = _NORM_EPS if normed else None
+    weight = token_weights(x, y, GhostOptions(), norm_eps) if normed else None
     outputs = None if wanted == "G" else y
     sums, exact = _zeros(width, wanted, device), _zeros(width, wanted, device)
     gram, cross = exact.get("gram"), exact.get("cross")

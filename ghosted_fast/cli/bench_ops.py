@@ -36,12 +36,10 @@ class CaseArgs:
     title: ClassVar = "What is measured"
     operator: Annotated[
         list[Operator] | None,
-        typer.Option(
+        values.words_option(
             "--operator",
-            parser=values.one_of(Operator),
-            autocompletion=values.completing(get_args(Operator)),
-            metavar="NAME",
-            help=f"An operator; repeat it: {', '.join(get_args(Operator))}. All if not given.",
+            Operator,
+            f"An operator; repeat it: {', '.join(get_args(Operator))}. All if not given.",
         ),
     ] = None
     width: Annotated[list[int], typer.Option("--width", min=1, help="Hidden size; repeat it.")] = (
@@ -62,13 +60,12 @@ class CaseArgs:
     ] = field(default_factory=lambda: [49152])
     dtype: Annotated[
         list[OperandDtype] | None,
-        typer.Option(
+        values.words_option(
             "--dtype",
-            parser=values.one_of(OperandDtype),
-            autocompletion=values.completing(get_args(OperandDtype)),
-            metavar="DTYPE",
-            help="Dtype of the activations; repeat it. bfloat16 if not given. ghost_solve is fp64 "
+            OperandDtype,
+            "Dtype of the activations; repeat it. bfloat16 if not given. ghost_solve is fp64 "
             "always.",
+            "DTYPE",
         ),
     ] = None
     backend: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -29,12 +29,11 @@ class DemoArgs:
     ] = 5
     dtype: Annotated[
         list[values.Dtype],
-        typer.Option(
+        values.words_option(
             "--dtype",
-            parser=values.one_of(values.Dtype),
-            autocompletion=values.completing(get_args(values.Dtype)),
-            metavar="DTYPE",
-            help="Dtype to measure in; repeat it. The first chooses the layers, the last is saved.",
+            values.Dtype,
+            "Dtype to measure in; repeat it. The first chooses the layers, the last is saved.",
+            "DTYPE",
         ),
     ] = field(default_factory=lambda: ["bfloat16"])
     tokens: TokensOption = 49152

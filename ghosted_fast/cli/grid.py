@@ -46,24 +46,20 @@ class ComparedArgs(ImproveArgs):
     ]
     criterion: Annotated[
         list[values.Criterion] | None,
-        typer.Option(
+        values.words_option(
             "--criterion",
-            parser=values.one_of(values.Criterion),
-            autocompletion=values.completing(get_args(values.Criterion)),
-            metavar="NAME",
-            help="What picks the layers; repeat it: "
+            values.Criterion,
+            "What picks the layers; repeat it: "
             f"{', '.join(get_args(values.Criterion))}. All that the model allows if "
             "not given.",
         ),
     ] = None
     recovery: Annotated[
         list[values.Recovery] | None,
-        typer.Option(
+        values.words_option(
             "--recovery",
-            parser=values.one_of(values.Recovery),
-            autocompletion=values.completing(get_args(values.Recovery)),
-            metavar="NAME",
-            help="What takes their place; repeat it: "
+            values.Recovery,
+            "What takes their place; repeat it: "
             f"{', '.join(get_args(values.Recovery))}. All if not given.",
         ),
     ] = None

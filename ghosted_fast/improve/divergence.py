@@ -34,8 +34,6 @@ from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.folds import token_count
 from ghosted_fast.timing.spans import span
 
-# Logits held at once where rows go through a head.
-_SLICE_ELEMENTS = 1 << 24
 # Bytes of dense logits that are kept for text that is looked at again and again.
 _KEPT_LOGITS = 1 << 31
 
@@ -228,17 +226,6 @@ def _watched(
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-
-
-def row_slices(attention_mask: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
-    """Return the indices of attended rows, in slices whose logits take little memory.
-
-    Args:
-        attention_mask: [batch, length]; 0 marks padding.
-        vocabulary: How many logits a row has.
-    """
-    step = max(1, _SLICE_ELEMENTS // vocabulary)
-    return attention_mask.flatten().nonzero()[:, 0].split(step)
 
 
 def divergence_sum(dense: Tensor, ghosted: Tensor, attention_mask: Tensor) -> float:

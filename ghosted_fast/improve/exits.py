@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghosted_fast.improve.divergence import row_slices
 from ghosted_fast.models.boundaries import starting_at, visit_boundaries
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import num_layers
 from ghosted_fast.ops import divergence
 from ghosted_fast.text.batches import Batch
+
+# Logits held at once where rows of states go through a head.
+_SLICE_ELEMENTS = 1 << 24
 
 
 class Exit:
@@ -71,7 +73,8 @@ def exit_divergence(
     """
     found = 0.0
     ours, theirs = states.detach().flatten(0, 1), dense_states.flatten(0, 1)
-    for rows in row_slices(counted, dense.vocabulary):
+    at_once = max(1, _SLICE_ELEMENTS // dense.vocabulary)
+    for rows in counted.flatten().nonzero()[:, 0].split(at_once):
         with torch.no_grad():
             expected = dense.logits(theirs[rows])
         chosen = ours[rows]

@@ -314,9 +314,9 @@ class _Healing:
         began = time.perf_counter()
         self._set(point)
         found, judges = 0.0, list(distributed.my_share(self._judges))
-        if not self._expected:
-            self._expected = [self._dense.states(batch) for batch in judges]
         with span("judgement"), self._trained.applied():
+            if not self._expected:
+                self._expected = [self._dense.states(batch) for batch in judges]
             for batch, theirs in zip(judges, self._expected, strict=True):
                 ours = self._smaller.states(batch)
                 counted = batch.attention_mask.bool()

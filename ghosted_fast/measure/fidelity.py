@@ -28,11 +28,9 @@ from ghosted_fast.errors import ArgumentError, NonFiniteError, check_at_least
 from ghosted_fast.measure.greedy import greedy_answers, padded
 from ghosted_fast.measure.perplexity import parts_of
 from ghosted_fast.models.decoder import evaluating
+from ghosted_fast.ops import divergence
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.progress import progress_bar
-
-# fp32 logits held at once where two distributions are compared: 16 MiB, an outer cache.
-_SLICE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -153,15 +151,12 @@ def _logits(model: Any, batch: Batch, where: Tensor) -> Tensor:
 def _rows(expected: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Return where two models' likeliest tokens agree [rows] bool, and KL(expected || own) [rows].
 
-    Both on the processor, the divergences in fp64 from sums in fp32.
+    Both on the processor; models of two dtypes are compared in the wider one.
     """
-    same, divergences = [], []
-    step = max(1, _SLICE_ELEMENTS // expected.shape[-1])
-    for one, other in zip(expected.split(step), own.split(step), strict=True):
-        log_p, log_q = one.float().log_softmax(-1), other.float().log_softmax(-1)
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).double().cpu())
-        same.append((one.argmax(-1) == other.argmax(-1)).cpu())
-    return torch.cat(same), torch.cat(divergences)
+    dtype = torch.promote_types(expected.dtype, own.dtype)
+    divergences, _ = divergence(expected.to(dtype), own.to(dtype))
+    same = expected.argmax(-1) == own.argmax(-1)
+    return same.cpu(), divergences.cpu()
 
 
 def _summary(name: str, rows: Sequence[tuple[Tensor, Tensor]], new_tokens: int) -> Fidelity:

@@ -35,7 +35,7 @@ def _warn_plain(subject: str, reason: str) -> None:
 def run_on_cuda(operator: str, operands: Operands, plain: Callable[[Any], Any]) -> Any:
     """Run an operator by Triton, or by plain torch with one warning for each reason.
 
-    A plain ghost of many rows is cuBLAS's, without a warning: as exact, and faster.
+    A plain ghost of many rows is cuBLAS's, without a warning: as exact, and faster on paper.
     """
     operands.check()
     if reason := triton.absence_reason() or triton.refusal(operator, operands):

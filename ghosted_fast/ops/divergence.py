@@ -11,15 +11,14 @@ from ghosted_fast.errors import ArgumentError
 from ghosted_fast.ops._define import define
 from ghosted_fast.ops.backends import insist
 from ghosted_fast.ops.operands import DivergenceOperands
-from ghosted_fast.ops.reference import divergence_expression
+from ghosted_fast.ops.reference import divergence_expression, mirror_lower
 
 MOST_MOVED = 3
 
 
 def _fake(operands: DivergenceOperands) -> tuple[Tensor, Tensor]:
-    smaller, count = operands.smaller, len(operands.moved)
-    found = 1 + count + count * (count + 1) // 2
-    sums = smaller.new_empty(len(smaller), found, dtype=torch.float64)
+    smaller = operands.smaller
+    sums = smaller.new_empty(len(smaller), operands.num_sums, dtype=torch.float64)
     return sums, smaller.new_empty(len(smaller) if operands.wants_gradient else 0, smaller.shape[1])
 
 
@@ -104,7 +103,7 @@ def local_divergence(
     lower = torch.zeros(count, count, dtype=torch.float64, device=total.device)
     places = torch.tril_indices(count, count)
     lower[places[0], places[1]] = total[1 + count :]
-    return total[0], total[1 : 1 + count], lower + lower.tril(-1).mT
+    return total[0], total[1 : 1 + count], mirror_lower(lower)
 
 
 def _run(operands: DivergenceOperands, backend: str) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def gram_update(
         gram    += sum w f f^T       cross   += sum w f t^T, t = y, or y - x if delta
         moments += [sum w f, sum w (y - x), sum w (y - x)^2]
 
-    Products are accumulated in fp32 over at most 1024 tokens and then added to the fp64 sums: the
+    Products are accumulated in fp32 over at most 2048 tokens and then added to the fp64 sums: the
     relative error is below 1e-6 for any number of tokens. The result is the same, bit for bit, for
     the same arguments, whatever the number of threads. On CUDA tensors the kernels wait once for
     the stream, to report NaN and infinity. While a CUDA graph is captured they cannot: on replay

@@ -202,6 +202,12 @@ class DivergenceOperands(NamedTuple):
         """The moved rows that there are."""
         return [rows for rows in (self.first, self.second, self.third) if rows is not None]
 
+    @property
+    def num_sums(self) -> int:
+        """How many numbers a row gives: its divergence, k slopes and half of a k x k curvature."""
+        count = len(self.moved)
+        return 1 + count + count * (count + 1) // 2
+
     def check(self) -> None:
         """Check that they fit together; see `Operands`."""
         op = "divergence"

@@ -208,8 +208,7 @@ def divergence_expression(operands: DivergenceOperands) -> tuple[Tensor, Tensor]
 def _divergence(operands: DivergenceOperands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     smaller, counted, moved = operands.smaller, operands.counted, operands.moved
     size, words = smaller.shape
-    count = len(moved)
-    sums = smaller.new_zeros(size, 1 + count + count * (count + 1) // 2, dtype=torch.float64)
+    sums = smaller.new_zeros(size, operands.num_sums, dtype=torch.float64)
     gradient = torch.zeros_like(smaller if operands.wants_gradient else smaller[:0])
     rows = torch.arange(size, device=smaller.device) if counted is None else counted.nonzero()[:, 0]
     for chosen in rows.split(max(1, _LOGITS_AT_ONCE // words)):

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 class Spans:
     """The spans of a run, by their paths: `("correct", "trials")` is a part of `("correct",)`.
 
+    They stand in the order in which they were first entered.
+
     Attributes:
         seconds: Wall-clock time of all visits together.
         visits: How often each was entered.
@@ -28,19 +30,11 @@ class Spans:
     _open: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """Return seconds, and visits, by path as text: `correct/trials`; outer ones first."""
+        """Return seconds, and visits, by path as text: `correct/trials`."""
         return {
-            "/".join(path): {"seconds": self.seconds[path], "visits": self.visits[path]}
-            for path in sorted(self.seconds, key=self._order)
+            "/".join(path): {"seconds": seconds, "visits": self.visits[path]}
+            for path, seconds in self.seconds.items()
         }
-
-    def _order(self, path: tuple[str, ...]) -> tuple[int, ...]:
-        """Return the place of a path: those of one parent in the order they were first left."""
-        known = list(self.seconds)
-        return tuple(
-            known.index(path[: depth + 1]) if path[: depth + 1] in self.seconds else -1
-            for depth in range(len(path))
-        )
 
 
 _RECORDED: ContextVar[Spans | None] = ContextVar("spans", default=None)
@@ -65,12 +59,14 @@ def span(name: str) -> Iterator[None]:
         yield
         return
     outer, spans._open = spans._open, (*spans._open, name)
-    path, began = spans._open, time.perf_counter()
+    path = spans._open
+    spans.seconds.setdefault(path, 0.0)
+    spans.visits[path] = spans.visits.get(path, 0) + 1
+    began = time.perf_counter()
     try:
         yield
     finally:
-        spans.seconds[path] = spans.seconds.get(path, 0.0) + time.perf_counter() - began
-        spans.visits[path] = spans.visits.get(path, 0) + 1
+        spans.seconds[path] += time.perf_counter() - began
         spans._open = outer
 
 

@@ -287,10 +287,10 @@ def refusal(x: Tensor, weight: Tensor) -> str:
 
 
 def is_slower_than_torch(x: Tensor, weight: Tensor) -> bool:
-    """Return whether cuBLAS has a plain ghost of these tensors faster, on paper.
+    """Return whether cuBLAS is expected to have a plain ghost of these tensors faster.
 
     Where memory is the bound both are at it. Where the products are, a kernel without TMA or
-    warp specialisation reaches about half of what cuBLAS does.
+    warp specialisation falls short of cuBLAS. Neither has been measured.
     """
     if weight.dtype != x.dtype:
         return False

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ghosted_fast import ops
 from ghosted_fast.bench_ops import divergence, ghost_apply, ghost_solve, gram_update, runner
 from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant
 from ghosted_fast.bench_ops.rotation import InTurn, bytes_past_the_cache
@@ -51,6 +52,23 @@ def test_gates_pass_and_every_variant_runs(plan: Plan, backend: str) -> None:
         variant.run()
 
 
+def divergence_with_gradient(dtype: torch.dtype) -> Iterator[Plan]:
+    plans = divergence.plans(48, 3, dtype)
+    return (plan for plan in plans if plan.shape.startswith("KL+gradient"))
+
+
+def slightly_off(*logits: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    value, gradient = ops.divergence(*logits, gradient=True)
+    assert gradient is not None
+    return 1.00001 * value, gradient
+
+
+def with_a_rough_gradient(*logits: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    value, gradient = ops.divergence(*logits, gradient=True)
+    assert gradient is not None
+    return value, gradient.bfloat16().float()
+
+
 @pytest.mark.parametrize(
     ("module", "name", "fault", "plan"),
     [
@@ -73,8 +91,10 @@ def test_gates_pass_and_every_variant_runs(plan: Plan, backend: str) -> None:
             lambda p, q, **_: (1.0001 * torch.ones(len(p), dtype=torch.float64), None),
             divergence.plans(48, 3, BF16),
         ),
+        (divergence, "divergence", slightly_off, divergence_with_gradient(BF16)),
+        (divergence, "divergence", with_a_rough_gradient, divergence_with_gradient(FP32)),
     ],
-    ids=["ghost_apply", "gram_update", "ghost_solve", "divergence"],
+    ids=["ghost_apply", "gram_update", "ghost_solve", "divergence", "its value", "its gradient"],
 )
 def test_a_wrong_result_of_ours_ends_the_run(
     module: Any,

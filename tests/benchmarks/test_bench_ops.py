@@ -50,8 +50,9 @@ def test_rows_are_kept_with_goals_and_read_by_the_pages(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench, "SIZES", (576,))
+    monkeypatch.setattr(bench, "VOCABULARIES", (200,))
     setting = Setting(torch.device("cpu"), rotated_bytes=1 << 16, compiled=False)
-    for operator in ("ghost_apply", "ghost_solve", "gram_update"):
+    for operator in ("divergence", "ghost_apply", "ghost_solve", "gram_update"):
         plans = list(bench.plans(operator, False))
         chosen = [plan for plan in plans if "plain" in plan.shape or operator != "gram_update"][:1]
         run = run_plans(chosen, setting, Effort(0.5, 0.01))
@@ -72,13 +73,16 @@ def test_rows_are_kept_with_goals_and_read_by_the_pages(
     assert best == min((operators.reached(ours, name) for name in rivals), key=float)  # type: ignore[arg-type]
     table = operators.operator_table("gram_update")
     assert "| G, bfloat16 | torch bf16 (error 1e-3) |" in table
-    assert table.count(f"**{ours['processor']}**") == 1
+    assert table.count(f"**{ours['processor']}.** Path `") == 1
     # Those of another machine stand below, since they are older.
     other = [{**row, "processor": "another", "date": "2026-01-01"} for row in rows]
     bench.append_rows(tmp_path / "b-machine" / "gram_update.jsonl", other)
     both = operators.operator_table("gram_update")
-    assert both.startswith(table) and "**another**" in both
+    assert both.startswith(table) and "**another.** Path `" in both
     assert operators.operator_table("ghost_solve") and operators.against_hooks()
+    assert "| KL words=200 rows=256 |" in operators.divergence_table()
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "a-machine")
+    assert operators.divergence_table() == "Not measured yet in this way.\n"
 
 
 @pytest.mark.parametrize(

@@ -160,8 +160,10 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_step_in_a_graph_can_be_replayed_any_number_of_times(gpu: Any) -> None:
-    shape = gpu.models.SHAPES["tiny"]
+    shape = gpu.models.WORK["tiny"]
     model = gpu.models.dense_model(shape, CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not model.training
     with torch.no_grad():
         step = gpu.models.decode_step(model, CPU, 18)  # room for one token after the prompt
         first = step()
@@ -171,7 +173,7 @@ def test_a_step_in_a_graph_can_be_replayed_any_number_of_times(gpu: Any) -> None
 @pytest.mark.slow
 def test_a_wrong_step_is_not_timed(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.models, "_GATE", 0.0)
-    model = gpu.models.dense_model(gpu.models.SHAPES["tiny"], CPU)
+    model = gpu.models.dense_model(gpu.models.WORK["tiny"], CPU)
     monkeypatch.setattr(gpu.models, "relative_rms", lambda step, whole: 1e-3)
     with torch.no_grad(), pytest.raises(GateError, match="a static cache is off by"):
         gpu.models.decode_step(model, CPU, 20)
@@ -196,7 +198,9 @@ def test_every_figure_of_a_model_is_on_the_page(
     assert set(found["speed"]["result"]["batch sizes"]["2"]) == models
     assert set(found["graphs"]["result"]["steps"]) == models
     passes = found["calibration"]["result"]["passes"]
-    assert passes["all intervals"]["intervals"] == 5 and passes["one interval"]["ratio"] > 0
+    assert passes["all intervals"]["intervals"] == 7
+    assert passes["one interval"]["ratio"]["low"] > 0
+    assert found["graphs"]["result"]["steps"]["ghosted"]["to_dense"]["low"] > 0
     fits = found["fit"]["result"]["fits"]
     assert (
         fits["0 corrections"]["phases"]["correct"] == 0 < fits["1 corrections"]["phases"]["correct"]

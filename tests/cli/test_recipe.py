@@ -12,8 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from ghosted_fast.checkpoint.recipe import RECIPE, read_recipe
-from ghosted_fast.cli._shared.fit_args import HowManyArgs
-from ghosted_fast.cli._shared.recipe import Recipe
+from ghosted_fast.cli._shared.fit_args import HowManyArgs, RecipeArgs
+from ghosted_fast.cli._shared.output_args import OutputArgs
+from ghosted_fast.cli._shared.recipe import _OF_A_RUN, Recipe
 from ghosted_fast.cli.app import app
 from ghosted_fast.models.loading import load_model
 
@@ -146,6 +147,13 @@ def test_what_is_refused(
 ) -> None:
     path = written(tmp_path / "r.yaml", model_folder, texts, **options)
     assert message in run("fit", "--recipe", path, "--output", tmp_path / "out", status=2)
+
+
+def test_what_is_written_and_shown_is_of_a_run_and_not_of_a_model() -> None:
+    options = {
+        item.name for group in (OutputArgs, RecipeArgs) for item in dataclasses.fields(group)
+    }
+    assert options <= _OF_A_RUN
 
 
 def test_a_recipe_that_is_not_there_is_a_wrong_command_line(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families.tiny_models import tiny_causal
 
-from ghosted_fast.improve import divergence
+from ghosted_fast.improve import exits
 from ghosted_fast.improve.divergence import divergence_gradient, divergence_sum
 from ghosted_fast.improve.exits import Exit, exit_divergence
 from ghosted_fast.models.decoder import Decoder
@@ -95,7 +95,7 @@ def test_no_layer_runs_where_the_last_ones_use_keys_of_earlier_ones() -> None:
 def test_divergence_and_gradient_are_those_of_whole_logits(
     monkeypatch: pytest.MonkeyPatch, rows_at_once: int
 ) -> None:
-    monkeypatch.setattr(divergence, "_SLICE_ELEMENTS", rows_at_once * 97)
+    monkeypatch.setattr(exits, "_SLICE_ELEMENTS", rows_at_once * 97)
     dense, other, given = tiny_model("gemma2"), tiny_model("gemma2", seed=1), batch()
     counted = given.attention_mask.bool()
     ends = Exit(dense), Exit(other)

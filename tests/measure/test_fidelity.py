@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from ghosted_fast.errors import ArgumentError, NonFiniteError
-from ghosted_fast.measure import fidelity as fidelity_module
 from ghosted_fast.measure.fidelity import compare_with_dense
 from ghosted_fast.measure.greedy import greedy_answers, padded
 from ghosted_fast.surgery.cut import prune_model
@@ -135,14 +134,16 @@ def test_generation_settings_change_nothing() -> None:
     assert greedy_answers(dense, prompts(), NEW) == plain
 
 
-def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_two_dtypes_are_compared_in_the_wider_one() -> None:
     dense = tiny_model("llama")
-    models = {"dense": dense, "biased": biased(dense)}
-    whole = compare_with_dense(models, prompts(), NEW)
-    monkeypatch.setattr(fidelity_module, "_SLICE_ELEMENTS", 1)
-    sliced = compare_with_dense(models, prompts(), NEW)
-    assert sliced["biased"].divergence == pytest.approx(whole["biased"].divergence, rel=1e-6)
-    assert sliced["biased"].agreement == whole["biased"].agreement
+    narrow = copy.deepcopy(dense).bfloat16()
+    rounded = copy.deepcopy(narrow).float()
+    models = {"dense": dense, "narrow": narrow, "rounded": rounded}
+    found = compare_with_dense(models, prompts(), NEW)
+    assert 0.0 < found["narrow"].divergence < 1e-2
+    assert 0.0 < found["rounded"].divergence < found["narrow"].divergence
+    backwards = compare_with_dense({"narrow": narrow, "dense": dense}, prompts(), NEW)
+    assert 0.0 < backwards["dense"].divergence < 1e-2
 
 
 def test_padded_rows() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # What belongs to a run, or to who starts it, and not to the model.
 _OF_A_RUN = {
-    *("output", "report", "overwrite", "state", "dry_run", "rank_timeout", "recipe"),
+    *("output", "report", "profile", "overwrite", "state", "dry_run", "rank_timeout", "recipe"),
     *("as_json", "threads", "debug", "trust_remote_code", "help"),
 }
 # Of these one is given: one on the command line takes the place of any in a recipe.

@@ -226,6 +226,20 @@ def complete_tasks(incomplete: str) -> list[str]:
     return [f"{before}{comma}{PREFIX}{name}" for name in SETS if PREFIX + name not in given]
 
 
+def words_option(option: str, words: Any, help_text: str, metavar: str = "NAME") -> Any:
+    """Return an option that can be repeated and takes the words of a `Literal`.
+
+    A shell is told them too, which a `Literal` in a list does not do.
+    """
+    return typer.Option(
+        option,
+        parser=one_of(words),
+        autocompletion=completing(get_args(words)),
+        metavar=metavar,
+        help=help_text,
+    )
+
+
 def one_of(choices: Any) -> Callable[[str], str]:
     """Return what parses one of the words of a `Literal`, for options that can be repeated."""
     known = get_args(choices)
