@@ -81,14 +81,14 @@ MUTANTS = (
     _plain(
         "one triangle of the curvature",
         "divergence.py",
-        "lower + lower.tril(-1).mT",
+        "mirror_lower(lower)",
         "lower",
     ),
     _plain(
         "diagonal of the curvature twice",
-        "divergence.py",
-        "lower.tril(-1).mT",
-        "lower.mT",
+        "reference.py",
+        "matrix.tril(-1).mT",
+        "matrix.mT",
     ),
     _plain(
         "plain: words that neither says",
