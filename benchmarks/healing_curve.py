@@ -4,8 +4,9 @@ SmolLM2-135M-Instruct in bf16 loses 5 of its 30 layers, those that the default c
 of a curve is a healing of its own, whose learning rate falls to nothing at its end: no point
 is a look at a longer run. Models are judged on three kinds of text that none of it saw: passages of
 Wikipedia, stories and the manual of Python. Beside its perplexities each point has the time it
-took, in passes of the dense model over as many tokens. Points that are in the file already are not
-made again.
+took, in passes of the dense model over as many tokens. Rivals get the same text: LoRA without a
+teacher, at the better of two learning rates, and the matrix of LinearPatch, distilled. Points that
+are in the file already are not made again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _lora import train_on_text
 
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.assets.downloads import fetch_demo_assets, fetch_stories
@@ -36,6 +38,10 @@ CALIBRATION_TOKENS, EVALUATION_TOKENS, LENGTH = 49152, 5120, 512
 HELD_OUT_TOKENS = 4096
 REMOVED = [14, 15, 16, 17, 18]
 FROM_GHOST, FROM_CORRECTED, FROM_NOTHING = "a ghost", "corrected ghosts", "nothing"
+FROM_LINEARPATCH = "linearpatch-d"
+HEALED, TEXT_ALONE = "healed", "LoRA on the text, rate "
+# Of LoRA on the text; healing has the first.
+RATES = (1e-3, 2e-4)
 
 
 def _texts(tokenizer: Any) -> dict[str, list[torch.Tensor]]:
@@ -77,25 +83,30 @@ class Study:
         self.found["removed"] = REMOVED
         self._write()
 
-    def point(self, start: str, tokens: int) -> None:
-        """Heal a model on so many tokens, unless that is done; 0 judges it as it starts."""
-        done = {(item["start"], item["tokens"]) for item in self.found["points"]}
-        if (start, tokens) in done:
+    def point(self, start: str, tokens: int, trained: str = HEALED) -> None:
+        """Train a model on so many tokens, unless that is done; 0 judges it as it starts."""
+        about = {"start": start, "tokens": tokens, "trained": trained}
+        if any(about.items() <= item.items() for item in self.found["points"]):
             return
         smaller, seconds = self._start(start)
-        record: dict[str, Any] = {"start": start, "tokens": tokens, "start_seconds": seconds}
+        record: dict[str, Any] = {**about, "start_seconds": seconds}
         if tokens:
             smaller = share_copy(smaller)
-            options = HealOptions(tokens=tokens, held_out_tokens=HELD_OUT_TOKENS)
             reset_peak_memory(torch.device("cpu"))
-            batches = self._learned(tokens)
-            facts = heal(smaller, self._dense, batches, options, progress=True)
+            batches, began = self._learned(tokens), time.perf_counter()
+            if trained == HEALED:
+                rank = 0 if start == FROM_LINEARPATCH else HealOptions.rank
+                options = HealOptions(tokens=tokens, rank=rank, held_out_tokens=HELD_OUT_TOKENS)
+                learned = heal(smaller, self._dense, batches, options, progress=True).tokens
+            else:
+                rate = float(trained.removeprefix(TEXT_ALONE))
+                learned = train_on_text(smaller, batches, tokens, HealOptions.rank, rate)
+            seconds = time.perf_counter() - began
             record |= {
-                "seconds": facts.seconds,
-                "passes": facts.seconds / (self._seconds_of_a_pass(batches[0]) * facts.tokens),
+                "seconds": seconds,
+                "passes": seconds / (self._seconds_of_a_pass(batches[0]) * learned),
                 "peak_memory": peak_memory(torch.device("cpu")),
-                "learned": facts.tokens,
-                "divergence": [facts.before, facts.after],
+                "learned": learned,
             }
         self.found["points"].append(record | {"perplexity": self._judged(smaller)})
         self._write()
@@ -108,14 +119,17 @@ class Study:
                 FROM_NOTHING: lambda: prune_model(self._dense, REMOVED),
                 FROM_GHOST: lambda: self._ghosted(0),
                 FROM_CORRECTED: lambda: self._ghosted("auto"),
+                FROM_LINEARPATCH: lambda: self._ghosted(0, FROM_LINEARPATCH),
             }
             self._starts[name] = (make[name](), time.perf_counter() - began)
         model, seconds = self._starts[name]
         return model, seconds
 
-    def _ghosted(self, corrections: Any) -> Any:
+    def _ghosted(self, corrections: Any, recovery: str = "ghost") -> Any:
         run = RunOptions(corrections=corrections, progress=True)
-        return ghost_model(self._dense, self._calibration(), removed=REMOVED, run=run)[0]
+        return ghost_model(
+            self._dense, self._calibration(), removed=REMOVED, recovery=recovery, run=run
+        )[0]
 
     def _calibration(self) -> list[torch.Tensor]:
         texts = load_texts(fetch_demo_assets().calibration)
@@ -151,6 +165,7 @@ def main() -> None:
         "--tokens", type=int, nargs="+", default=[12288, 24576, 49152, 98304],
         help="tokens of the points",
     )  # fmt: skip
+    parser.add_argument("--rival-tokens", type=int, default=24576, help="tokens that rivals get")
     arguments = parser.parse_args()
     dense, tokenizer = load_model(fetch_demo_assets().model, dtype="bfloat16")
     study = Study(arguments.output, dense, tokenizer)
@@ -158,6 +173,11 @@ def main() -> None:
     for start in (FROM_GHOST, FROM_NOTHING, FROM_CORRECTED):
         for tokens in (0, *arguments.tokens):
             study.point(start, tokens)
+    for tokens in (0, arguments.rival_tokens):
+        study.point(FROM_LINEARPATCH, tokens)
+    for start in (FROM_NOTHING, FROM_GHOST):
+        for rate in RATES:
+            study.point(start, arguments.rival_tokens, f"{TEXT_ALONE}{rate:g}")
 
 
 if __name__ == "__main__":

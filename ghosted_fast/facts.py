@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 # Rows of a table in a notebook; of more, the first are shown.
@@ -113,7 +115,7 @@ def healing_text(healing: Mapping[str, Any]) -> str:
         said += f" (the state after {healing['best_tokens']:,} is kept)"
     return (
         f"{said}: held-out divergence from the dense model's predictions "
-        f"{healing['before']:.4f} -> {healing['after']:.4f} nats"
+        f"{healing['before']:.4f} to {healing['after']:.4f} nats"
     )
 
 
@@ -192,6 +194,19 @@ def layers_as_text(layers: Iterable[int]) -> str:
         str(start) if start == stop - 1 else f"{start}-{stop - 1}"
         for start, stop in runs_of(layers)
     )
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a model's name is one of the hub's, and not of this machine."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def shown_name(name: str) -> str:
+    """Return what others are told of where a model came from: a hub id, or a path's last part."""
+    return name if is_hub_id(name) else Path(name).name
 
 
 def runs_of(layers: Iterable[int]) -> list[tuple[int, int]]:

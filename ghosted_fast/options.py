@@ -36,8 +36,8 @@ class GhostOptions:
         damping: Absolute damping, or "auto" for the one that held-out folds prefer.
         folds: Folds of the statistics; sequence i belongs to fold i modulo this.
         sequential: Whether, with several gaps, each ghost is fitted on the states that the ghosts
-            below it give, by one pass for each gap; see `fit_in_sequence`. Otherwise all are fitted
-            on the dense model's states.
+            below it give, see `fit_in_sequence`. Otherwise all are fitted on the dense model's
+            states.
 
     Raises:
         ArgumentError: A field has no such value.

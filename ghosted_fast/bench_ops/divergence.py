@@ -98,9 +98,10 @@ def _kl_div(dense: Tensor, smaller: Tensor, moved: list[Tensor], gradient: bool)
 
 def _exact(form: str, dense: Tensor, smaller: Tensor, moved: list[Tensor]) -> Found:
     """Return the same in fp64."""
-    wide = [rows.double() for rows in (dense, smaller, *moved)]
-    wants = form == "KL+gradient"
-    sums, gradient = divergence_reference(DivergenceOperands(*wide[:2], None, wants, *wide[2:]))
+    wants, wide = form == "KL+gradient", [rows.double() for rows in moved]
+    sums, gradient = divergence_reference(
+        DivergenceOperands(dense.double(), smaller.double(), None, wants, *wide)
+    )
     total = sums.sum(0)
     return (total[0], gradient) if wants else (total,)
 

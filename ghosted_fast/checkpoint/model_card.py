@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ghosted_fast._atomic_files import write_atomically
-from ghosted_fast.facts import healing_text, layers_as_text
+from ghosted_fast.facts import healing_text, is_hub_id, layers_as_text, shown_name
 from ghosted_fast.models.runtime_classes import named_base_of
 from ghosted_fast.timing.estimates import Estimate, speed_text
 
@@ -27,7 +26,6 @@ _log = logging.getLogger(__name__)
 _MARK = "<!-- Written by ghosted_fast. Remove this line to keep the card as it is. -->"
 # What transformers writes into the card of a repository that has none.
 _PLACEHOLDER = "This model card has been automatically generated."
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _REPORTED = ("model", "criterion", "recovery", "calibration", "ghosts", "num_tokens",
              "calibrated_in")  # fmt: skip
 
@@ -46,8 +44,8 @@ def attach_report(config: Any, report: Mapping[str, Any]) -> bool:
     if getattr(config, "ghost", None) is None:
         return False
     kept = {key: report[key] for key in _REPORTED if report.get(key) is not None}
-    if "model" in kept and not _is_hub_id(kept["model"]):
-        kept["model"] = Path(kept["model"]).name
+    if "model" in kept:
+        kept["model"] = shown_name(kept["model"])
     if report.get("models"):
         kept["models"] = [_measured(row) for row in report["models"]]
     kept["corrections"] = sum(item["accepted"] for item in report.get("corrections") or [])
@@ -166,7 +164,7 @@ def model_card(config: Any) -> str:
     report = record.get("report", {})
     base = str(report.get("model") or getattr(config, "_name_or_path", ""))
     metadata = ModelCardData(
-        base_model=base if _is_hub_id(base) else None,
+        base_model=base if is_hub_id(base) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["ghosted_fast", "layer-pruning", config.model_type],
@@ -328,7 +326,3 @@ def _speed(found: Mapping[str, Any] | float | None) -> str:
     if isinstance(found, Mapping):
         return speed_text(Estimate(**found))
     return _figure(found, ",.1f")
-
-
-def _is_hub_id(name: str) -> bool:
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()

@@ -367,8 +367,7 @@ def _models(dense: Any, smaller: Any, kind: str, facts: dict[str, Any]) -> dict[
     """Return the dense, the pruned and the finished model, by name."""
     from ghosted_fast.surgery.cut import prune_model
 
-    models = {"dense": dense, "pruned": prune_model(dense, facts["removed"])}
-    return models if kind == "none" else {**models, kind: smaller}
+    return {"dense": dense, "pruned": prune_model(dense, facts["removed"]), kind: smaller}
 
 
 def _answer(

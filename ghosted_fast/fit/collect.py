@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ghosted_fast import distributed
+from ghosted_fast.fit.below import Below
 from ghosted_fast.fit.walk import Listener, walk
 from ghosted_fast.models.decoder import Decoder
-from ghosted_fast.models.gap import Gap
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.statistics.interval import (
     IntervalStatistics,
@@ -67,7 +67,7 @@ def collect_statistics(
     intervals: Sequence[Interval],
     options: GhostOptions | None = None,
     progress: bool = False,
-    gaps: Sequence[Gap] = (),
+    below: Below | None = None,
 ) -> list[IntervalStatistics]:
     """Run the dense model once over text and gather the statistics of all intervals.
 
@@ -77,7 +77,7 @@ def collect_statistics(
         intervals: Pairs (start, stop) of removed layers.
         options: How the ghosts will be fitted.
         progress: Whether to show a progress bar on stderr.
-        gaps: Gaps below all the intervals, see `walk`.
+        below: Gaps below the interval, of which there is one then; see `walk`.
 
     Returns:
         The statistics, in the order of the intervals.
@@ -91,5 +91,5 @@ def collect_statistics(
     decoder = Decoder.of(model)
     distributed.check_same({"intervals": list(intervals), "options": options})
     listeners = [StatisticsListener(decoder, interval, options) for interval in intervals]
-    walk(decoder, batches, listeners, gaps=gaps, progress=progress)
+    walk(decoder, batches, listeners, below=below, progress=progress)
     return [item.statistics for item in listeners]

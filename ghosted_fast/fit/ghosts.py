@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ghosted_fast import distributed
+from ghosted_fast.fit.below import Below
 from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.gap import Gap
@@ -122,7 +123,8 @@ def fit_in_sequence(
 
     The states that enter a gap come from the model with the ghosts of the gaps below it; those that
     should leave it come from the dense model. So a ghost also mends what the ones below it left.
-    There is one pass over the text for each gap, with the statistics of one gap in memory.
+    Each pass over the text begins where the last one ended, see `Below`, with the statistics of one
+    gap in memory.
 
     Args:
         model: The dense model.
@@ -142,12 +144,12 @@ def fit_in_sequence(
     Source: ours.
     """
     decoder = Decoder.of(model)
-    gaps = list(gaps)
+    below = Below(decoder, gaps)
     fits: list[tuple[FittedGhost, GhostSolution]] = []
     for interval in intervals:
-        statistics = collect_statistics(decoder, batches, [interval], options, progress, gaps)
+        statistics = collect_statistics(decoder, batches, [interval], options, progress, below)
         fits += fit_ghosts(statistics, options)
-        gaps.append(Gap(*interval, fits[-1][0].module_of(decoder)))
+        below.fill(Gap(*interval, fits[-1][0].module_of(decoder)))
     return fits
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ghosted_fast import distributed
 from ghosted_fast.errors import CalibrationError
+from ghosted_fast.fit.below import Below
 from ghosted_fast.models.boundaries import visit_intervals
 from ghosted_fast.models.decoder import Decoder
-from ghosted_fast.models.gap import Gap
 from ghosted_fast.statistics.sample import Interval, Sample
 from ghosted_fast.text.batches import Batch, iterate_batches
 from ghosted_fast.text.progress import progress_bar
@@ -114,7 +114,7 @@ def walk(
     batches: Iterable[Any],
     listeners: Sequence[Listener],
     *,
-    gaps: Sequence[Gap] = (),
+    below: Below | None = None,
     title: str = "calibrating",
     progress: bool = False,
 ) -> float:
@@ -128,8 +128,9 @@ def walk(
         model: The dense model.
         batches: Calibration tokens, see `iterate_batches`.
         listeners: Of any intervals.
-        gaps: Gaps below all the intervals. The states that enter an interval are then those of the
-            model with these gaps; the states that leave it stay those of the dense model.
+        below: Gaps below the interval, of which there is one. The states that enter it are then
+            those of the model with these gaps; the states that leave it stay those of the dense
+            model.
         title: What the progress bar says.
         progress: Whether to show it on stderr.
 
@@ -157,9 +158,12 @@ def walk(
                 def hand_on(place: int, x: Tensor, y: Tensor, turn: Turn = turn) -> None:
                     output = outputs.get(intervals[place][0] - 1)
                     show(fed[place], intervals[place], turn, (x, y, output))
+                    if below is not None:
+                        below.note(turn.index, x, y)
 
-                gone = [gap.on(turn.batch) for gap in gaps]
-                visit_intervals(decoder, turn.batch, intervals, hand_on, gone)
+                gone = [gap.on(turn.batch) for gap in below.gaps] if below is not None else []
+                begun = below.begun(turn.index, turn.batch) if below is not None else None
+                visit_intervals(decoder, turn.batch, intervals, hand_on, gone, begun)
                 outputs.clear()
     in_order = sorted(listeners, key=lambda item: item.interval[::-1])
     finish(in_order, tokens, sequences, decoder.hidden_size)

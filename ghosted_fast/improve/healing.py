@@ -225,7 +225,7 @@ class _Healing:
                 if not all(bool(torch.isfinite(part).all()) for part in gradients):
                     ended = self._nan_ends("a gradient", run)
                     break
-                take_step(run, gradients, self._options.learning_rate * _schedule(run))
+                take_step(run, gradients, self._options.learning_rate * learning_rate_share(run))
                 bar.update(token_count(chosen))
                 self._stepping = time.perf_counter() - began - run.seconds
                 run.seconds += self._stepping
@@ -314,13 +314,14 @@ class _Healing:
         began = time.perf_counter()
         self._set(point)
         found, judges = 0.0, list(distributed.my_share(self._judges))
-        with span("judgement"), self._trained.applied():
+        with span("judgement"):
             if not self._expected:
                 self._expected = [self._dense.states(batch) for batch in judges]
-            for batch, theirs in zip(judges, self._expected, strict=True):
-                ours = self._smaller.states(batch)
-                counted = batch.attention_mask.bool()
-                found += exit_divergence(self._dense, self._smaller, theirs, ours, counted)
+            with self._trained.applied():
+                for batch, theirs in zip(judges, self._expected, strict=True):
+                    ours = self._smaller.states(batch)
+                    counted = batch.attention_mask.bool()
+                    found += exit_divergence(self._dense, self._smaller, theirs, ours, counted)
         sums = torch.tensor([found], dtype=torch.float64)
         distributed.add_up([sums])
         self._judging = time.perf_counter() - began
@@ -374,7 +375,7 @@ class _Healing:
         )
 
 
-def _schedule(run: Run) -> float:
+def learning_rate_share(run: Run) -> float:
     """Return the share of the learning rate: up over a few steps, and down a line at the end."""
     rising = min(1.0, (run.step + 1) / _WARMUP_STEPS)
     return rising * min(1.0, (1.0 - run.share) / _COOLING)

@@ -7,7 +7,8 @@ final norm takes in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,21 @@ Operator = Callable[[Tensor], Tensor]
 # Layers that are left out, (start, stop, operator): the operator maps the states that enter layer
 # `start` to those that enter `stop`; None leaves them as they are.
 LeftOut = tuple[int, int, Operator | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """Where a batch has come to, in the whole model and in the one without some of its layers.
+
+    Attributes:
+        boundary: The boundary, above the layers that are left out.
+        whole: The whole model's states there [batch, length, hidden_size].
+        smaller: Those of the model without the layers.
+    """
+
+    boundary: int
+    whole: Tensor
+    smaller: Tensor
 
 
 class _LastBoundaryReached(Exception):
@@ -87,6 +103,7 @@ def visit_intervals(
     intervals: Sequence[tuple[int, int]],
     visit: Callable[[int, Tensor, Tensor], None],
     gaps: Sequence[LeftOut] = (),
+    begun: Begun | None = None,
 ) -> None:
     """Run the layers on a batch and hand over both ends of each interval.
 
@@ -99,12 +116,17 @@ def visit_intervals(
         visit: Called with the interval's index and the states at its start and its stop.
         gaps: Layers that are left out on the way to the starts; the stops are those of the whole
             model all the same. Each ends below every start.
+        begun: Where to begin; the layers below are not computed. None for at the bottom.
     """
     decoder = Decoder.of(model)
     last_stop = {start: max(e for s, e in intervals if s == start) for start, _ in intervals}
     states: dict[int, Tensor] = {}
     if gaps:
-        with leaving_out(decoder, gaps):
+        with (
+            leaving_out(decoder, gaps)
+            if begun is None
+            else starting_at(decoder, begun.boundary, begun.smaller)
+        ):
             visit_boundaries(decoder, batch, list(last_stop), states.__setitem__)
 
     def reached(boundary: int, hidden: Tensor) -> None:
@@ -117,7 +139,8 @@ def visit_intervals(
             states[boundary] = hidden
 
     wanted = [stop for _, stop in intervals] if gaps else [b for pair in intervals for b in pair]
-    visit_boundaries(decoder, batch, wanted, reached)
+    with nullcontext() if begun is None else starting_at(decoder, begun.boundary, begun.whole):
+        visit_boundaries(decoder, batch, wanted, reached)
 
 
 class _PassThrough(nn.Module):

@@ -105,6 +105,8 @@ def load_model(
             f"{', ...' * (len(missing) > 4)} ({len(missing)} missing): they would be random; copy "
             "or download the model again"
         )
+    if gguf_file is not None and Path(name).is_dir():
+        model.config._name_or_path = str(Path(name) / gguf_file)
     repair_generation(model)
     return model.eval(), tokenizer
 

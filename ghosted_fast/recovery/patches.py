@@ -17,6 +17,7 @@ from ghosted_fast.errors import (
     SolveError,
     UnsupportedModelError,
 )
+from ghosted_fast.fit.below import Below
 from ghosted_fast.fit.memory_budget import default_memory_budget, groups_within
 from ghosted_fast.fit.walk import walk
 from ghosted_fast.models.decoder import Decoder
@@ -78,14 +79,14 @@ def fit_gaps(
     text = CalibrationText.of(batches)
     text.hold()
     patches: list[Patch] = []
-    filled: list[Gap] = []
+    below = Below(decoder)
     for gap in gaps:
         job = (recovery, gap)
         found = fit_patches(
-            decoder, text, [job], options, run.memory_budget, run.progress, below=filled
+            decoder, text, [job], options, run.memory_budget, run.progress, below=below
         )
         patches.append(found[job])
-        filled.append(Gap(*gap, found[job].ghost))
+        below.fill(Gap(*gap, found[job].ghost))
     return patches
 
 
@@ -97,7 +98,7 @@ def fit_patches(
     memory_budget: int | None = None,
     progress: bool = False,
     refused: dict[Job, GhostedFastError] | None = None,
-    below: Sequence[Gap] = (),
+    below: Below | None = None,
 ) -> dict[Job, Patch]:
     """Learn the operators of gaps, several recoveries and gaps in one pass of the dense model.
 
@@ -112,7 +113,7 @@ def fit_patches(
             the free memory.
         progress: Whether to show a progress bar on stderr.
         refused: Where the errors of jobs go that cannot be served; None raises the first.
-        below: Gaps below all of these that have their operators already; see `walk`.
+        below: Gaps below the gap, of which there is one then; see `walk`.
 
     Returns:
         The operator of each job that was not refused.
@@ -141,7 +142,7 @@ def fit_patches(
                 collectors[job] = _collector(decoder, job, options)
         if not collectors:
             continue
-        seconds = walk(decoder, text, list(collectors.values()), gaps=below, progress=progress)
+        seconds = walk(decoder, text, list(collectors.values()), below=below, progress=progress)
         solved = distributed.one_item_per_rank(list(collectors.values()), solve, decoder.device)
         for (job, item), found in zip(collectors.items(), solved, strict=True):
             with _refusing(job, refused):

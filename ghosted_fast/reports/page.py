@@ -10,7 +10,7 @@ from typing import Any
 
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.errors import ArgumentError, MissingExtraError
-from ghosted_fast.facts import healing_text, layers_as_text
+from ghosted_fast.facts import healing_text, layers_as_text, shown_name
 from ghosted_fast.measure.models_table import ratio
 from ghosted_fast.timing.conditions import Conditions
 from ghosted_fast.timing.estimates import estimate_from, ratio_text, speed_text
@@ -67,7 +67,7 @@ def render_report(report: Mapping[str, Any], title: str | None = None) -> str:
 
     rows = report.get("models") or []
     return page.render(
-        title=title or report.get("model") or "Ghosted model",
+        title=title or shown_name(report.get("model") or "Ghosted model"),
         report=report,
         layers=layers_as_text(report.get("removed") or []),
         rows=[_with_ratios(row, rows) for row in rows],

@@ -52,6 +52,8 @@ _OTHERS: dict[bytes, tuple[str, str]] = {
 }
 _ENCODINGS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _LOOKED_AT = 4096
+# Characters of what another library says that go into an error.
+_LONGEST_LINE = 240
 # Files that stand beside texts and hold none.
 _BESIDE = ("readme", "license", "licence", "dataset_info", "dataset_dict", "state.json")
 
@@ -232,9 +234,11 @@ class _Rewound(io.RawIOBase):
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, without the pages that some libraries add."""
+    """Return what an error says, without the pages and the long lists that some libraries add."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= _LONGEST_LINE else f"{lines[0][:_LONGEST_LINE]}..."
 
 
 def is_readable_name(name: str) -> bool:

@@ -96,7 +96,7 @@ def test_card_says_what_was_trained() -> None:
     text = model_card(model.config)
     what = "the ghost and factors of rank 32 of 28 linear maps (5,000 numbers)"
     assert f"Healing: {what} {trained}" in text
-    assert "0.4000 -> 0.3000 nats. The factors are folded into the weights." in text
+    assert "0.4000 to 0.3000 nats. The factors are folded into the weights." in text
     assert attach_healing(model.config, HEALING | {"maps": 0}, "web.jsonl")
     text = model_card(model.config)
     assert text.count("Healing: ") == 2 and "The text was web.jsonl." in text

@@ -89,7 +89,7 @@ def test_fit_heals_what_nothing_was_put_into(
         "--recovery", "none", "--heal", "3k", "--output", tmp_path / "healed", "--tokens", "1024",
         "--evaluation", long_text, "--evaluation-tokens", "256", *LENGTH, "--json",
     ))  # fmt: skip
-    assert [row["name"] for row in found["models"]] == ["dense", "pruned", "healed"]
+    assert [row["name"] for row in found["models"]] == ["dense", "pruned", "pruned, healed"]
     facts = found["healing"]
     assert facts["ghosts"] == 0 and facts["after"] < facts["before"]
     assert found["models"][1]["perplexity"] != found["models"][2]["perplexity"]

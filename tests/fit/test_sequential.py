@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families.tiny_models import tiny_causal
 
+from ghosted_fast.fit import below
 from ghosted_fast.fit.ghosts import FittedGhost, fit_in_sequence
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
@@ -55,3 +58,57 @@ def test_the_first_tokens_state_goes_through_the_gaps() -> None:
         expected = dense[stop][torch.arange(40), mask.argmax(1)].double().mean(0)
         assert fitted.first_state is not None
         assert relative_rms(fitted.first_state, expected) < 1e-5
+
+
+def counted_fits(
+    model: torch.nn.Module, gaps: list[tuple[int, int]], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Return the ghosts' weights, and how often each layer ran, with so many bytes for states."""
+    monkeypatch.setattr(below, "_MOST_BYTES", limit)
+    ids = random_tokens(40, 24)
+    mask = torch.ones_like(ids)
+    mask[::3, :5] = 0
+    parts = zip(ids.split(10), mask.split(10), strict=True)
+    batches = list(iterate_batches([{"input_ids": x, "attention_mask": m} for x, m in parts]))
+    decoder = Decoder.of(model)
+    layers = decoder.layers
+    assert decoder.contract  # is looked at in a pass of its own
+    runs = [0] * len(layers)
+    for index, layer in enumerate(layers):
+
+        def count(*_: object, index: int = index) -> None:
+            runs[index] += 1
+
+        layer.register_forward_hook(count)
+    fits = fit_in_sequence(decoder, batches, gaps, GhostOptions(first_state="on"))
+    return [fitted.weight for fitted, _ in fits], runs
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_a_pass_begins_where_the_last_one_ended(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gaps = [(0, 1), (2, 4), (5, 6)]
+    of_a_batch = 2 * 10 * 24 * 32 * 4
+    found, runs = {}, {}
+    for batches in (0, 2, 4):
+        model = tiny_model(family, 8)
+        found[batches], runs[batches] = counted_fits(model, gaps, batches * of_a_batch, monkeypatch)
+    for others in (found[2], found[4]):
+        assert all(torch.equal(*pair) for pair in zip(found[0], others, strict=True))
+    # Four batches: the dense model up to each gap's end, and the smaller one up to its beginning.
+    assert runs[0] == [12, 8 + 8, 8, 8, 4 + 4, 4, 0, 0]
+    # The dense model once, and the smaller one's layers between the gaps.
+    assert runs[4] == [4, 4 + 4, 4, 4, 4 + 4, 4, 0, 0]
+    assert runs[2] == [(one + other) // 2 for one, other in zip(runs[0], runs[4], strict=True)]
+
+
+def test_layers_that_use_more_of_those_below_begin_at_the_bottom(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_causal("gemma4_text")
+    assert Decoder.of(model).uses_layers_below
+    found, runs = counted_fits(model, [(0, 1), (2, 3)], 1 << 31, monkeypatch)
+    expected, same_runs = counted_fits(tiny_causal("gemma4_text"), [(0, 1), (2, 3)], 0, monkeypatch)
+    assert runs == same_runs and runs[0] == 8
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

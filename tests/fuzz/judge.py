@@ -40,7 +40,7 @@ class Outcomes:
             self.counts["error"] += 1
             message = str(error)
             clear = "expected" in message and "got" in message and _ADVICE.search(message)
-            if not clear or "/" not in message or "\n" in message:
+            if not clear or "/" not in message or "\n" in message or len(message) > 1000:
                 self.unclear.append(f"{said}: {message}")
         except Exception as error:  # what must not come
             self.foreign.append(f"{said}: {type(error).__name__}: {error}")

@@ -6,19 +6,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.tiny_engines import byte_tokenizer, engine_model
 from support.tiny_text import TEXT, tiny_tokenizer
 
-from fuzz.damages import BYTES, damaged_copy
+from fuzz.damages import BYTES, damaged_copy, flip, scramble, truncate
 from fuzz.judge import Outcomes
 from ghosted_fast.checkpoint.save import save_model
+from ghosted_fast.export.gguf_tokenizer import add_tokenizer
 from ghosted_fast.models.checked.gguf_header import read_gguf_header
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.surgery.cut import remove_layers
@@ -153,3 +158,75 @@ def test_gguf_files(tmp_path: Path) -> None:
             lambda found, size=size: found.bytes_needed <= size,
         )
     check(outcomes, 200)
+
+
+def renamed(path: Path, chance: random.Random) -> str:
+    """Change a letter of the name of a tensor."""
+    data = path.read_bytes()
+    name = chance.choice(re.findall(rb"(?:blk\.\d+|output|token_embd)[a-z_.]*\.weight", data))
+    path.write_bytes(data.replace(name, name[:-1] + b"x", 1))
+    return f"{name.decode()} renamed"
+
+
+def write_gguf_model(path: Path) -> None:
+    """Write a model of random weights that transformers reads."""
+    import gguf
+
+    model = engine_model(num_layers=2, head_dim=16)
+    config = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_tokenizer(writer, byte_tokenizer(), config.vocab_size)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.slow
+def test_whole_gguf_models(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "a.gguf"
+    write_gguf_model(path)
+    whole = path.read_bytes()
+    numbers = sum(math.prod(shape) for shape in read_gguf_header(path).shapes.values())
+    model, _ = load_model(path)
+    expected = logits(model)
+    assert Decoder.of(model).name == str(path)
+    chance, outcomes = random.Random(SEED + 3), Outcomes()
+    ways = [truncate, flip, scramble, renamed]
+    for turn in range(80 * TIMES):
+        # What a file says of itself is damaged, and not its numbers, of which any are valid.
+        way, head = ways[turn % len(ways)], len(whole) - 4 * numbers
+        path.write_bytes(whole[:head])
+        said = way(path, chance)
+        with path.open("ab") as file:
+            file.write(whole[head:])
+
+        def run() -> list[torch.Tensor]:
+            found = []
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                found.append(logits(load_model(path)[0]))
+            return found
+
+        def right(found: list[torch.Tensor], way: Any = way) -> bool:
+            # A setting that is valid is taken; nothing that is computed with is left to chance.
+            return torch.equal(*found) and (
+                way in (flip, scramble) or torch.equal(found[0], expected)
+            )
+
+        outcomes.judge(said, run, right)
+    check(outcomes, 80)
+    assert outcomes.counts["error"] > 30

@@ -59,6 +59,16 @@ def full_report() -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [("some/model", "some/model"), ("/home/me/llama.gguf", "llama.gguf"), (None, "Ghosted model")],
+)
+def test_the_title_tells_nothing_of_the_machine(model: str | None, title: str) -> None:
+    page = render_report({**full_report(), "model": model})
+    assert f"<title>{title}</title>" in page and "/home/me" not in page
+
+
+@pytest.mark.slow
 def test_full_page() -> None:
     page = render_report(full_report())
     for expected in (
@@ -141,7 +151,7 @@ def test_page_says_what_was_trained() -> None:
     assert (
         "the ghost and factors of rank 32 of 175 linear maps (9,876,543 numbers) were trained on "
         "30,000 tokens in 301 s (the state after 20,000 is kept): held-out divergence from the "
-        "dense model&#39;s predictions 0.4200 -&gt; 0.2500 nats"
+        "dense model&#39;s predictions 0.4200 to 0.2500 nats"
     ) in page
     assert page.count("<svg") == 3 and "tokens learned from" in page and "30,000" in page
     balance = Balance()

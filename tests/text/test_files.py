@@ -17,6 +17,7 @@ from support.tiny_text import TEXT, tiny_tokenizer
 
 from ghosted_fast.errors import SourceError
 from ghosted_fast.text import readers, records
+from ghosted_fast.text.files import first_line
 from ghosted_fast.text.loading import check_texts, load_texts, token_batches
 
 TWO = ["one two", 'three, "four"\nfive']
@@ -237,3 +238,16 @@ def test_texts_are_looked_at_before_a_model_is_loaded(
     path.write_text(content)
     with pytest.raises(SourceError, match=message):
         check_texts(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("short", "short"),
+        ("\nfirst\nsecond", "first"),
+        ("", "ValueError"),
+        ("one of " + "a name, " * 500, ("one of " + "a name, " * 500)[:240] + "..."),
+    ],
+)
+def test_of_what_another_library_says_a_line_is_kept(said: str, kept: str) -> None:
+    assert first_line(ValueError(said)) == kept

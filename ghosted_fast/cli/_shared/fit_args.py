@@ -256,9 +256,8 @@ class RecoveryArgs(ImproveArgs):
     @property
     def kind(self) -> str:
         """What tables call the model."""
-        if self.recovery == "none" and self.heal:
-            return "healed"
-        return "ghosted" if self.recovery == "ghost" else self.recovery
+        named = {"ghost": "ghosted", "none": "pruned"}.get(self.recovery, self.recovery)
+        return f"{named}, healed" if self.heal else named
 
 
 @dataclass(frozen=True, kw_only=True)
