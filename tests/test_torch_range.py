@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,6 @@ def compiles(source: str, target: Version) -> str:
 def test_the_ranges_agree() -> None:
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     assert f'OLDEST_TORCH = "{TORCH}"' in setup
-    assert f"_VERSION_{TORCH.major}_{TORCH.minor + 3}_0" in (
-        ROOT / "csrc" / "cuda" / "current_stream.h"
-    ).read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     triton = oldest("triton", PROJECT["project"]["optional-dependencies"]["triton"])
     transformers = oldest("transformers", PROJECT["project"]["dependencies"])
@@ -89,6 +87,23 @@ def test_sources_compile_for_the_oldest_torch(source: str) -> None:
 def test_the_bound_is_no_higher_than_it_must_be() -> None:
     before = Version(f"{TORCH.major}.{TORCH.minor - 1}")
     assert "const_data_ptr" in compiles("csrc/cuda/operators.cpp", before)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_stream_is_a_call_of_torch_from_the_first_that_has_it(tmp_path: Path) -> None:
+    header = (ROOT / "csrc" / "cuda" / "current_stream.h").read_text(encoding="utf-8")
+    (first,) = {Version(".".join(it)) for it in re.findall(r"TORCH_VERSION_(\d+)_(\d+)_0", header)}
+    if Version(version("torch")) < first:
+        pytest.skip(f"the headers of torch {version('torch')} do not know the call")
+    asking = tmp_path / "asking.cpp"
+    asking.write_text(
+        "#include <torch/csrc/stable/accelerator.h>\n"
+        "void* stream() { return torch::stable::accelerator::getCurrentStream(0).nativeHandle(); }"
+    )
+    assert compiles(str(asking), first) == ""
+    before = Version(f"{first.major}.{first.minor - 1}")
+    assert "nativeHandle" in compiles(str(asking), before)
 
 
 ASK = """

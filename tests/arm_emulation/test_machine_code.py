@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from support.arm_machine_code import Loop, loops_of
-from support.arm_toolchain import CPU, KERNELS, ROOT, build, flags_of, missing_tools
+from support.arm_toolchain import CPU, KERNELS, build, flags_of, missing_tools
+from support.cpu_paths import ARM_PATHS, ROOT
 
 pytestmark = [
     pytest.mark.slow,
@@ -16,7 +17,7 @@ pytestmark = [
 def loops() -> dict[str, list[Loop]]:
     """The innermost loops of each path."""
     found = {}
-    for path in ("neonbf16", "neon"):
+    for path in ARM_PATHS:
         flags = [*flags_of(path), f"-I{CPU}", "-c"]
         found[path] = loops_of(build(f"path_{path}.o", [KERNELS / f"path_{path}.cpp"], flags))
     return found

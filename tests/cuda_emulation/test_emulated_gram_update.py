@@ -333,7 +333,6 @@ def multiply_adds(hidden_size: int, weight: Tensor | None = None, **sums: Tensor
     num_tokens = 32
     x = torch.randn(num_tokens, hidden_size).to(BF16)
     run = emulate(x, x, weight, **sums)
-    assert run.error == 0
     return run.multiply_adds / (num_tokens * hidden_size * hidden_size)
 
 

@@ -88,6 +88,67 @@ MUTANTS = (
         "panels.panel_stride % kAmxDwords != 0",
         "false",
     ),
+    # A weight as it lies.
+    _fault(
+        "the last step of an odd count left out",
+        "ghost_unpacked.h",
+        "for (; step < whole; ++step) {",
+        "for (; step + 1 < whole; ++step) {",
+    ),
+    _fault(
+        "even and odd steps with the same rows",
+        "ghost_unpacked.h",
+        "add_step<kGroups, 1>(x, step + 1);",
+        "add_step<kGroups, 1>(x, step);",
+    ),
+    _fault(
+        "second sum of a single group dropped",
+        "ghost_unpacked.h",
+        "load(sums + i) + load(sums + kAmxDwords + i)",
+        "load(sums + i)",
+    ),
+    _fault(
+        "last outputs read beyond the weight",
+        "ghost_unpacked.h",
+        "first = min64(out, size - kPanel);",
+        "first = out;",
+    ),
+    _fault(
+        "last outputs taken from those before",
+        "ghost_unpacked.h",
+        "by_row + row % kAmxRows * kPanel + out - first);",
+        "by_row + row % kAmxRows * kPanel);",
+    ),
+    _fault(
+        "last inputs left out where they are no whole tile",
+        "ghost_unpacked.h",
+        "  if (size % kTileInputs != 0) {\n",
+        "  if (false) {\n",
+    ),
+    _fault(
+        "last inputs beside those of the next row",
+        "ghost_unpacked.h",
+        "size, kPanel, size % kTileInputs);",
+        "size, kPanel, kTileInputs);",
+    ),
+    _fault(
+        "rows beyond the last written",
+        "ghost_unpacked.h",
+        "row < min64(rows, (group + 1) * kAmxRows)",
+        "row < (group + 1) * kAmxRows",
+    ),
+    _fault(
+        "more groups of rows than there are kernels for",
+        "ghost_unpacked.h",
+        "      return apply_unpacked_groups<6>(epilogue, threads);",
+        "      return apply_unpacked_groups<5>(epilogue, threads);",
+    ),
+    _fault(
+        "rows beyond the last copied",
+        "ghost_stream.h",
+        "row < min64(kAmxRows, rows); ++row",
+        "row < kAmxRows; ++row",
+    ),
     # Digits.
     _fault(
         "digits in the wrong order",

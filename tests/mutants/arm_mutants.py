@@ -86,6 +86,43 @@ MUTANTS = (
         "VecD{pair[0], pair[step]}",
         "VecD{pair[0], pair[1]}",
     ),
+    _fault(
+        "sums of two registers swapped",
+        "ghost_dot.h",
+        "vpaddq_f32((float32x4_t)acc[i], (float32x4_t)acc[i + 1])",
+        "vpaddq_f32((float32x4_t)acc[i + 1], (float32x4_t)acc[i])",
+    ),
+    _fault(
+        "upper half of a vector promoted as the lower",
+        "gram_kernel.h",
+        "vcvt_high_f64_f32((float32x4_t)sum)",
+        "vcvt_f64_f32(vget_low_f32((float32x4_t)sum))",
+    ),
+    # Bytes.
+    _fault(
+        "second half of a step of int8 left out",
+        "ghost_bytes.h",
+        "      acc[o][c] = vmmlaq_s32(acc[o][c], second, right[1][c]);\n",
+        "      (void)second;\n",
+    ),
+    _fault(
+        "outputs of a pair of int8 swapped",
+        "ghost_bytes.h",
+        "vst1_s32(to, vget_low_s32(acc[o][c]));",
+        "vst1_s32(to, vget_high_s32(acc[o][c]));",
+    ),
+    _fault(
+        "digits of the first row for both of a group",
+        "ghost_bytes.h",
+        "+ (row - first) * kDigits;",
+        ";",
+    ),
+    _fault(
+        "rows beyond the int8 weight read",
+        "ghost_bytes.h",
+        "whole = outputs == kByteOutputs ? size / kByteInputs : 0;",
+        "whole = size / kByteInputs;",
+    ),
     # Ends.
     _fault(
         "tokens that are no whole quad left out",

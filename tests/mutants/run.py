@@ -18,7 +18,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mutants import amx_mutants, arm_mutants, cuda_mutants, triton_mutants
+from mutants import (
+    amx_mutants,
+    arm_mutants,
+    cuda_mutants,
+    divergence_mutants,
+    triton_mutants,
+)
 from mutants.mutant import Mutant
 
 HERE = Path(__file__).parent
@@ -31,7 +37,7 @@ FAILED_TESTS, PASSED = 1, 0
 
 def all_mutants() -> list[Mutant]:
     """Return the mutants of every list that is there."""
-    lists = (amx_mutants, arm_mutants, cuda_mutants, triton_mutants)
+    lists = (amx_mutants, arm_mutants, cuda_mutants, divergence_mutants, triton_mutants)
     return [mutant for each in lists for mutant in each.MUTANTS]
 
 

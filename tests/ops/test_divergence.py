@@ -109,6 +109,37 @@ def test_masked_words(backend: str) -> None:
     assert divergence(dense, smaller, backend=backend)[0][0] == math.inf
 
 
+@pytest.mark.parametrize("words", WORDS)
+def test_a_shift_of_all_logits_changes_nothing(backend: str, words: int) -> None:
+    """Also far below zero, where words that are not there would have the largest logits."""
+    dense, smaller = (torch.randint(-32, 33, (3, words)) / 8 for _ in range(2))
+    found, gradient = divergence(dense - 512, smaller - 1024, gradient=True, backend=backend)
+    wanted, slope = exact(dense, smaller)
+    torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-7)
+    assert gradient is not None and float((gradient - slope).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_words_of_equal_logits(backend: str, dtype: torch.dtype) -> None:
+    """Added up in fp32 to the end, the sums would err to the same side with every word."""
+    even = torch.arange(100_000) % 2 == 0
+    dense = torch.where(even, 0.0, -1.125).to(dtype)[None]
+    smaller = torch.where(even, -1.375, 0.0).to(dtype)[None]
+    found, _ = divergence(dense, smaller, backend=backend)
+    torch.testing.assert_close(found, exact(dense, smaller)[0], rtol=2e-6, atol=0)
+
+
+def test_every_result_is_written(backend: str, poisoned_memory: None) -> None:
+    rows = [logits(3, 37, torch.float32) for _ in range(3)]
+    counted = torch.tensor([True, False, True])
+    found, gradient = divergence(*rows[:2], counted, gradient=True, backend=backend)
+    assert found.isfinite().all() and gradient is not None and gradient.isfinite().all()
+    assert all(
+        part.isfinite().all()
+        for part in local_divergence(*rows[:2], rows[2:], counted, backend=backend)
+    )
+
+
 def test_large_logits_and_nan(backend: str) -> None:
     dense = torch.tensor([[3e38, 0.0, -3e38], [200.0, 0.0, -200.0], [1.0, math.nan, 0.0]])
     smaller = torch.tensor([[3e38, 0.0, -3e38], [100.0, 0.0, -200.0], [0.0, 0.0, 0.0]])
@@ -122,6 +153,11 @@ def test_strides_and_empty(backend: str) -> None:
     dense, smaller = logits(33, 7, torch.float32).mT, logits(7, 66, torch.float32)[:, ::2]
     found, _ = divergence(dense, smaller, backend=backend)
     torch.testing.assert_close(found, exact(dense, smaller)[0], rtol=2e-6, atol=1e-7)
+    counted = torch.tensor([True, False, False, True] * 4)[:14:2]
+    several = local_divergence(dense, smaller, [smaller, dense], counted, backend=backend)
+    copies = [rows.contiguous() for rows in (dense, smaller, counted)]
+    alike = local_divergence(*copies[:2], copies[1::-1], copies[2], backend=backend)
+    assert all(torch.equal(one, other) for one, other in zip(several, alike, strict=True))
     none, gradient = divergence(dense[:0], smaller[:0], gradient=True, backend=backend)
     assert none.shape == (0,) and gradient is not None and gradient.shape == (0, 33)
 
@@ -152,6 +188,15 @@ def test_refusals() -> None:
         local_divergence(rows, rows, [rows] * 4)
     with pytest.raises(ArgumentError, match=r"expected moved\[1\] of shape"):
         local_divergence(rows, rows, [rows, rows[:1]])
+    with pytest.raises(ArgumentError, match="expected dense on cpu, got meta"):
+        divergence(rows.to("meta"), rows)
+
+
+def test_opcheck() -> None:
+    dense, smaller, *moved = (logits(3, 5, torch.float32) for _ in range(4))
+    operator, counted = torch.ops.ghosted_fast.divergence.default, torch.tensor([True, False, True])
+    torch.library.opcheck(operator, (dense, smaller, None, True, None, None, None))
+    torch.library.opcheck(operator, (dense, smaller, counted, False, *moved, None))
 
 
 def test_shapes_without_values() -> None:

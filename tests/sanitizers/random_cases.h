@@ -275,37 +275,4 @@ void check_apply(const KernelTable& table, Form form, int64_t rows, int64_t size
 }
 
 }  // namespace
-// KL of rows of bf16 logits and its gradient, on one thread and on three.
-void check_divergence(const KernelTable& table, int64_t rows, int64_t words) {
-  const std::string name = name_of("divergence", {rows, words});
-  const auto dense = random_rows(rows * words, 3.0f), smaller = random_rows(rows * words, 3.0f);
-  std::vector<double> sums(rows);
-  std::vector<uint16_t> gradient(rows * words);
-  DivergenceArgs args{dense.get(), smaller.get(), Dtype::kBFloat16, rows, words};
-  args.sums = sums.data();
-  args.gradient = gradient.data();
-  pretended_threads = 1;
-  table.divergence(args);
-  print(name, sums.data(), sums.size() * sizeof(double));
-  for (int64_t r = 0; r < rows; ++r) {
-    double p_sum = 0, q_sum = 0, value = 0, worst = 0;
-    for (int64_t i = r * words; i < (r + 1) * words; ++i) {
-      p_sum += std::exp(static_cast<double>(widen(dense[i])));
-      q_sum += std::exp(static_cast<double>(widen(smaller[i])));
-    }
-    for (int64_t i = r * words; i < (r + 1) * words; ++i) {
-      const double p = std::exp(static_cast<double>(widen(dense[i]))) / p_sum;
-      const double q = std::exp(static_cast<double>(widen(smaller[i]))) / q_sum;
-      value += p * std::log(p / q);
-      worst = std::fmax(worst, std::fabs(widen(gradient[i]) - (q - p)));
-    }
-    expect(std::fabs(sums[r] - value) <= 2e-6 * value + 1e-6, name, std::to_string(sums[r]));
-    expect(worst <= 4e-3, name, "gradient off by " + std::to_string(worst));
-  }
-  const std::vector<double> first = sums;
-  pretended_threads = 3;
-  table.divergence(args);
-  expect(first == sums, name, "other bits on three threads");
-}
-
 }  // namespace ghosted_fast

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from support.cpu_paths import ROOT, TABLES, import_setup
 
 from ghosted_fast.measure.system import cpu_features
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 FLAGS = ["-g", "-O1", "-std=c++17", "-fno-math-errno", "-Wno-psabi"]
 FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-TABLES = {
-    "amx": "kAmxKernels",
-    "avx512bf16": "kAvx512Bf16Kernels",
-    "avx512": "kAvx512Kernels",
-    "avx2": "kAvx2Kernels",
-    "neonbf16": "kNeonBf16Kernels",
-    "neon": "kNeonKernels",
-    "portable": "kPortableKernels",
-}
 EMULATION = ["-DGHOSTED_FAST_EMULATED_TILES", f"-I{ROOT / 'tests' / 'amx_emulation'}"]
 NEEDED = {
     "amx": set(),  # its tiles are emulated, the rest is compiled for what there is
@@ -38,15 +27,6 @@ NEEDED = {
     "neon": set(),
     "portable": set(),
 }
-
-
-def import_setup() -> ModuleType:
-    """Import setup.py, which knows the flags of each path, without building."""
-    spec = importlib.util.spec_from_file_location("ghosted_fast_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +58,8 @@ def test_kernels(path: str, path_flags: dict[str, list[str]], tmp_path: Path) ->
     command += [f"-I{kernels}", str(Path(__file__).with_name("kernels.cpp"))]
     command += [str(kernels / "kernels" / f"path_{path}.cpp")]
     command += [str(kernels / "token_order.cpp"), "-o", str(program)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"path_{path}.cpp does not compile: {done.stderr}"
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout == f"{path}: 0 failures\n"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
-ROOT = Path(__file__).parents[2]
+from support.cpu_paths import ARM_PATHS, ROOT, import_setup
+
 CPU = ROOT / "csrc" / "cpu"
 KERNELS = CPU / "kernels"
 IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
@@ -23,11 +21,7 @@ OBJDUMP = "objdump" if IS_ARM else "aarch64-linux-gnu-objdump"
 QEMU = "qemu-aarch64"
 # Where Debian's cross compiler has its libraries.
 SYSROOT = "/usr/aarch64-linux-gnu"
-TABLES = {
-    "neonbf16": "kNeonBf16Kernels",
-    "neon": "kNeonKernels",
-    "portable": "kPortableKernels",
-}
+PATHS = (*ARM_PATHS, "portable")
 
 
 def missing_tools() -> str:
@@ -36,16 +30,6 @@ def missing_tools() -> str:
         if shutil.which(tool) is None:
             return f"no {tool}; apt-get install g++-aarch64-linux-gnu qemu-user brings it"
     return ""
-
-
-@cache
-def import_setup() -> ModuleType:
-    """Import setup.py, which knows the flags of each path, without building."""
-    spec = importlib.util.spec_from_file_location("ghosted_fast_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def flags_of(path: str) -> list[str]:

@@ -14,8 +14,17 @@ namespace {
 
 // Bytes of weights below which waking another thread costs more than it saves.
 constexpr int64_t kBytesPerThread = int64_t{256} << 10;
-// Pieces that a packed weight is cut into for each thread.
-constexpr int64_t kRunsPerThread = 4;
+
+// Calls body(begin, end) for runs of the `count` pieces of a weight of so many bytes: long ones
+// keep the stream unbroken, several for each thread even out their speeds.
+template <class Body>
+inline void for_each_run(int64_t count, int64_t bytes, int64_t threads, Body&& body) {
+  constexpr int64_t kRunsPerThread = 4;
+  const int64_t used = min64(threads, max64(1, bytes / kBytesPerThread));
+  const int64_t runs = used == 1 ? 1 : min64(count, kRunsPerThread * used);
+  for_each_task(runs, used,
+                [&](int64_t run, int64_t) { body(run * count / runs, (run + 1) * count / runs); });
+}
 
 // What turns sums into outputs.
 struct Epilogue {
@@ -100,12 +109,9 @@ inline void apply_few_packed(const Epilogue& epilogue, const Inputs& x, int64_t 
     interleaved = to;
   }
   const int64_t bytes = panels * dwords * kPanel * static_cast<int64_t>(sizeof(float));
-  const int64_t used = min64(threads, max64(1, bytes / kBytesPerThread));
-  // Long runs of panels keep the stream unbroken; several per thread even out their speeds.
-  const int64_t tasks = used == 1 ? 1 : min64(panels, kRunsPerThread * used);
-  for_each_task(tasks, used, [&](int64_t task, int64_t) {
+  for_each_run(panels, bytes, threads, [&](int64_t begin, int64_t end) {
     alignas(64) float sums[kPanelTokens * kPanel];
-    for (int64_t p = task * panels / tasks; p < (task + 1) * panels / tasks; ++p) {
+    for (int64_t p = begin; p < end; ++p) {
       const float* panel = static_cast<const float*>(args.weight) + p * dwords * kPanel;
       const int64_t out = p * kPanel, count = min64(kPanel, size - out);
       for (int64_t g = 0; g < groups; ++g) {
@@ -129,12 +135,14 @@ inline const float* strip_panels(const ApplyArgs& args, int64_t out, int64_t out
                             out / kPanel * packed_dwords<kType>(size) * kPanel;
       const int64_t count = (outputs + kPanel - 1) / kPanel;
 #if defined(GHOSTED_FAST_NEON)
-      for (int64_t panel = 0; kPairs && panel < count; ++panel) {
+      if constexpr (kPairs) {
         const int64_t from = packed_dwords<kType>(size);
-        put_in_quads(panels + panel * from * kPanel, from, dwords,
-                     buffer + panel * dwords * kPanel);
+        for (int64_t panel = 0; panel < count; ++panel) {
+          put_in_quads(panels + panel * from * kPanel, from, dwords,
+                       buffer + panel * dwords * kPanel);
+        }
+        return buffer;
       }
-      if (kPairs) return buffer;
 #endif
       if (kInputsPerDword<kType> == 1) return panels;
       widen_strip(panels, count, size, buffer);

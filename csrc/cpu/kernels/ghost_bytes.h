@@ -132,12 +132,8 @@ inline void apply_bytes(const Epilogue& epilogue, int64_t threads) {
   x.unit = scratch.take<float>(args.num_rows);
   x.fill(args);
   const auto apply = x.rows == 1 ? &apply_byte_block<2> : &apply_byte_block<3>;
-  const int64_t used = min64(threads, max64(1, size * size / kBytesPerThread));
-  const int64_t tasks = used == 1 ? 1 : min64(blocks, kRunsPerThread * used);
-  for_each_task(tasks, used, [&](int64_t task, int64_t) {
-    for (int64_t b = task * blocks / tasks; b < (task + 1) * blocks / tasks; ++b) {
-      apply(epilogue, x, b * kByteOutputs);
-    }
+  for_each_run(blocks, size * size, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) apply(epilogue, x, b * kByteOutputs);
   });
 }
 

@@ -44,24 +44,22 @@ inline void pack_panels(const ApplyArgs& args, const TileSteps& steps, int64_t b
   const int64_t size = args.hidden_size;
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int64_t k = 0; k < steps.count(); ++k, to += kAmxDwords) {
-      alignas(64) uint16_t rows[kPanel][kTileInputs] = {};
-      const int64_t input = k * kTileInputs, count = min64(kTileInputs, size - input);
-      for (int64_t r = 0; r < min64(kPanel, size - panel * kPanel); ++r) {
-        const int64_t at = (panel * kPanel + r) * size + input;
-        if (args.weight_dtype == Dtype::kBFloat16) {
-          std::memcpy(rows[r], static_cast<const uint16_t*>(args.weight) + at,
-                      static_cast<size_t>(count) * sizeof(uint16_t));
-          continue;
-        }
-        const int8_t* from = static_cast<const int8_t*>(args.weight) + at;
+      const int64_t input = k * kTileInputs, at = panel * kPanel * size + input;
+      const int64_t rows = min64(kPanel, size - panel * kPanel);
+      const int64_t count = min64(kTileInputs, size - input);
+      if (args.weight_dtype == Dtype::kBFloat16) {
+        TileCopy(static_cast<const uint16_t*>(args.weight) + at, size, rows, count).transpose(to);
+        continue;
+      }
+      TileCopy tile;
+      for (int64_t r = 0; r < rows; ++r) {
+        const int8_t* from = static_cast<const int8_t*>(args.weight) + at + r * size;
         for (int64_t c = 0; c < count; c += kLanes) {
           const VecF values = load_as_float<Dtype::kInt8>(from + c, count - c);
-          store_rounded<Dtype::kBFloat16>(rows[r] + c, values);
+          store_rounded<Dtype::kBFloat16>(tile.numbers[r] + c, values);
         }
       }
-      alignas(64) float dwords[kAmxDwords];
-      std::memcpy(dwords, rows, sizeof(dwords));
-      transpose_16(dwords, to);
+      tile.transpose(to);
     }
   }
 }
@@ -123,8 +121,7 @@ inline void apply_blocks(const Epilogue& epilogue, int64_t threads) {
 // Which kernel serves a call; null for that of the path avx512.
 inline auto tiled_kernel(const ApplyArgs& args) -> void (*)(const Epilogue&, int64_t) {
   if (args.dtype != Dtype::kBFloat16) return nullptr;
-  const bool as_it_lies = !args.packed && has_tiles_as_it_lies(args);
-  if (as_it_lies && args.num_rows <= kUnpackedRows) return &apply_unpacked;
+  if (is_read_as_it_lies(args)) return &apply_unpacked;
   if (args.num_rows > kStreamRows) return &apply_blocks;
   if (args.packed) return &apply_stream;
   const bool is_int8 = args.weight_dtype == Dtype::kInt8 && args.hidden_size <= kMaxByteInputs;

@@ -176,13 +176,9 @@ inline void apply_bytes(const Epilogue& epilogue, int64_t threads) {
                      : x.groups == 2 ? &apply_byte_block<2>
                      : x.groups == 3 ? &apply_byte_block<3>
                                      : &apply_byte_block<4>;
-  const int64_t used = min64(threads, max64(1, size * size / kBytesPerThread));
-  const int64_t tasks = used == 1 ? 1 : min64(blocks, kRunsPerThread * used);
-  for_each_task(tasks, used, [&](int64_t task, int64_t) {
+  for_each_run(blocks, size * size, threads, [&](int64_t begin, int64_t end) {
     const Tiles tiles(config);
-    for (int64_t b = task * blocks / tasks; b < (task + 1) * blocks / tasks; ++b) {
-      apply(epilogue, x, b * kPanel);
-    }
+    for (int64_t b = begin; b < end; ++b) apply(epilogue, x, b * kPanel);
   });
 }
 

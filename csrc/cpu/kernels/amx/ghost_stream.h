@@ -30,6 +30,26 @@ struct TileSteps {
   int64_t count() const { return whole + (rest > 0 ? 1 : 0); }
 };
 
+// A copy of up to 16 rows of up to 32 inputs, beside zeros.
+struct alignas(64) TileCopy {
+  uint16_t numbers[kAmxRows][kTileInputs] = {};
+
+  TileCopy() = default;
+  TileCopy(const uint16_t* from, int64_t stride, int64_t rows, int64_t inputs) {
+    const size_t bytes = static_cast<size_t>(min64(kTileInputs, inputs)) * sizeof(uint16_t);
+    for (int64_t row = 0; row < min64(kAmxRows, rows); ++row) {
+      std::memcpy(numbers[row], from + row * stride, bytes);
+    }
+  }
+
+  // to[16 pairs of inputs][16 rows], in dwords.
+  void transpose(float* to) const {
+    alignas(64) float dwords[kAmxDwords];
+    std::memcpy(dwords, numbers, sizeof(dwords));
+    transpose_16(dwords, to);
+  }
+};
+
 // to[step][tile_rows][32 inputs] of rows of x, zeros beyond the inputs and the rows.
 inline void tile_rows(const uint16_t* x, int64_t rows, int64_t size, int64_t tile_rows,
                       uint16_t* to) {
@@ -115,12 +135,10 @@ inline void apply_stream(const Epilogue& epilogue, int64_t threads) {
   tile_rows(static_cast<const uint16_t*>(args.x), rows, size, rows, x);
   const TileConfig config = stream_tiles(rows, steps);
   const int64_t bytes = panels * dwords * kPanel * static_cast<int64_t>(sizeof(float));
-  const int64_t used = min64(threads, max64(1, bytes / kBytesPerThread));
-  const int64_t tasks = used == 1 ? 1 : min64(panels, kRunsPerThread * used);
-  for_each_task(tasks, used, [&](int64_t task, int64_t) {
+  for_each_run(panels, bytes, threads, [&](int64_t begin, int64_t end) {
     const Tiles tiles(config);
     alignas(64) float sums[2][kStreamRows * kPanel];
-    for (int64_t p = task * panels / tasks; p < (task + 1) * panels / tasks; ++p) {
+    for (int64_t p = begin; p < end; ++p) {
       const float* panel = static_cast<const float*>(args.weight) + p * dwords * kPanel;
       stream_panel(x, rows, panel, steps, sums[0], sums[1]);
       const int64_t out = p * kPanel, count = min64(kPanel, size - out);

@@ -14,25 +14,20 @@ constexpr int64_t kUnpackedRows = kMostGroups * kAmxRows;
 // How far ahead of its reading each of the 16 rows is prefetched.
 constexpr int64_t kRowsAhead = 1024;
 
-// Whether there are whole tiles of outputs, the last of which may overlap the one before.
-inline bool has_tiles_as_it_lies(const ApplyArgs& args) {
-  return args.weight_dtype == Dtype::kBFloat16 && args.hidden_size >= kPanel;
+// Whether apply_unpacked serves a call: it wants whole tiles of outputs, of which the last may
+// overlap the one before.
+inline bool is_read_as_it_lies(const ApplyArgs& args) {
+  return !args.packed && args.weight_dtype == Dtype::kBFloat16 && args.hidden_size >= kPanel &&
+         args.num_rows <= kUnpackedRows;
 }
 
 // to[group][step][16 pairs of inputs][16 rows] of x in dwords, zeros beyond the inputs and rows.
 inline void transpose_rows(const uint16_t* x, int64_t rows, int64_t size, int64_t groups,
                            int64_t steps, float* to) {
   for (int64_t group = 0; group < groups; ++group) {
-    for (int64_t step = 0; step < steps; ++step, to += kAmxDwords) {
-      alignas(64) uint16_t part[kAmxRows][kTileInputs] = {};
-      const int64_t input = step * kTileInputs, count = min64(kTileInputs, size - input);
-      for (int64_t row = 0; row < min64(kAmxRows, rows - group * kAmxRows); ++row) {
-        std::memcpy(part[row], x + (group * kAmxRows + row) * size + input,
-                    static_cast<size_t>(count) * sizeof(uint16_t));
-      }
-      alignas(64) float dwords[kAmxDwords];
-      std::memcpy(dwords, part, sizeof(dwords));
-      transpose_16(dwords, to);
+    const int64_t row = group * kAmxRows;
+    for (int64_t input = 0; input < steps * kTileInputs; input += kTileInputs, to += kAmxDwords) {
+      TileCopy(x + row * size + input, size, rows - row, size - input).transpose(to);
     }
   }
 }
@@ -99,13 +94,9 @@ inline void unpacked_panel(const UnpackedRows& x, const uint16_t* weight, int64_
     load_weight(step);
     add_step<kGroups, 0>(x, step);
   }
-  if (size % kTileInputs != 0) {  // fewer inputs than a tile holds, copied beside zeros
-    alignas(64) uint16_t part[kPanel][kTileInputs] = {};
-    for (int64_t row = 0; row < kPanel; ++row) {
-      std::memcpy(part[row], weight + row * size + whole * kTileInputs,
-                  static_cast<size_t>(size % kTileInputs) * sizeof(uint16_t));
-    }
-    tile_load<7>(part, kAmxRowBytes);
+  if (size % kTileInputs != 0) {
+    const TileCopy rest(weight + whole * kTileInputs, size, kPanel, size % kTileInputs);
+    tile_load<7>(rest.numbers, kAmxRowBytes);
     add_step<kGroups, 0>(x, whole);
   }
   tile_store<0>(sums, kAmxRowBytes);
@@ -127,14 +118,12 @@ inline void apply_unpacked_groups(const Epilogue& epilogue, int64_t threads) {
   transpose_rows(static_cast<const uint16_t*>(args.x), rows, size, kGroups, steps, tiles);
   const UnpackedRows x{tiles, steps};
   const int64_t bytes = size * size * static_cast<int64_t>(sizeof(uint16_t));
-  const int64_t used = min64(threads, max64(1, bytes / kBytesPerThread));
-  const int64_t tasks = used == 1 ? 1 : min64(panels, kRunsPerThread * used);
-  for_each_task(tasks, used, [&](int64_t task, int64_t) {
+  for_each_run(panels, bytes, threads, [&](int64_t begin, int64_t end) {
     const Tiles owned(whole_tiles());
     constexpr int64_t kSums = kGroups == 1 ? 2 : kGroups;
     alignas(64) float sums[kSums * kAmxDwords];
     alignas(64) float by_row[kAmxDwords + kPanel];  // may be read to a whole vector
-    for (int64_t p = task * panels / tasks; p < (task + 1) * panels / tasks; ++p) {
+    for (int64_t p = begin; p < end; ++p) {
       // The last 16 outputs may overlap those before, which are not written again.
       const int64_t out = p * kPanel, first = min64(out, size - kPanel);
       unpacked_panel<kGroups>(x, weight + first * size, size, sums);
