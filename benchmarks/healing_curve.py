@@ -170,14 +170,17 @@ def main() -> None:
     dense, tokenizer = load_model(fetch_demo_assets().model, dtype="bfloat16")
     study = Study(arguments.output, dense, tokenizer)
     study.begin()
-    for start in (FROM_GHOST, FROM_NOTHING, FROM_CORRECTED):
-        for tokens in (0, *arguments.tokens):
+    counts = (0, *arguments.tokens)
+    for start in (FROM_GHOST, FROM_NOTHING):
+        for tokens in counts:
             study.point(start, tokens)
     for tokens in (0, arguments.rival_tokens):
         study.point(FROM_LINEARPATCH, tokens)
     for start in (FROM_NOTHING, FROM_GHOST):
         for rate in RATES:
             study.point(start, arguments.rival_tokens, f"{TEXT_ALONE}{rate:g}")
+    for tokens in counts:
+        study.point(FROM_CORRECTED, tokens)
 
 
 if __name__ == "__main__":
