@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -137,23 +137,29 @@ def _rounds(
     began: float,
     interruptible: bool,
 ) -> tuple[Rounds, Rounds, Ended]:
-    """Run pairs of rounds of both phases until both are known, or the time is spent."""
+    """Run pairs of rounds of both phases until both are known, or the time is spent.
+
+    Each phase gets half of the time, as long as it is not known.
+    """
     prefill = Rounds(list(runs), settings.precision, seed)
     decode = Rounds(list(runs), settings.precision, seed + 1)
     step = max(min(run.warm_up() for run in runs.values()), 1e-9)
     samples, steps = _samples_of_a_cache(step, settings.new_tokens)
 
     def pairs() -> Iterator[None]:
+        reading = writing = 0.0
         while True:
             if prefill.is_settled:
                 for run in runs.values():
                     run.prefill()
-            else:
-                prefill.run_pair(lambda name: runs[name].prefill())
+            more = not prefill.is_settled
+            while more:
+                reading += _seconds_of_pair(prefill, lambda name: runs[name].prefill())
                 yield
+                more = reading < writing and not prefill.is_settled
             for _ in range(samples // 2):
                 if not decode.is_settled:
-                    decode.run_pair(lambda name: runs[name].decode(steps))
+                    writing += _seconds_of_pair(decode, lambda name: runs[name].decode(steps))
                     yield
 
     try:
@@ -170,6 +176,13 @@ def _rounds(
             raise
         return prefill, decode, "interrupted"
     raise AssertionError("pairs do not end")
+
+
+def _seconds_of_pair(rounds: Rounds, sample: Callable[[str], float]) -> float:
+    """Run a pair of rounds, and return how long it took with all that is not timed."""
+    began = time.perf_counter()
+    rounds.run_pair(sample)
+    return time.perf_counter() - began
 
 
 def _samples_of_a_cache(step: float, new_tokens: int) -> tuple[int, int]:

@@ -87,6 +87,30 @@ def test_a_phase_that_is_known_is_not_measured_on(
     assert found["b"].decode_tokens_per_s.samples > 22
 
 
+def test_both_phases_get_half_of_the_time(
+    fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pair of decoding rounds takes six times as long as one of prefills."""
+    noise, phases = itertools.cycle([1.0, 1.5, 2.0, 1.2, 0.8]), []
+
+    def seconds_of_pair(rounds: Any, sample: Any) -> float:
+        rounds.run_pair(sample)
+        phases.append(FakeRun.order[-1][1])
+        if len(phases) == 100:
+            raise KeyboardInterrupt
+        return 1.0 if phases[-1] == "prefill" else 6.0
+
+    def noisy(what: str) -> Any:
+        return lambda self, *steps: FakeRun.order.append((self.name, what)) or next(noise)
+
+    monkeypatch.setattr(speed, "_seconds_of_pair", seconds_of_pair)
+    monkeypatch.setattr(FakeRun, "prefill", noisy("prefill"))
+    monkeypatch.setattr(FakeRun, "decode", noisy("decode"))
+    compare_throughput(fakes, 16, 8, precision=0.001)
+    assert phases[:16] == ["prefill", *2 * ["decode"], *11 * ["prefill"], *2 * ["decode"]]
+    assert 6 * phases.count("decode") == pytest.approx(phases.count("prefill"), abs=12)
+
+
 def test_what_is_known_when_interrupted(
     fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
