@@ -8,7 +8,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from docs.generate import engines, memory, operators, program, quick_start, recovery, speed, sweep
+from docs.generate import (
+    engines,
+    healing,
+    memory,
+    operators,
+    program,
+    quick_start,
+    recovery,
+    speed,
+    sweep,
+)
 from docs.generate.markers import block_names, replace_blocks
 from docs.generate.plots import pictures
 from docs.generate.results import ROOT
@@ -29,6 +39,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "first-token-gaps": recovery.first_token_gaps,
         "calibration-texts": recovery.calibration_texts,
     },
+    "docs/healing.md": {"curve": healing.curve, "rivals": healing.rivals},
     "docs/performance.md": {
         "models": speed.models,
         "deployment": speed.deployment,

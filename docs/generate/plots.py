@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from docs.generate import healing
 from docs.generate.operators import case_label, reached
 from docs.generate.recovery import relative
 from docs.generate.results import (
@@ -45,6 +46,7 @@ def pictures() -> dict[str, bytes]:
         "perplexity": perplexity,
         "engines": engines,
         "operators": operators,
+        "healing": healing_curve,
     }
     return {
         f"{name}-{mode}.svg": _svg(function, theme)
@@ -218,3 +220,21 @@ def _bars(
     ]
     intervals = ends if any(map(any, ends)) else None
     axes.barh(range(len(values)), lengths, xerr=intervals, color=colours, ecolor=theme.ink)
+
+
+def healing_curve(theme: Theme) -> Any:
+    """Draw the mean perplexity against the tokens of healing, by what it starts from."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    colours = (theme.nothing, theme.rival, theme.ours)
+    for start, colour in zip(healing.STARTS, colours, strict=True):
+        found = healing.points(start)
+        tokens = [item["learned"] / 1e3 if item["tokens"] else 0.0 for item in found]
+        values = [healing.geometric_mean(item) for item in found]
+        axes.plot(tokens, values, marker="o", color=colour, label=f"from {start}", linewidth=2)
+    axes.set_xlabel("thousand tokens of healing")
+    axes.set_ylabel("perplexity / dense, three texts")
+    axes.grid(axis="y")
+    axes.legend()
+    return figure
