@@ -1,7 +1,7 @@
 """The ghost in a running model: decoding (1 to 16 rows) and prefill (512 rows).
 
-On the processor ours has the packed weight that `GhostLinear` keeps; "not packed" has the weight as
-it lies, as in a direct call of the operator.
+On the processor ours has the weight as `GhostLinear` gives it, packed or as it lies, whichever is
+the faster; "not packed" or "packed" has the other one.
 
 Gate: error against fp64 at most twice the torch expression's, plus one rounding; rivals are allowed
 twice of that. For decoding the weights are rotated past the cache, as other layers' weights pass
@@ -25,7 +25,7 @@ from ghosted_fast.ops import ghost_apply, pack_weight
 from ghosted_fast.ops.backends import BACKENDS
 from ghosted_fast.ops.compiled import extension
 from ghosted_fast.ops.operands import GhostOperands
-from ghosted_fast.ops.packing import PACKED_DTYPES
+from ghosted_fast.ops.packing import PACKED_DTYPES, is_faster_packed
 from ghosted_fast.testing import relative_rms
 
 OPERATOR = "ghost_apply"
@@ -59,8 +59,8 @@ def _from_memory(rows: int, cached: bool) -> bool:
     return rows <= DECODE_ROWS and not cached
 
 
-def _is_packed(dtype: torch.dtype, setting: Setting) -> bool:
-    """Return whether `GhostLinear` would pack a weight for what runs here."""
+def _may_be_packed(dtype: torch.dtype, setting: Setting) -> bool:
+    """Return whether what runs here reads packed weights."""
     return (
         setting.device.type == "cpu"
         and dtype in PACKED_DTYPES
@@ -98,7 +98,7 @@ class _Inputs:
         self.plain = InTurn(self.weight, rotated)
         self.wide = InTurn(self.weight.float(), rotated)
         self.small = InTurn(self.integer, rotated)
-        if _is_packed(dtype, place):
+        if _may_be_packed(dtype, place):
             self.packed = InTurn(self.weight, rotated, pack_weight)
 
     def exact(self, weight: Tensor, norm_eps: float | None = None) -> Tensor:
@@ -149,13 +149,18 @@ def _ours(given: _Inputs, traffic: float, setting: Setting) -> Iterator[Variant]
             num_bytes=num_bytes,
         )
 
-    exact, best, plain = given.exact(weight), given.plain, f"{OURS} not packed"
-    if _is_packed(x.dtype, setting):
-        best = given.packed
-        yield variant(OURS, lambda: apply(x, best()), exact, best)
-    else:
-        plain = OURS
-    yield variant(plain, lambda: apply(x, given.plain()), exact, given.plain)
+    def with_weight(turn: InTurn) -> Callable[[], Tensor]:
+        return lambda: apply(x, turn())
+
+    exact, best = given.exact(weight), given.plain
+    others: dict[str, InTurn] = {}
+    if _may_be_packed(x.dtype, setting):
+        if is_faster_packed(given.weight, len(x)):
+            best, others[f"{OURS} not packed"] = given.packed, given.plain
+        else:
+            others[f"{OURS} packed"] = given.packed
+    for name, turn in {OURS: best, **others}.items():
+        yield variant(name, with_weight(turn), exact, turn)
     yield variant(
         f"{OURS} normed",
         lambda: apply(x, best(), norm_eps=_EPS),

@@ -14,6 +14,7 @@ def doctor() -> Result:
     from ghosted_fast.models.families import known_families
     from ghosted_fast.ops import backend_status
     from ghosted_fast.ops.compiled import extension
+    from ghosted_fast.ops.packing import how_weights_are_read
 
     backends = [
         {"name": name, "available": available, "description": description}
@@ -24,6 +25,7 @@ def doctor() -> Result:
     data = {
         "machine": machine_facts(),
         "cpu_features": cpu_features(),
+        "weights_of_ghosts": how_weights_are_read(),
         "versions": package_versions(),
         "backends": backends,
         "build": build,
@@ -31,6 +33,7 @@ def doctor() -> Result:
     }
     facts = {
         **machine_facts(),
+        "weights of ghosts": how_weights_are_read(),
         "processor features": " ".join(cpu_features()) or "none that matters",
         "families": ", ".join(known_families()),
     }

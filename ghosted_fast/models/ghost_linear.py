@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ghosted_fast.errors import ArgumentError, CheckpointError
 from ghosted_fast.ops import ghost_apply
-from ghosted_fast.ops.compiled import extension
-from ghosted_fast.ops.packing import PACKED_DTYPES, pack_weight
+from ghosted_fast.ops.packing import PACKED_DTYPES, is_faster_packed, pack_weight
 
 _INT8_LIMIT = 127.0
 # Words of a weight that are looked at for changes; less than a microsecond.
@@ -51,9 +50,10 @@ class GhostLinear(nn.Module):
     A new ghost has zero weights: it is the identity.
 
     On the processor a ghost without gradients keeps a packed copy of a bf16 or fp32 weight
-    (`pack_weight`), made on first use and made anew when the weight was changed in place or
-    replaced. A change of few numbers that PyTorch does not count, through `weight.data`, needs
-    `forget_packed()`; one of the whole weight, as of a merged adapter, is seen.
+    (`pack_weight`) where that is read faster. It is made on first use, and anew when the weight was
+    changed in place or replaced. A change of few numbers that PyTorch does not count, through
+    `weight.data`, needs `forget_packed()`; one of the whole weight, as of a merged adapter, is
+    seen.
 
     Args:
         hidden_size: Width d of the hidden state.
@@ -132,7 +132,7 @@ class GhostLinear(nn.Module):
             or weight.dtype != x.dtype
             or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
             or weight.is_inference()  # its changes are not counted
-            or extension() is None
+            or not is_faster_packed(weight, x.numel() // self.hidden_size)
         ):
             return weight
         packed = self._packed

@@ -18,6 +18,39 @@ _DWORD_BYTES = 4
 _HUGE_PAGE = 2 << 20
 
 
+# Where the processor reads a weight faster as it lies, by path and dtype: from which hidden size
+# on, and for how many rows at most. Everywhere else the packed one is the faster. From the tables
+# of `bench-ops`, which measure both.
+AS_IT_LIES: dict[tuple[str, torch.dtype], tuple[int, int]] = {("amx", torch.bfloat16): (2048, 16)}
+
+
+def is_faster_packed(weight: Tensor, rows: int) -> bool:
+    """Return whether `ghost_apply` on this processor is faster with a packed weight.
+
+    Args:
+        weight: [hidden_size, hidden_size], bf16 or fp32, on the processor.
+        rows: How many hidden states there are.
+    """
+    module = extension()
+    if module is None:
+        return False
+    size, most = AS_IT_LIES.get((module.cpu_path(), weight.dtype), (0, 0))
+    return rows > most or len(weight) < size
+
+
+def how_weights_are_read() -> str:
+    """Return for people how ghosts read their weights on this processor."""
+    module = extension()
+    if module is None:
+        return "as they lie, by torch"
+    said = ["packed"]
+    for (path, dtype), (size, rows) in AS_IT_LIES.items():
+        if path == module.cpu_path():
+            name = str(dtype).removeprefix("torch.")
+            said.append(f"in {name} from {size} wide on as they lie, for up to {rows} rows")
+    return "; ".join(said)
+
+
 def packed_shape(size: int, dtype: torch.dtype) -> list[int]:
     """Return the shape of a packed weight [size, size]."""
     numbers = _DWORD_BYTES // dtype.itemsize

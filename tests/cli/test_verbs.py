@@ -263,4 +263,5 @@ def test_doctor() -> None:
     assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert {item["name"] for item in found["backends"]} >= {"native", "reference"}
     assert "llama" in found["families"]
+    assert found["weights_of_ghosts"] in run("doctor")
     assert "reference" in run("doctor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.ops import compiled
+from ghosted_fast.ops import compiled, packing
 from ghosted_fast.surgery.adopt.swap import swap_ghosts
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 
@@ -135,6 +136,34 @@ def test_packed_weight_only_where_it_serves() -> None:
     torch.compile(compiled, fullgraph=True, backend="aot_eager")(hidden())
     for ghost in (half, small, training, uncounted, compiled):
         assert packed_of(ghost) is None
+
+
+@pytest.mark.skipif(compiled.extension() is None, reason="only the compiled kernels read it")
+@pytest.mark.parametrize("dtype", packing.PACKED_DTYPES)
+def test_packed_weight_only_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    extension = compiled.extension()
+    assert extension is not None
+    monkeypatch.setattr(packing, "AS_IT_LIES", {(extension.cpu_path(), dtype): (SIZE, 3)})
+    assert f"from {SIZE} wide on as they lie, for up to 3 rows" in packing.how_weights_are_read()
+    ghost, x = random_ghost(0).to(dtype).requires_grad_(False), hidden(dtype=dtype).flatten(0, 1)
+    few, is_packed = ghost(x[:3]), [packed_of(ghost) is not None]
+    many = ghost(x[:4])
+    is_packed.append(packed_of(ghost) is not None)
+    assert is_packed == [False, True]
+    assert relative_rms(few, many[:3].double()) < (1e-6 if dtype == torch.float32 else 5e-3)
+    monkeypatch.setattr(packing, "AS_IT_LIES", {(extension.cpu_path(), dtype): (SIZE + 1, 3)})
+    ghost.forget_packed()
+    ghost(x[:3])
+    assert packed_of(ghost) is not None
+
+
+def test_what_is_read_as_it_lies_is_a_path_and_a_dtype_that_is_packed() -> None:
+    sources = (Path(packing.__file__).parents[2] / "csrc" / "cpu" / "kernels").glob("path_*.cpp")
+    paths = {source.stem.removeprefix("path_") for source in sources}
+    for (path, dtype), (width, rows) in packing.AS_IT_LIES.items():
+        assert path in paths and dtype in packing.PACKED_DTYPES and width > 0 and rows > 0
 
 
 def test_gradients_reach_every_parameter() -> None:
