@@ -155,7 +155,7 @@ def _ours(given: _Inputs, traffic: float, setting: Setting) -> Iterator[Variant]
     exact, best = given.exact(weight), given.plain
     others: dict[str, InTurn] = {}
     if _may_be_packed(x.dtype, setting):
-        if is_faster_packed(given.weight, len(x)):
+        if is_faster_packed(x.dtype, *x.shape[::-1]):
             best, others[f"{OURS} not packed"] = given.packed, given.plain
         else:
             others[f"{OURS} packed"] = given.packed

@@ -132,7 +132,7 @@ class GhostLinear(nn.Module):
             or weight.dtype != x.dtype
             or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
             or weight.is_inference()  # its changes are not counted
-            or not is_faster_packed(weight, x.numel() // self.hidden_size)
+            or not is_faster_packed(weight.dtype, self.hidden_size, x.numel() // self.hidden_size)
         ):
             return weight
         packed = self._packed

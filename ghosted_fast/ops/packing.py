@@ -6,6 +6,9 @@ bf16 or one fp32. A kernel then reads one stream, whatever the number of rows th
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,28 +27,37 @@ _HUGE_PAGE = 2 << 20
 AS_IT_LIES: dict[tuple[str, torch.dtype], tuple[int, int]] = {("amx", torch.bfloat16): (2048, 16)}
 
 
-def is_faster_packed(weight: Tensor, rows: int) -> bool:
+@functools.cache
+def as_it_lies(dtype: torch.dtype) -> tuple[int, float]:
+    """Return from which hidden size on, and for how many rows at most, packing does not pay here.
+
+    Args:
+        dtype: Of the weight, bf16 or fp32.
+    """
+    module = extension()
+    return (0, math.inf) if module is None else AS_IT_LIES.get((module.cpu_path(), dtype), (0, 0))
+
+
+def is_faster_packed(dtype: torch.dtype, size: int, rows: int) -> bool:
     """Return whether `ghost_apply` on this processor is faster with a packed weight.
 
     Args:
-        weight: [hidden_size, hidden_size], bf16 or fp32, on the processor.
+        dtype: Of the weight, bf16 or fp32.
+        size: The hidden size.
         rows: How many hidden states there are.
     """
-    module = extension()
-    if module is None:
-        return False
-    size, most = AS_IT_LIES.get((module.cpu_path(), weight.dtype), (0, 0))
-    return rows > most or len(weight) < size
+    least, most = as_it_lies(dtype)
+    return rows > most or size < least
 
 
 def how_weights_are_read() -> str:
     """Return for people how ghosts read their weights on this processor."""
-    module = extension()
-    if module is None:
+    if extension() is None:
         return "as they lie, by torch"
     said = ["packed"]
-    for (path, dtype), (size, rows) in AS_IT_LIES.items():
-        if path == module.cpu_path():
+    for dtype in PACKED_DTYPES:
+        size, rows = as_it_lies(dtype)
+        if rows:
             name = str(dtype).removeprefix("torch.")
             said.append(f"in {name} from {size} wide on as they lie, for up to {rows} rows")
     return "; ".join(said)

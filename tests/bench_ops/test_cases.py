@@ -239,7 +239,7 @@ def test_a_packed_weight_is_timed_where_ghosts_pack_it(monkeypatch: pytest.Monke
     if packing.extension() is not None:
         assert packed in names(SMALL)
         with monkeypatch.context() as patch:
-            patch.setattr(ghost_apply, "is_faster_packed", lambda weight, rows: False)
+            patch.setattr(ghost_apply, "is_faster_packed", lambda *_: False)
             assert packed not in names(SMALL) and f"{OURS} packed" in names(SMALL)
     assert packed not in names(SMALL, FP16)
     assert packed not in names(dataclasses.replace(SMALL, backend="reference"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,25 @@ def test_packed_weight_only_where_it_serves() -> None:
         assert packed_of(ghost) is None
 
 
+@pytest.fixture
+def known_crossings() -> Iterator[None]:
+    yield
+    packing.as_it_lies.cache_clear()
+
+
 @pytest.mark.skipif(compiled.extension() is None, reason="only the compiled kernels read it")
 @pytest.mark.parametrize("dtype", packing.PACKED_DTYPES)
 def test_packed_weight_only_where_it_is_faster(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    known_crossings: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     extension = compiled.extension()
     assert extension is not None
-    monkeypatch.setattr(packing, "AS_IT_LIES", {(extension.cpu_path(), dtype): (SIZE, 3)})
+
+    def crossing(size: int) -> None:
+        monkeypatch.setattr(packing, "AS_IT_LIES", {(extension.cpu_path(), dtype): (size, 3)})
+        packing.as_it_lies.cache_clear()
+
+    crossing(SIZE)
     assert f"from {SIZE} wide on as they lie, for up to 3 rows" in packing.how_weights_are_read()
     ghost, x = random_ghost(0).to(dtype).requires_grad_(False), hidden(dtype=dtype).flatten(0, 1)
     few, is_packed = ghost(x[:3]), [packed_of(ghost) is not None]
@@ -151,7 +163,7 @@ def test_packed_weight_only_where_it_is_faster(
     is_packed.append(packed_of(ghost) is not None)
     assert is_packed == [False, True]
     assert relative_rms(few, many[:3].double()) < (1e-6 if dtype == torch.float32 else 5e-3)
-    monkeypatch.setattr(packing, "AS_IT_LIES", {(extension.cpu_path(), dtype): (SIZE + 1, 3)})
+    crossing(SIZE + 1)
     ghost.forget_packed()
     ghost(x[:3])
     assert packed_of(ghost) is not None
