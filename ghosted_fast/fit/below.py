@@ -24,21 +24,22 @@ class Below:
 
     Args:
         decoder: The dense model.
+        to_come: How many gaps will be filled.
         gaps: Those that have their ghosts from the start, ascending.
 
     Attributes:
         gaps: All that have their ghosts.
     """
 
-    def __init__(self, decoder: Decoder, gaps: Iterable[Gap] = ()) -> None:
+    def __init__(self, decoder: Decoder, to_come: int, gaps: Iterable[Gap] = ()) -> None:
         self.gaps = list(gaps)
-        self._keeps = not decoder.uses_layers_below
+        self._to_come = 0 if decoder.uses_layers_below else to_come
         # By the number of the batch: the states that enter the last gap, and those that leave it.
         self._ends: dict[int, tuple[Tensor, Tensor]] = {}
         self._bytes = 0
 
     def note(self, index: int, x: Tensor, y: Tensor) -> None:
-        """Keep both ends of the gap that a pass is for.
+        """Keep both ends of the gap that a pass is for, unless it is the last.
 
         Args:
             index: Number of the batch.
@@ -46,13 +47,14 @@ class Below:
             y: What leaves it in the dense model.
         """
         size = x.nbytes + y.nbytes
-        if self._keeps and self._bytes + size <= _MOST_BYTES:
+        if self._to_come > 1 and self._bytes + size <= _MOST_BYTES:
             self._ends[index] = x, y
             self._bytes += size
 
     def fill(self, gap: Gap) -> None:
         """Take in the gap that the last pass was for."""
         self.gaps.append(gap)
+        self._to_come -= 1
 
     def begun(self, index: int, batch: Batch) -> Begun | None:
         """Return where a batch's next pass can begin, None for at the bottom; it is forgotten.

@@ -144,7 +144,7 @@ def fit_in_sequence(
     Source: ours.
     """
     decoder = Decoder.of(model)
-    below = Below(decoder, gaps)
+    below = Below(decoder, len(intervals), gaps)
     fits: list[tuple[FittedGhost, GhostSolution]] = []
     for interval in intervals:
         statistics = collect_statistics(decoder, batches, [interval], options, progress, below)

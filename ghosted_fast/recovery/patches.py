@@ -79,7 +79,7 @@ def fit_gaps(
     text = CalibrationText.of(batches)
     text.hold()
     patches: list[Patch] = []
-    below = Below(decoder)
+    below = Below(decoder, len(gaps))
     for gap in gaps:
         job = (recovery, gap)
         found = fit_patches(

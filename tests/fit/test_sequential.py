@@ -9,6 +9,7 @@ from families.tiny_models import tiny_causal
 from ghosted_fast.fit import below
 from ghosted_fast.fit.ghosts import FittedGhost, fit_in_sequence
 from ghosted_fast.models.decoder import Decoder
+from ghosted_fast.models.gap import Gap
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
@@ -112,3 +113,19 @@ def test_layers_that_use_more_of_those_below_begin_at_the_bottom(
     expected, same_runs = counted_fits(tiny_causal("gemma4_text"), [(0, 1), (2, 3)], 0, monkeypatch)
     assert runs == same_runs and runs[0] == 8
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_nothing_is_kept_for_a_gap_that_does_not_come() -> None:
+    decoder = Decoder.of(tiny_model("llama", 4))
+    (batch,) = iterate_batches([random_tokens(2, 6)])
+    x, y = torch.ones(2, 6, 32), torch.zeros(2, 6, 32)
+    one, two = (below.Below(decoder, count) for count in (1, 2))
+    for kept in (one, two):
+        kept.note(0, x, y)
+        kept.fill(Gap(0, 1))
+    assert one.begun(0, batch) is None
+    begun = two.begun(0, batch)
+    assert begun is not None and (begun.boundary, begun.whole, begun.smaller) == (1, y, x)
+    two.note(0, x, y)
+    two.fill(Gap(2, 3))
+    assert two.begun(0, batch) is None
