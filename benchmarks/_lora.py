@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from ghosted_fast.improve.factors import Trained
 from ghosted_fast.improve.gradients import kernels_with_gradients
-from ghosted_fast.improve.healing import learning_rate_share
-from ghosted_fast.improve.healing_run import Run, take_step
+from ghosted_fast.improve.healing_run import Run, learning_rate_share, take_step
 from ghosted_fast.models.decoder import evaluating
 
 _PER_STEP = 1024
@@ -42,7 +41,7 @@ def train_on_text(
     run = Run.start("", point, 0.0, 0.0)
     with kernels_with_gradients(model), evaluating(model):
         for chosen in steps:
-            _set(trained, run.point)
+            trained.move_to(run.point)
             with trained.applied():
                 logits = model(chosen, use_cache=False).logits[:, :-1].flatten(0, 1).float()
                 loss = functional.cross_entropy(logits, chosen[:, 1:].flatten())
@@ -53,12 +52,6 @@ def train_on_text(
             ]
             take_step(run, gradients, rate * learning_rate_share(run))
             run.share = run.step / len(steps)
-        _set(trained, run.point)
+        trained.move_to(run.point)
     trained.fold()
     return rows.numel()
-
-
-@torch.no_grad()
-def _set(trained: Trained, point: Sequence[Tensor]) -> None:
-    for parameter, value in zip(trained.parameters, point, strict=True):
-        parameter.copy_(value)

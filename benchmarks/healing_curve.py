@@ -6,8 +6,7 @@ is a look at a longer run. Models are judged on three kinds of text that none of
 Wikipedia, stories and the manual of Python. Beside its perplexities each point has the time it
 took, in passes of the dense model over as many tokens. Rivals get the same text: LoRA without a
 teacher, at the better of two learning rates, and the matrix of LinearPatch, distilled. The dense
-model gets the LoRA too. Points that
-are in the file already are not made again.
+model gets the LoRA too. Points that are in the file already are not made again.
 """
 
 from __future__ import annotations
@@ -104,10 +103,10 @@ class Study:
             else:
                 rate = float(trained.removeprefix(TEXT_ALONE))
                 learned = train_on_text(smaller, batches, tokens, HealOptions.rank, rate)
-            seconds = time.perf_counter() - began
+            spent = time.perf_counter() - began
             record |= {
-                "seconds": seconds,
-                "passes": seconds / (self._seconds_of_a_pass(batches[0]) * learned),
+                "seconds": spent,
+                "passes": spent / (self._seconds_of_a_pass(batches[0]) * learned),
                 "peak_memory": peak_memory(torch.device("cpu")),
                 "learned": learned,
             }

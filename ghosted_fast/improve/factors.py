@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -156,6 +156,12 @@ class Trained:
         """
         factors: list[MapFactors | GhostFactors] = [*self.factors, *self.ghost_factors]
         return [part for item in factors for part in (item.b, item.a)] + self._masters
+
+    @torch.no_grad()
+    def move_to(self, point: Sequence[Tensor]) -> None:
+        """Give `parameters` other values, in their order."""
+        for parameter, value in zip(self.parameters, point, strict=True):
+            parameter.copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

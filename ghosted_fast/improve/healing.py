@@ -36,7 +36,7 @@ from ghosted_fast.improve.adapter import check_adapter, save_adapter
 from ghosted_fast.improve.exits import Exit, exit_divergence
 from ghosted_fast.improve.factors import Trained, check_trainable
 from ghosted_fast.improve.gradients import check_gradients, kernels_with_gradients
-from ghosted_fast.improve.healing_run import Run, load_run, save_run, take_step
+from ghosted_fast.improve.healing_run import Run, learning_rate_share, load_run, save_run, take_step
 from ghosted_fast.improve.pairs import check_pair, check_same_dtype
 from ghosted_fast.models.checked.bos import tell_missing_bos
 from ghosted_fast.models.decoder import Decoder, evaluating
@@ -56,9 +56,6 @@ from ghosted_fast.text.progress import progress_bar
 from ghosted_fast.timing.spans import span
 
 _LOGGER = logging.getLogger(__name__)
-_WARMUP_STEPS = 3
-# The last share of the run, in which the steps become smaller.
-_COOLING = 0.3
 # Judgements of the whole run, beside the one before it: as many as read a quarter of the tokens
 # that are learned from, in these limits.
 _FEWEST_JUDGEMENTS, _MOST_JUDGEMENTS = 2, 10
@@ -220,7 +217,7 @@ class _Healing:
             bar.update(self._tokens(run))
             while run.step < self._steps and run.share < 1.0 and not _leads_nowhere(run):
                 chosen = self._train[run.step * self._per_step :][: self._per_step]
-                self._set(run.point)
+                self._trained.move_to(run.point)
                 gradients = self._gradients(chosen)
                 if not all(bool(torch.isfinite(part).all()) for part in gradients):
                     ended = self._nan_ends("a gradient", run)
@@ -252,7 +249,7 @@ class _Healing:
         elif ended != "nan" and run.step < self._steps:
             ended = "time"
         run.best = distributed.from_first(run.best, self._device)
-        self._set(run.best)
+        self._trained.move_to(run.best)
         if ended == "text":
             self._warn_short(run)
         return distributed.from_first(self._facts(run, ended))
@@ -281,11 +278,6 @@ class _Healing:
             share = 1.0 if is_over else max(share, run.seconds / left)
         return distributed.from_first(min(share, 1.0))
 
-    @torch.no_grad()
-    def _set(self, point: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self._trained.parameters, point, strict=True):
-            parameter.copy_(value)
-
     def _gradients(self, chosen: Sequence[Batch]) -> list[Tensor]:
         """Return the gradients of the mean divergence per token, by all that is trained."""
         parameters = self._trained.parameters
@@ -312,7 +304,7 @@ class _Healing:
     def _judge(self, point: Sequence[Tensor]) -> float:
         """Return the held-out divergence per token, nats, of what is trained at a point."""
         began = time.perf_counter()
-        self._set(point)
+        self._trained.move_to(point)
         found, judges = 0.0, list(distributed.my_share(self._judges))
         with span("judgement"):
             if not self._expected:
@@ -373,12 +365,6 @@ class _Healing:
             ended=ended,
             seconds=run.seconds,
         )
-
-
-def learning_rate_share(run: Run) -> float:
-    """Return the share of the learning rate: up over a few steps, and down a line at the end."""
-    rising = min(1.0, (run.step + 1) / _WARMUP_STEPS)
-    return rising * min(1.0, (1.0 - run.share) / _COOLING)
 
 
 def _leads_nowhere(run: Run) -> bool:

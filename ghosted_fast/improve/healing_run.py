@@ -15,6 +15,9 @@ from ghosted_fast.errors import ArgumentError, CheckpointError
 
 _BETAS = (0.9, 0.95)
 _TINY = 1e-12
+_WARMUP_STEPS = 3
+# The last share of the run, in which the steps become smaller.
+_COOLING = 0.3
 
 
 @dataclass
@@ -72,6 +75,12 @@ def take_step(run: Run, gradients: Sequence[Tensor], size: float) -> None:
         second = second / (1.0 - gamma**run.step)
         new.append(value - size * first / (second.sqrt() + _TINY))
     run.point = new
+
+
+def learning_rate_share(run: Run) -> float:
+    """Return the share of the learning rate: up over a few steps, and down a line at the end."""
+    rising = min(1.0, (run.step + 1) / _WARMUP_STEPS)
+    return rising * min(1.0, (1.0 - run.share) / _COOLING)
 
 
 def save_run(path: Path, run: Run) -> None:
