@@ -29,6 +29,7 @@ from ghosted_fast.measure.greedy import greedy_answers, padded
 from ghosted_fast.measure.perplexity import parts_of
 from ghosted_fast.models.decoder import evaluating
 from ghosted_fast.ops import divergence
+from ghosted_fast.ops.operands import FLOAT_DTYPES
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.progress import progress_bar
 
@@ -154,6 +155,7 @@ def _rows(expected: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     Both on the processor; models of two dtypes are compared in the wider one.
     """
     dtype = torch.promote_types(expected.dtype, own.dtype)
+    dtype = dtype if dtype in FLOAT_DTYPES else torch.float32
     divergences, _ = divergence(expected.to(dtype), own.to(dtype))
     same = expected.argmax(-1) == own.argmax(-1)
     return same.cpu(), divergences.cpu()

@@ -139,9 +139,11 @@ def test_models_of_two_dtypes_are_compared_in_the_wider_one() -> None:
     narrow = copy.deepcopy(dense).bfloat16()
     rounded = copy.deepcopy(narrow).float()
     models = {"dense": dense, "narrow": narrow, "rounded": rounded}
+    models["double"] = copy.deepcopy(dense).double()
     found = compare_with_dense(models, prompts(), NEW)
     assert 0.0 < found["narrow"].divergence < 1e-2
     assert 0.0 < found["rounded"].divergence < found["narrow"].divergence
+    assert found["double"].divergence < 1e-6  # what the operator promises
     backwards = compare_with_dense({"narrow": narrow, "dense": dense}, prompts(), NEW)
     assert 0.0 < backwards["dense"].divergence < 1e-2
 
