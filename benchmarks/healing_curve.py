@@ -3,8 +3,10 @@
 SmolLM2-135M-Instruct in bf16 loses 5 of its 30 layers, those that the default chooses. Each point
 of a curve is a healing of its own, whose learning rate falls to nothing at its end: no point
 is a look at a longer run. Models are judged on three kinds of text that none of it saw: passages of
-Wikipedia, stories and the manual of Python. Beside its perplexities each point has the time it
-took, in passes of the dense model over as many tokens. Rivals get the same text: LoRA without a
+Wikipedia, stories and the manual of Python; by perplexity, which says how well a model predicts the
+text, and by the divergence of its predictions from the dense model's, which says how much of that
+model is there. Each point also has the time it took, in passes of the dense model over as many
+tokens. Rivals get the same text: LoRA without a
 teacher, at the better of two learning rates, and the matrix of LinearPatch, distilled. The dense
 model gets the LoRA too. Points that are in the file already are not made again.
 """
@@ -24,6 +26,7 @@ from _lora import train_on_text
 
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.assets.downloads import fetch_demo_assets, fetch_stories
+from ghosted_fast.improve.exits import Exit, exit_divergence
 from ghosted_fast.improve.healing import heal
 from ghosted_fast.measure.perplexity import perplexity
 from ghosted_fast.measure.system import machine_facts, peak_memory, reset_peak_memory
@@ -32,6 +35,7 @@ from ghosted_fast.models.structure import share_copy
 from ghosted_fast.options import HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import prune_model
+from ghosted_fast.text.batches import iterate_batches
 from ghosted_fast.text.loading import load_texts, token_batches
 
 CALIBRATION_TOKENS, EVALUATION_TOKENS, LENGTH = 49152, 5120, 512
@@ -75,13 +79,15 @@ class Study:
         if path.exists():
             self.found = json.loads(path.read_text(encoding="utf-8"))
         self._starts: dict[str, Any] = {}
+        # Behind the dense model's last layer, by text.
+        self._expected: dict[str, list[torch.Tensor]] = {}
 
     def begin(self) -> None:
         """Judge the dense model, unless that is done."""
         if "dense" in self.found:
             return
         self.found["machine"] = machine_facts()
-        self.found["dense"] = self._judged(self._dense)
+        self.found["dense"] = self._perplexities(self._dense)
         self.found["removed"] = REMOVED
         self._write()
 
@@ -110,7 +116,11 @@ class Study:
                 "peak_memory": peak_memory(torch.device("cpu")),
                 "learned": learned,
             }
-        self.found["points"].append(record | {"perplexity": self._judged(smaller)})
+        judged = {
+            "perplexity": self._perplexities(smaller),
+            "divergence": self._divergences(smaller),
+        }
+        self.found["points"].append(record | judged)
         self._write()
 
     def _start(self, name: str) -> tuple[Any, float]:
@@ -153,8 +163,26 @@ class Study:
                 seconds.append((time.perf_counter() - began) / batch[:2].numel())
         return sorted(seconds[1:])[2]
 
-    def _judged(self, model: Any) -> dict[str, float]:
+    def _perplexities(self, model: Any) -> dict[str, float]:
         return {name: perplexity(model, batches).value for name, batches in self._texts.items()}
+
+    @torch.inference_mode()
+    def _divergences(self, model: Any) -> dict[str, float]:
+        """Return KL(dense || model) per token of each text, nats."""
+        dense, smaller = Exit(self._dense), Exit(model)
+        found = {}
+        for name, tokens in self._texts.items():
+            batches = list(iterate_batches(tokens))
+            if name not in self._expected:
+                self._expected[name] = [dense.states(batch) for batch in batches]
+            sums = [
+                exit_divergence(
+                    dense, smaller, theirs, smaller.states(batch), batch.attention_mask.bool()
+                )
+                for batch, theirs in zip(batches, self._expected[name], strict=True)
+            ]
+            found[name] = sum(sums) / sum(batch.num_tokens for batch in batches)
+        return found
 
     def _write(self) -> None:
         write_atomically(self._path, json.dumps(self.found, indent=1) + "\n")

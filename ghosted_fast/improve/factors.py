@@ -198,6 +198,7 @@ class Trained:
         """Round what was trained of the ghosts into their own parameters."""
         masters = iter(self._masters)
         for ghost in self.ghosts:
+            ghost.unshare()
             for parameter in ghost_parameters(ghost):
                 parameter.copy_(next(masters))
             ghost.forget_packed()

@@ -168,6 +168,14 @@ class GhostLinear(nn.Module):
         """Drop the packed copy of the weight; the next use on the processor makes a new one."""
         self._packed = None
 
+    def unshare(self) -> None:
+        """Give the parameters memory of their own, before values are written into it.
+
+        A model made by `share_copy` has the ghosts of another one until then.
+        """
+        for parameter in self.parameters(recurse=False):
+            parameter.data = parameter.data.clone()
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied: all but the packed copy."""
         return {**vars(self), "_packed": None}

@@ -14,6 +14,7 @@ from ghosted_fast.improve import correction
 from ghosted_fast.improve.correction import correct_ghosts
 from ghosted_fast.improve.divergence import Divergence
 from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.structure import share_copy
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.cut import remove_layers
@@ -207,6 +208,16 @@ def test_fresh_text_gains_too() -> None:
     start = held_out_divergence(ghosted, dense, fresh)
     correct_ghosts(ghosted, dense, text(), 4, tokens=1500)
     assert held_out_divergence(ghosted, dense, fresh) < start
+
+
+def test_a_copy_that_shares_the_ghosts_stays() -> None:
+    dense = tiny_model("llama")
+    ghosted = fitted(dense, [2, 3])
+    given = share_copy(ghosted)
+    before = weights(given)
+    assert correct_ghosts(ghosted, dense, text(), 1)[0].accepted
+    assert not torch.equal(before[0], weights(ghosted)[0])
+    assert torch.equal(before[0], weights(given)[0])
 
 
 @pytest.mark.slow

@@ -64,6 +64,15 @@ def test_a_pruned_model_is_healed_too() -> None:
     assert not torch.equal(logits(given), logits(smaller))
 
 
+def test_a_copy_that_shares_the_ghosts_stays() -> None:
+    dense = tiny_model("llama")
+    smaller = fitted(dense, removed=(1, 3), bias=True)
+    given = share_copy(smaller)
+    before = weights(given)
+    assert healed(smaller, dense, tokens=1600).best_tokens > 0
+    assert same(before, weights(given)) and not same(before, weights(smaller))
+
+
 @pytest.mark.slow
 def test_rank_0_trains_the_ghosts_alone() -> None:
     dense = tiny_model("llama")
