@@ -33,6 +33,12 @@ def geometric_mean(point: dict[str, Any]) -> float:
     return math.exp(sum(math.log(relative(point, text)) for text in texts) / len(texts))
 
 
+def divergence(point: dict[str, Any]) -> float:
+    """Return the mean over the texts of KL(dense || model) per token, nats."""
+    found = point["divergence"]
+    return sum(float(found[text]) for text in study()["dense"]) / len(study()["dense"])
+
+
 def points(start: str) -> list[dict[str, Any]]:
     """Return the healings that began in one way, those of few tokens first."""
     found = [
@@ -75,12 +81,12 @@ def rivals() -> str:
 
 
 def _texts() -> list[str]:
-    return [*study()["dense"], "geometric mean"]
+    return [*study()["dense"], "geometric mean", "divergence"]
 
 
 def _losses(point: dict[str, Any]) -> list[str]:
     losses = [f"{relative(point, text):.2f}x" for text in study()["dense"]]
-    return [*losses, f"{geometric_mean(point):.3f}x"]
+    return [*losses, f"{geometric_mean(point):.3f}x", f"{divergence(point):.3f}"]
 
 
 def _tokens(point: dict[str, Any]) -> str:
