@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from ghosted_fast.text.calibration_text import CalibrationText as CalibrationText
     from ghosted_fast.text.loading import load_texts as load_texts
     from ghosted_fast.text.loading import token_batches as token_batches
+    from ghosted_fast.text.mixture import mix_texts as mix_texts
 
 _HOMES = {
     "CalibrationText": "text.calibration_text",
@@ -105,6 +106,7 @@ _HOMES = {
     "load_processor": "models.loading",
     "load_quantized": "models.quantized.loading",
     "load_texts": "text.loading",
+    "mix_texts": "text.mixture",
     "perplexity": "measure.perplexity",
     "prune_folder": "surgery.folder",
     "prune_model": "surgery.cut",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghosted_fast.cli._shared.fit_args import (
@@ -85,7 +84,7 @@ def fit(
             options=asked.options,
             run=replace(asked.run, heal=None, progress=first),
         )
-        facts = found.to_dict() | {"calibration": Path(calibration.calibration).name}
+        facts = found.to_dict() | {"calibration": calibration.named}
         if calibration.calibrate_in is not None and (first or healing is not None):
             taken = take_ghosts(smaller)
             del dense, smaller
@@ -163,7 +162,7 @@ def _check_ahead(
     length = 0 if launch.dry_run else calibration.sequence_length
     if not launch.dry_run:
         if output is not None:
-            output.check(model.model, calibration.calibration, evaluation.evaluation)
+            output.check(model.model, *calibration.shares, evaluation.evaluation)
         calibration.check()
         evaluation.check(calibration)
     model.check(length, how_many.how_many())
@@ -320,7 +319,7 @@ def _fit_swept(
     if first:
         recipe.check_text(text)
     smaller, found = ghost_unloaded(unloaded, text, asked)
-    facts = found.to_dict() | {"calibration": Path(calibration.calibration).name, "swept": True}
+    facts = found.to_dict() | {"calibration": calibration.named, "swept": True}
     attach_report(smaller.config, facts)
     kept = recipe.written(text, facts)
     smaller.save(output.folder, overwrite=output.overwrite, progress=first, recipe=kept)

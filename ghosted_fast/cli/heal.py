@@ -152,7 +152,7 @@ def heal_folder(
     options = training.options(text.seed)
     with process_group(ranks.rank_timeout, pair.device) as first:
         if first:
-            output.check(pair.folder, pair.dense, text.calibration)
+            output.check(pair.folder, pair.dense, *text.shares)
         if training.adapter:
             check_adapter(output.output, options.rank, output.overwrite)
         text.check()
@@ -203,6 +203,6 @@ def _facts(
         "dense": pair.dense,
         "num_layers": num_layers(dense),
         "removed": removed,
-        "calibration": Path(text.calibration).name,
+        "calibration": text.named,
         "healing": healed,
     }

@@ -12,6 +12,7 @@ from ghosted_fast.errors import ArgumentError, check_at_least
 from ghosted_fast.models.decoder import evaluating
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.progress import progress_bar
+from ghosted_fast.text.turns import end_tokens
 
 _PAD = 0
 
@@ -66,14 +67,6 @@ def greedy_answers(
                 answers[index] = _until_end(row, ends)
             bar.update(len(chosen))
     return answers
-
-
-def end_tokens(model: Any) -> frozenset[int]:
-    """Return the tokens behind which a model writes nothing more."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    if found is None:
-        return frozenset()
-    return frozenset([found] if isinstance(found, int) else found)
 
 
 def padded(rows: Sequence[Sequence[int]], before: bool) -> Batch:

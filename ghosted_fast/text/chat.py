@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from ghosted_fast.errors import SourceError
+from ghosted_fast.text.bos import adds_bos
 from ghosted_fast.text.files import first_line
 
 _LOGGER = logging.getLogger(__name__)
@@ -16,6 +18,8 @@ _ASKED = ("prompt", "instruction", "question", "query")
 _ANSWERED = ("completion", "response", "output", "answer")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _SEPARATOR = "\n\n"
+# Stands for what a user asks; no template has it.
+_MARK = "ghostedfastquestion"
 
 
 def is_chat(record: Mapping[str, Any], field: str | None = None) -> bool:
@@ -60,6 +64,29 @@ def prompt_tokens(tokenizer: Any, asked: str) -> list[int]:
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return list(tokenizer(asked)["input_ids"])
+    return list(tokenizer(_opened(tokenizer, asked), add_special_tokens=False)["input_ids"])
+
+
+def around_question(tokenizer: Any) -> tuple[str, str]:
+    """Return what a chat template writes before what a user asks, and from there to the answer.
+
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+
+    Raises:
+        SourceError: The template refuses the message, or does not write it as it is.
+    """
+    before, _, behind = _opened(tokenizer, _MARK).partition(_MARK)
+    if not behind.strip() or _MARK in behind:
+        raise SourceError(
+            "expected the tokenizer's chat template to write a message of the user once, and open "
+            "the answer behind it, got one that does not: correct the template, or take it off "
+            "the tokenizer"
+        )
+    return before, behind
+
+
+def _opened(tokenizer: Any, asked: str) -> str:
     message = [{"role": "user", "content": asked}]
     try:
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -68,7 +95,7 @@ def prompt_tokens(tokenizer: Any, asked: str) -> list[int]:
             f"expected the tokenizer's chat template to take one message of the user, got "
             f"{first_line(error)}: correct the template, or take it off the tokenizer"
         ) from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return str(text)
 
 
 class ChatWriter:
@@ -108,8 +135,13 @@ class ChatWriter:
                 f"expected record {number} of {self._name!r} to fit the tokenizer's chat template, "
                 f"got {first_line(error)}: correct the record, or leave it out"
             ) from error
+        return text.removeprefix(self._begin)
+
+    @cached_property
+    def _begin(self) -> str:
+        """What rows of tokens begin with anyway; a BOS token that is not added opens a turn."""
         begin = self._tokenizer.bos_token
-        return text.removeprefix(begin) if begin else text
+        return str(begin) if begin and adds_bos(self._tokenizer) else ""
 
     def _plain(self, messages: Sequence[Mapping[str, str]]) -> str:
         if not self._warned:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError, SourceError, check_at_least
+from ghosted_fast.text.bos import adds_bos
 from ghosted_fast.text.files import COMPRESSED, KINDS, check_text, files_in, first_line, kind_of
 from ghosted_fast.text.readers import LONGEST_TEXT, in_pieces, read_paragraphs, texts_of
 from ghosted_fast.text.records import Record, hub_records, read_records
@@ -151,16 +152,62 @@ def token_batches(
         ArgumentError: A number is too small, or `num_tokens` is less than one row.
         SourceError: The texts hold fewer tokens than that.
     """
-    prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    check_at_least(len(prefix) + 2, sequence_length=sequence_length)
+    num_rows, least = wanted_rows(tokenizer, num_tokens, sequence_length, batch_size, fewest)
+    rows, found = cut_rows(tokenizer, texts, num_rows, sequence_length)
+    if len(rows) < least:
+        whole = len(rows) * sequence_length
+        advice = f"give more text, or ask for {whole}" if whole else "give more text"
+        needed = least * (sequence_length - adds_bos(tokenizer))
+        raise SourceError(
+            f"expected {needed} tokens of text for {least} rows of {sequence_length}, "
+            f"got {found}: {advice}"
+        )
+    if len(rows) < num_rows:
+        _LOGGER.warning(
+            "the text holds %d of the %d tokens that were asked for: all of it is used",
+            len(rows) * sequence_length,
+            num_tokens,
+        )
+    return list(rows.split(batch_size))
+
+
+def wanted_rows(
+    tokenizer: Any, num_tokens: int, sequence_length: int, batch_size: int, fewest: int | None
+) -> tuple[int, int]:
+    """Return how many rows are wanted, and how many will do; see `token_batches`.
+
+    Raises:
+        ArgumentError: A number is too small, or `num_tokens` is less than one row.
+    """
+    check_at_least(2 + adds_bos(tokenizer), sequence_length=sequence_length)
     check_at_least(1, batch_size=batch_size)
     num_rows = num_tokens // sequence_length
     if num_rows < 1:
         raise ArgumentError(f"expected num_tokens >= {sequence_length}, one row, got {num_tokens}")
+    if fewest is None:
+        return num_rows, num_rows
+    return num_rows, min(num_rows, max(1, fewest // sequence_length))
+
+
+def cut_rows(
+    tokenizer: Any, texts: Iterable[str], num_rows: int, sequence_length: int
+) -> tuple[Tensor, int]:
+    """Cut texts into full rows of tokens; see `token_batches`.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        texts: The texts; only as many are read as are needed.
+        num_rows: Rows wanted.
+        sequence_length: Tokens in a row, BOS included.
+
+    Returns:
+        The rows [at most num_rows, sequence_length], int64, and the tokens of what was read.
+
+    Raises:
+        SourceError: The tokenizer does not take a text.
+    """
+    prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     row_tokens = sequence_length - len(prefix)
-    needed, least = num_rows * row_tokens, num_rows
-    if fewest is not None:
-        least = min(num_rows, max(1, fewest // sequence_length))
     stream: list[int] = []
     slow = not getattr(tokenizer, "is_fast", True)
     longest, characters = (
@@ -168,27 +215,14 @@ def token_batches(
     )
     for block in _blocks(in_pieces(texts, longest), characters):
         stream += _tokens_of(tokenizer, block)
-        if len(stream) >= needed:
+        if len(stream) >= num_rows * row_tokens:
             break
-    if len(stream) < least * row_tokens:
-        whole = len(stream) // row_tokens * sequence_length
-        advice = f"give more text, or ask for {whole}" if whole else "give more text"
-        raise SourceError(
-            f"expected {least * row_tokens} tokens of text for {least} rows of {sequence_length}, "
-            f"got {len(stream)}: {advice}"
-        )
-    if num_rows * row_tokens > len(stream):
-        num_rows = len(stream) // row_tokens
-        _LOGGER.warning(
-            "the text holds %d of the %d tokens that were asked for: all of it is used",
-            num_rows * sequence_length,
-            num_tokens,
-        )
+    num_rows = min(num_rows, len(stream) // row_tokens)
     rows = torch.tensor(stream[: num_rows * row_tokens], dtype=torch.int64)
     rows = rows.view(num_rows, row_tokens)
     if prefix:
         rows = torch.cat([torch.full((num_rows, 1), prefix[0]), rows], dim=1)
-    return list(rows.split(batch_size))
+    return rows, len(stream)
 
 
 def first_rows(batches: Sequence[Tensor], num_rows: int) -> list[Tensor]:
@@ -204,15 +238,6 @@ def first_rows(batches: Sequence[Tensor], num_rows: int) -> list[Tensor]:
             found.append(batch[:num_rows])
         num_rows -= len(batch)
     return found
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer begins a text with the BOS token by itself."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return False
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return tokenizer("a")["input_ids"][:1] == [bos] and plain[:1] != [bos]
 
 
 def _tokens_of(tokenizer: Any, block: str) -> list[int]:

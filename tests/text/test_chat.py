@@ -17,8 +17,8 @@ MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": 
 SAID = "[user] hi [assistant] yes "
 
 
-def chatting(template: str | None = TEMPLATE) -> Any:
-    tokenizer = tiny_tokenizer()
+def chatting(template: str | None = TEMPLATE, adds_bos: bool = True) -> Any:
+    tokenizer = tiny_tokenizer(adds_bos)
     tokenizer.chat_template = template
     return tokenizer
 
@@ -70,6 +70,16 @@ def test_without_a_template_it_is_plain_text(
     assert list(load_texts(path, tokenizer=chatting(None))) == ["hi\n\nyes"] * 2
     [warning] = caplog.records
     assert "the tokenizer has no chat template: the messages are read as plain" in warning.message
+
+
+def test_a_bos_token_that_is_not_added_is_the_templates(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": MESSAGES}))
+    tokenizer = chatting(adds_bos=False)
+    assert list(load_texts(path, tokenizer=tokenizer)) == ["<s>" + SAID]
+    tokenizer.bos_token = "[user]"
+    tokenizer.chat_template = TEMPLATE.removeprefix("{{ bos_token }}")
+    assert list(load_texts(path, tokenizer=tokenizer)) == [SAID], "it opens a turn"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def line_of(error: BaseException, verb: str, values: Mapping[str, Any]) -> str:
     if isinstance(error, GhostedFastError):
         return said or type(error).__name__
     got = said if isinstance(error, OSError) else f"{type(error).__name__}: {said or 'no more'}"
-    given = " ".join(f"{name}={values[name]!s}" for name in _NAMED if values.get(name))
+    given = " ".join(f"{name}={_shown(values[name])}" for name in _NAMED if values.get(name))
     if isinstance(error, MemoryError):
         advice = "take fewer --tokens, a smaller --batch-size or --dtype bf16"
     elif isinstance(error, OSError):
@@ -39,6 +39,10 @@ def line_of(error: BaseException, verb: str, values: Mapping[str, Any]) -> str:
     else:
         advice = "check that what is named is whole; --debug shows where it ended"
     return f"expected {verb} to finish on {given or 'what was given'}, got {got}: {advice}"
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def check_working_folder() -> None:

@@ -206,21 +206,41 @@ class TextArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedTextArgs(TextArgs):
-    """A text to learn from."""
+    """A text to learn from, or several that are mixed."""
 
     title: ClassVar = "Text to calibrate on"
     calibration: Annotated[
-        str,
+        list[str],
         typer.Option(
             "--calibration",
-            help=f"Text to calibrate on: {TEXT}; or 'self', text that the model itself generates.",
+            help=f"Text to calibrate on: {TEXT}; or 'self', text that the model itself generates "
+            "(with a chat template, conversations). Repeat it to mix texts, in equal shares or in "
+            "those that are given: 'web.jsonl:70%' and 'self:30%'.",
         ),
     ]
 
+    def __post_init__(self) -> None:
+        values.parse_mixture(self.calibration)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The texts by name, and their shares."""
+        return values.parse_mixture(self.calibration)
+
+    @property
+    def named(self) -> str:
+        """What the text is called where it is said what a model was made of."""
+        names = [Path(name).name for name in self.shares]
+        if len(names) == 1:
+            return names[0]
+        shares = map(values.percent, self.shares.values())
+        return ", ".join(f"{name} ({share})" for name, share in zip(names, shares, strict=True))
+
     def check(self) -> None:
         """Raise, before a model is loaded, unless there is such a text."""
-        if not self.from_model:
-            self.check_there(self.calibration)
+        for name in self.shares:
+            if name != "self":
+                self.check_there(name)
 
     def tokens_to_heal(self, options: HealOptions) -> int:
         """Return how much text a healing needs, to learn from and to judge on."""
@@ -238,16 +258,29 @@ class LearnedTextArgs(TextArgs):
         """Return the batches of the text, or of what the model writes; those of rank 0."""
         from ghosted_fast import distributed
         from ghosted_fast.text.generation import generate_texts
+        from ghosted_fast.text.loading import load_texts
+        from ghosted_fast.text.mixture import Texts, mix_texts
 
-        text: str | Iterable[str] = self.calibration
-        if self.from_model:
-            text = generate_texts(dense, tokenizer, tokens, seed=self.seed, progress=progress)
-        return distributed.from_first(self.batches_of(tokenizer, text, tokens, fewest))
+        def own(wanted: int) -> Iterable[str]:
+            return generate_texts(dense, tokenizer, wanted, seed=self.seed, progress=progress)
+
+        shares = self.shares
+        if len(shares) == 1:
+            text = own(tokens) if self.from_model else next(iter(shares))
+            return distributed.from_first(self.batches_of(tokenizer, text, tokens, fewest))
+        sources: dict[str, Texts] = {
+            name: own if name == "self" else load_texts(name, self.field, self.split, tokenizer)
+            for name in shares
+        }
+        size = self.sequence_length, self.batch_size, fewest
+        return distributed.from_first(
+            mix_texts(tokenizer, sources, tokens, shares, *size, seed=self.seed)
+        )
 
     @property
     def from_model(self) -> bool:
-        """Whether the model writes the text."""
-        return self.calibration == "self"
+        """Whether the model writes the text, or a part of it."""
+        return "self" in self.shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +291,7 @@ class CalibrationArgs(LearnedTextArgs):
     tokens: TokensOption = 49152
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_tokens(self.tokens, "--tokens")
 
     def load(self, dense: Any, tokenizer: Any, progress: bool = True) -> list[Tensor]:

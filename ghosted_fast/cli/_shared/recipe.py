@@ -72,15 +72,19 @@ def take_recipe(ctx: typer.Context, path: Path | None) -> Path | None:
                     f"{str(path)!r}: take it out there, and give it here"
                 )
         check_names(recipe, known, f"the recipe {str(path)!r}")
-        values = {known[name]: _given(name, value) for name, value in recipe.items()}
+        repeated = {item.name for item in options if item.multiple}
+        values = {
+            known[name]: _given(name, value, known[name] in repeated)
+            for name, value in recipe.items()
+        }
     except SourceError as error:
         raise typer.BadParameter(str(error)) from error
     ctx.default_map = {name: value for name, value in values.items() if value not in _NOTHING}
     return path
 
 
-def _given(name: str, value: Any) -> str:
-    """Return a value as the command line has it: a list with commas between.
+def _given(name: str, value: Any, repeated: bool) -> str | list[str]:
+    """Return a value as the command line has it: a list with commas between, or repeated.
 
     Raises:
         SourceError: It is a dict, or holds one.
@@ -90,7 +94,7 @@ def _given(name: str, value: Any) -> str:
     parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, str) for part in parts):
         raise SourceError(f"expected one value of {name!r} in the recipe, got {value!r}")
-    return ",".join(parts)
+    return parts if repeated else ",".join(parts)
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class Recipe:
 
         removed = layers_as_text(facts["removed"])
         options = {
-            item.name.replace("_", "-"): getattr(group, item.name)
+            item.name.replace("_", "-"): _written(getattr(group, item.name))
             for group in self.groups
             for item in fields(group)
             if item.name not in _OF_A_RUN and getattr(group, item.name) is not None
@@ -151,6 +155,11 @@ class Recipe:
             options["removed"] = removed
         made = {"text": token_digest(text), "tokens": _num_tokens(text), "removed": removed}
         return {"recipe": FORMAT, "fit": options, "made": made | machine_facts()}
+
+
+def _written(value: Any) -> Any:
+    """Return an option as it is kept: one that can be repeated and was not, as its one value."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _num_tokens(text: Sequence[Tensor]) -> int:

@@ -6,8 +6,9 @@ Each `parse_*` is the `parser=` of an option: typer names the option in the erro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal, InvalidOperation, Overflow
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import typer
@@ -42,6 +43,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"
 # More is a slip of the hand: no text and no model is as large.
 MOST, MOST_SEED = 10**12, 2**63 - 1
 _MOST_LAYERS, _MOST_CORRECTIONS = 10**6, 10**6
+_SHARED = re.compile(r"(.+):([0-9]*\.?[0-9]+%?)")
+# How far shares may be from adding up, so that three thirds can be written.
+_ROUNDING = 0.01
 _TOKEN_UNITS = {"k": 10**3, "K": 10**3, "m": 10**6, "M": 10**6}
 
 
@@ -197,6 +201,60 @@ def parse_written_text(text: str) -> str:
             "calibrated on (--calibration self)"
         )
     return text
+
+
+def parse_mixture(texts: Sequence[str]) -> dict[str, float]:
+    """Return the texts that such as 'web.jsonl:70%' and 'self:0.3' name, and their shares.
+
+    Where none has a share, all have the same. What may be a configuration of a hub data set is part
+    of its name.
+
+    Raises:
+        typer.BadParameter: A text is there twice, or some have shares and some none, or they do not
+            add up.
+    """
+    shares: dict[str, float | None] = {}
+    for text in texts:
+        name, share = _shared(text)
+        if name in shares:
+            raise _mixture_error(f"expected different texts, got {name!r} twice")
+        shares[name] = share
+    known = {name: share for name, share in shares.items() if share is not None}
+    if not known:
+        return dict.fromkeys(shares, 1 / len(shares))
+    if missing := [name for name in shares if name not in known]:
+        raise _mixture_error(
+            f"expected a share of each text or of none, such as '{missing[0]}:30%', got none of "
+            f"{missing[0]!r}"
+        )
+    total = sum(known.values())
+    if 0.0 in known.values() or abs(total - 1.0) > _ROUNDING:
+        got = " + ".join(percent(share) for share in known.values())
+        raise _mixture_error(f"expected shares above 0 that add up to 100%, got {got}")
+    return {name: share / total for name, share in known.items()}
+
+
+def _shared(text: str) -> tuple[str, float | None]:
+    """Return the name of a text and its share, None where it has none."""
+    match = _SHARED.fullmatch(text)
+    if match is None:
+        return text, None
+    name, number = match[1], match[2]
+    share = float(number.rstrip("%")) / (100.0 if number.endswith("%") else 1.0)
+    if number.endswith("%") or share < 1.0:
+        return name, share
+    if name == "self" or Path(name).exists():
+        raise _mixture_error(f"expected a share such as '70%' or '0.7' of {name!r}, got {number!r}")
+    return text, None
+
+
+def percent(share: float) -> str:
+    """Return a share as people read it."""
+    return f"{100 * share:.3g}%"
+
+
+def _mixture_error(message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint="'--calibration'")
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:

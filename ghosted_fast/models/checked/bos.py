@@ -9,7 +9,7 @@ from typing import Any
 
 from ghosted_fast import distributed
 from ghosted_fast.text.batches import Batch
-from ghosted_fast.text.loading import adds_bos
+from ghosted_fast.text.bos import adds_bos
 
 
 def tell_missing_bos(model: Any, batch: Batch | None) -> None:
