@@ -122,7 +122,8 @@ def test_a_text_that_ends_early_is_named(model_folder: Path, texts: Path, tmp_pa
     short.write_text(TEXT)
     said = run("select", "--model", model_folder, "--remove", 1, *SMALL, "--calibration", texts,
                "--calibration", short, status=1)  # fmt: skip
-    assert f"the text '{short}' ended after {len(TEXT.split())} of 256 tokens; give more of it" in said
+    there = len(TEXT.split())
+    assert f"the text '{short}' ended after {there} of 256 tokens; give more of it" in said
 
 
 def test_what_the_model_writes_is_mixed_in(model_folder: Path, texts: Path) -> None:
