@@ -160,7 +160,7 @@ def _more(
         found["calibration"][f"web text, {tokens} tokens"] = judged("web", tokens, fit=fit)
 
     def on_own_text() -> Any:
-        own = generate_texts(model, tokenizer, CALIBRATION_TOKENS, progress=True)
+        own = generate_texts(model, tokenizer, CALIBRATION_TOKENS, progress=True, chat=False)
         batches = token_batches(tokenizer, own, CALIBRATION_TOKENS, LENGTH, BATCH)
         return ghosted(list(iterate_batches(batches)), chosen)
 
