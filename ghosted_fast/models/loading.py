@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from ghosted_fast.models.auto_classes import WITH_PICTURES, auto_classes
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.checked.gguf_header import read_gguf_header, require_gguf
 from ghosted_fast.models.checked.hub import hub_options, near_paths
+from ghosted_fast.models.checked.pickle_reasons import said_of_pickle
 from ghosted_fast.models.checked.usable import repair_generation
 from ghosted_fast.models.families import GHOSTED_PREFIX
 from ghosted_fast.text.files import first_line, is_readable_name
@@ -132,6 +134,9 @@ def loading(spec: str | Path) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             said = "expected a class that transformers has, got one of code that comes with it"
             advice = "if you trust that code, pass --trust-remote-code (trust_remote_code=True)"
+        elif isinstance(error, pickle.UnpicklingError):
+            said = f"expected a .bin file of tensors alone, got {said_of_pickle(error)}"
+            advice = "take a copy of the model in safetensors files, or download it again"
         elif not isinstance(error, OSError | ValueError):
             said += f" ({type(error).__name__})"
         raise SourceError(f"cannot load the model {str(spec)!r}: {said}; {advice}") from error

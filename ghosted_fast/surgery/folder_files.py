@@ -88,9 +88,12 @@ def kept_tensors(source: Unloaded, cut: Any, kept: Sequence[int]) -> dict[str, P
     shapes = {name: tuple(item.shape) for name, item in cut.state_dict().items()}
     count = 1 + max(layer for layer in source.by_layer if layer is not None)
     found: dict[str, Piece] = {}
+    twice = _there_twice(source)
     for name, tensor in source.tensors.items():
         inside = source.names[name]
         layer = layer_in(inside, source.layers_path)
+        if name in twice:
+            continue
         if layer is None:
             found[name] = _without_parts(tensor, shapes.get(inside), count, kept)
         elif layer in kept:
@@ -98,12 +101,26 @@ def kept_tensors(source: Unloaded, cut: Any, kept: Sequence[int]) -> dict[str, P
     return found
 
 
+def _there_twice(source: Unloaded) -> set[str]:
+    """Return the names of weights that the model ties to another name of the same bytes.
+
+    Files of `torch.save` name both, and safetensors files one of them, as transformers writes them.
+    """
+    ties: dict[str, str] = getattr(source.model, "all_tied_weights_keys", None) or {}
+    held = {(source.names[name], tensor) for name, tensor in source.tensors.items()}
+    return {
+        name
+        for name in source.by_layer.get(None, [])
+        if (ties.get(source.names[name], ""), source.tensors[name]) in held
+    }
+
+
 def _without_parts(
     tensor: StoredTensor, wanted: tuple[int, ...] | None, count: int, kept: Sequence[int]
 ) -> Piece:
     """Return a tensor outside of the layers, without the parts that a cut model does not have."""
-    if wanted is None or wanted == tensor.shape:
-        return tensor
+    if wanted is None or wanted == tensor.shape or tensor.strides is not None:
+        return tensor  # one that lies in other strides is refused with its shape
     for axis in range(min(2, len(tensor.shape))):
         parts = KeptParts(tensor, axis, count, tuple(kept))
         if tensor.shape[axis] % count == 0 and parts.shape == wanted:

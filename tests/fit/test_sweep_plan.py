@@ -56,6 +56,20 @@ def test_sizes_are_those_of_the_model(tmp_path: Path, family: str) -> None:
     assert shape.beside == (beside - head, beside - embedding)
 
 
+def test_weights_of_two_names_are_counted_once(tmp_path: Path) -> None:
+    model = saved(tmp_path, "llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.config.save_pretrained(tmp_path)
+    for path in tmp_path.glob("model*"):
+        path.unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    shape = Shape.of(open_unloaded(tmp_path))
+    assert shape.all_bytes == sum(p.nbytes for p in model.parameters())
+    beside = shape.all_bytes - 6 * shape.layer_bytes
+    assert shape.beside == (beside, beside)
+
+
 def test_an_8b_is_swept_within_7_gigabytes() -> None:
     plan = plan_sweep(BIG, WORK, OPTIONS, 7 * 10**9)
     assert plan.memory_bytes < 4 * 10**9

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families.tiny_models import tiny_causal
 from support.dense_reference import random_ghost
-from support.swept_models import saved, text
+from support.swept_models import as_pickles, saved, text
 from torch import Tensor, nn
 
 from ghosted_fast.errors import UnsupportedModelError
@@ -60,7 +60,7 @@ def passed_through(model: Any) -> tuple[list[Tensor], Tensor]:
     return [states[boundary] for boundary in boundaries], logits
 
 
-@pytest.mark.parametrize("where", ["memory", "folder"])
+@pytest.mark.parametrize("where", ["memory", "folder", "pickles"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_layers_one_by_one_give_what_the_model_gives(
     tmp_path: Path, family: str, where: str
@@ -68,7 +68,9 @@ def test_layers_one_by_one_give_what_the_model_gives(
     model = saved(tmp_path, family)
     expected, logits = passed_through(model)
     source: LayerSource = LoadedSource(Decoder.of(model))
-    if where == "folder":
+    if where == "pickles":
+        as_pickles(tmp_path)
+    if where != "memory":
         source = FolderSource(open_unloaded(tmp_path))
     states, found = run_through(source)
     for mine, theirs in zip(states, expected, strict=True):
@@ -76,11 +78,13 @@ def test_layers_one_by_one_give_what_the_model_gives(
     assert torch.equal(found[ATTENDED], logits[ATTENDED])
 
 
-@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize(("prefetch", "pickles"), [(False, False), (True, False), (True, True)])
 def test_no_more_is_in_memory_than_is_asked_for(
-    tmp_path: Path, prefetch: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prefetch: bool, pickles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path, "llama")
+    if pickles:
+        as_pickles(tmp_path)
     unloaded = open_unloaded(tmp_path)
     source = FolderSource(unloaded, prefetch)
     read: list[tuple[str, bool]] = []
@@ -117,12 +121,20 @@ def test_no_more_is_in_memory_than_is_asked_for(
     assert in_threads == (set("12345") if prefetch else set())
 
 
-def test_tied_heads_are_there_where_they_are_needed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named_twice", [False, True])
+def test_tied_heads_are_there_where_they_are_needed(tmp_path: Path, named_twice: bool) -> None:
     model = tiny_model("llama")
     model.config.tie_word_embeddings = True
     model.tie_weights()
     model.save_pretrained(tmp_path)
-    states, logits = run_through(FolderSource(open_unloaded(tmp_path)))
+    if named_twice:  # as torch.save keeps them: two names of one storage
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    unloaded = open_unloaded(tmp_path)
+    assert unloaded.nbytes - sum(p.nbytes for p in model.parameters()) == (
+        model.lm_head.weight.nbytes if named_twice else 0
+    )
+    states, logits = run_through(FolderSource(unloaded))
     expected, theirs = passed_through(model)
     assert torch.equal(states[-1][ATTENDED], expected[-1][ATTENDED])
     assert torch.equal(logits[ATTENDED], theirs[ATTENDED])

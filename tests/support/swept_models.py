@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText
 from ghosted_fast.fit.sweep.shelf import MemoryShelf, Shelf
@@ -32,6 +34,22 @@ def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32, layers:
     model.save_pretrained(folder, max_shard_size="60KB")
     tiny_tokenizer().save_pretrained(folder)
     return model
+
+
+def as_pickles(folder: Path) -> None:
+    """Put files of torch.save in the places of safetensors files, with an index as theirs."""
+    index = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        name = path.with_suffix(".bin").name.replace("model", "pytorch_model", 1)
+        torch.save(tensors, folder / name)
+        index |= dict.fromkeys(tensors, name)
+        path.unlink()
+    listed = folder / "model.safetensors.index.json"
+    if listed.exists():
+        listed.unlink()
+        record = {"metadata": {}, "weight_map": index}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(record))
 
 
 def sweep_of(folder: Path, batches: list[Any], shelf: Shelf | None = None) -> Sweep:

@@ -15,6 +15,7 @@ from families.tiny_models import tiny_causal
 from safetensors.torch import load_file
 from support.dense_reference import INTERVALS, NUM_LAYERS, REMOVED, random_ghost, random_ghosts
 from support.flipped_bits import flip, stored_tensors
+from support.swept_models import as_pickles
 from support.tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -208,6 +209,42 @@ def test_a_cut_folder_holds_the_digests_of_its_weights(
     flip(folder, weight)
     with pytest.raises(CheckpointError, match=r"the bytes of .*ghost\.weight"):
         loaded(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2"])
+def test_files_of_torch_save_are_cut_into_safetensors(tmp_path: Path, family: str) -> None:
+    model, ghosts = tiny_model(family, NUM_LAYERS, dtype=torch.bfloat16), random_ghosts()
+    model.save_pretrained(tmp_path / "dense", max_shard_size="50KB")
+    as_pickles(tmp_path / "dense")
+    assert len(list((tmp_path / "dense").glob("pytorch_model-*.bin"))) > 1
+    prune_folder(tmp_path / "dense", REMOVED, tmp_path / "pruned")
+    pruned = prune_model(model, REMOVED)
+    assert torch.equal(logits(loaded(tmp_path / "pruned")), logits(pruned))
+    cut_folder(tmp_path / "dense", REMOVED, ghosts).save(tmp_path / "ghosted")
+    ghosted = remove_layers(model, REMOVED, copy.deepcopy(ghosts))
+    assert torch.equal(logits(loaded(tmp_path / "ghosted")), logits(ghosted))
+    for name in ("pruned", "ghosted"):
+        assert not [n for n in names(tmp_path / name) if ".bin" in n]
+
+
+def test_weights_of_two_names_and_of_other_strides_are_written_once_and_in_order(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("llama", NUM_LAYERS)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors").unlink()
+    tensors = dict(model.state_dict())
+    turned = "model.layers.3.mlp.up_proj.weight"
+    tensors[turned] = tensors[turned].t().contiguous().t()
+    torch.save(tensors, tmp_path / "dense" / "pytorch_model.bin")
+    prune_folder(tmp_path / "dense", [1, 2], tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" in tensors
+    assert "lm_head.weight" not in written
+    assert torch.equal(written["model.layers.1.mlp.up_proj.weight"], tensors[turned])
+    assert torch.equal(logits(loaded(tmp_path / "out")), logits(prune_model(model, [1, 2])))
 
 
 def test_tables_of_all_layers_lose_the_parts_of_removed_ones(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.swept_models import saved, text
+from support.swept_models import as_pickles, saved, text
 from transformers import AutoModelForCausalLM
 
 import ghosted_fast as gf
@@ -59,9 +59,13 @@ def assert_same_weights(mine: FolderCut, other: FolderCut, folder: Path) -> None
         assert torch.equal(tensor, expected[name]), name
 
 
-def both(folder: Path, family: str, **asked: Any) -> tuple[Any, Any, Any, Any]:
+def both(
+    folder: Path, family: str, pickles: bool = False, **asked: Any
+) -> tuple[Any, Any, Any, Any]:
     """Return what comes of a model in memory, and of the same in a folder: model and report."""
     model = saved(folder / "dense", family)
+    if pickles:
+        as_pickles(folder / "dense")
     batches = asked.pop("batches", None) or text()
     asked = {"run": RUN, **asked}
     mine, report = gf.ghost_model(open_unloaded(folder / "dense"), batches, **asked)
@@ -110,6 +114,20 @@ def test_criteria_and_recoveries_are_those_in_memory(tmp_path: Path, asked: dict
     for one, other in zip(report.scores, expected.scores, strict=True):
         assert one.score == pytest.approx(other.score, rel=1e-5, abs=1e-7)
     assert relative_rms(logits(mine), logits(theirs)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_files_of_torch_save_are_swept_as_safetensors_are(tmp_path: Path, family: str) -> None:
+    mine, report, theirs, expected = both(tmp_path, family, pickles=True, remove=2)
+    assert not list((tmp_path / "dense").glob("*.safetensors"))
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    assert report.removed == expected.removed
+    for one, other in zip(report.scores, expected.scores, strict=True):
+        assert one.score == pytest.approx(other.score, rel=1e-5)
+    states, others = mine.state_dict(), theirs.state_dict()
+    assert states.keys() == others.keys()
+    for name, tensor in states.items():
+        assert relative_rms(tensor, others[name]) <= 1e-5, name
 
 
 def test_each_layer_is_read_once_to_choose_and_to_fit(
@@ -188,8 +206,9 @@ def test_what_cannot_be_left_in_its_files_is_loaded(tmp_path: Path) -> None:
     model = saved(tmp_path, "llama")
     for file in tmp_path.glob("model*"):
         file.unlink()
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UnsupportedModelError):
+    older = {"_use_new_zipfile_serialization": False}
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin", **older)
+    with pytest.raises(UnsupportedModelError, match="in the older format"):
         open_unloaded(tmp_path)
     smaller, _ = gf.ghost_model(tmp_path, text(), removed=[2], run=RUN)
     assert smaller.config.ghost["removed"] == [2]

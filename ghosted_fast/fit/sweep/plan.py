@@ -58,7 +58,8 @@ class Shape:
         itemsize = decoder.dtype.itemsize
 
         def size(found: Sequence[str]) -> int:
-            return sum(_in_memory(unloaded.tensors[name], itemsize) for name in found)
+            places = {unloaded.tensors[name] for name in found}  # names may share one
+            return sum(_in_memory(place, itemsize) for place in places)
 
         layers = {k: found for k, found in unloaded.by_layer.items() if k is not None}
         largest = max(layers.values(), key=size)

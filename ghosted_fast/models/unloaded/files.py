@@ -1,7 +1,7 @@
-"""Tensors in safetensors files: where they are, read one at a time and never mapped.
+"""Tensors in files: where they are, read one at a time and never mapped; the safetensors format.
 
-A file begins with the length of its header (8 bytes, little endian), then the header: JSON that
-says of each tensor its dtype, its shape and its place in what follows.
+A safetensors file begins with the length of its header (8 bytes, little endian), then the header:
+JSON that says of each tensor its dtype, its shape and its place in what follows.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors.
 """
@@ -83,12 +83,15 @@ class StoredTensor:
         offset: Where the tensor begins, in bytes from the start of the file.
         shape: Its shape.
         dtype: Its dtype.
+        strides: How many numbers lie between two neighbours along each axis, as torch has it; None
+            where they lie one after the other.
     """
 
     path: Path
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    strides: tuple[int, ...] | None = None
 
     @property
     def code(self) -> str:
@@ -100,8 +103,16 @@ class StoredTensor:
         """Its bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def span_bytes(self) -> int:
+        """The bytes in the file from its first number to its last."""
+        if self.strides is None or not self.nbytes:
+            return self.nbytes
+        steps = zip(self.shape, self.strides, strict=True)
+        return (1 + sum((count - 1) * step for count, step in steps)) * self.dtype.itemsize
+
     def part(self, begin: int, count: int) -> StoredTensor:
-        """Return `count` of its bytes from byte `begin` on, as uint8 [count]."""
+        """Return `count` of its bytes from byte `begin` on, as uint8 [count]; without strides."""
         return StoredTensor(self.path, self.offset + begin, (count,), torch.uint8)
 
     def read(self) -> Tensor:
@@ -110,6 +121,10 @@ class StoredTensor:
         Raises:
             CheckpointError: The file ends before it.
         """
+        if self.strides is not None:
+            numbers = self.span_bytes // self.dtype.itemsize
+            span = StoredTensor(self.path, self.offset, (numbers,), self.dtype).read()
+            return span.as_strided(self.shape, self.strides).contiguous()
         found = torch.empty(self.shape, dtype=self.dtype)
         view = memoryview(bytes_of(found))
         with self.path.open("rb", buffering=0) as file:
@@ -122,11 +137,14 @@ class StoredTensor:
         return found
 
     def chunks(self) -> Iterator[Any]:
-        """Yield its bytes, a few megabytes at a time.
+        """Yield its bytes, a few megabytes at a time; those of one with strides all at once.
 
         Raises:
             CheckpointError: The file ends before it.
         """
+        if self.strides is not None:
+            yield bytes_of(self.read())
+            return
         with self.path.open("rb", buffering=0) as file:
             done = 0
             while done < self.nbytes:
@@ -172,6 +190,11 @@ class HeldTensor:
 def bytes_of(tensor: Tensor) -> Any:
     """Return the memory of a contiguous tensor on the processor as numpy bytes, no copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def is_storable(dtype: torch.dtype) -> bool:
+    """Return whether safetensors files can hold numbers of a dtype."""
+    return dtype in _CODES
 
 
 def num_bytes(piece: Piece) -> int:

@@ -32,8 +32,11 @@ from ghosted_fast.models.loading import (
     source_options,
 )
 from ghosted_fast.models.unloaded.files import StoredTensor, tensors_in
+from ghosted_fast.models.unloaded.pickled import pickled_tensors_in
 
 _META = torch.device("meta")
+# What finds the tensors in a file, by the end of its name.
+_READERS = {".safetensors": tensors_in, ".bin": pickled_tensors_in}
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +108,8 @@ def open_unloaded(spec: str | Path, dtype: str | torch.dtype | None = None) -> U
 
     Raises:
         SourceError: There is no such model, or transformers cannot load it.
-        UnsupportedModelError: Its weights are in no safetensors files, or quantized.
+        UnsupportedModelError: Its weights are in other files than safetensors and those of
+            `torch.save`, or quantized; see `pickled_tensors_in`.
         CheckpointError: A file is damaged, or does not hold what a ghosted model needs.
     """
     wanted = resolve_dtype(dtype)
@@ -224,15 +228,16 @@ def _without_weights(model_class: Any, seen: list[Any]) -> Any:
     def _load_pretrained_model(
         model: Any, state_dict: Any, files: Any, settings: Any, *_: Any, **__: Any
     ) -> Any:
-        if not files or not all(str(file).endswith(".safetensors") for file in files):
+        paths = [Path(file) for file in files or []]
+        if not paths or not all(path.suffix in _READERS for path in paths):
             raise UnsupportedModelError(
-                "expected weights in safetensors files, got "
-                f"{', '.join(Path(file).name for file in files or []) or 'none'}: load the model "
-                "and save it once with save_model"
+                "expected weights in safetensors files or in .bin files of torch.save, got "
+                f"{', '.join(path.name for path in paths) or 'none'}: load the model and save it "
+                "once with save_model"
             )
         tensors: dict[str, StoredTensor] = {}
-        for file in files:
-            tensors |= tensors_in(Path(file))
+        for path in paths:
+            tensors |= _READERS[path.suffix](path)
         info = load_into(model, settings, meta_tensors(tensors))
         seen.append((tensors, settings, info.missing_keys))
         return info, None

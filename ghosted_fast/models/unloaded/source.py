@@ -189,7 +189,9 @@ class FolderSource(LayerSource):
         return self._read(self.unloaded.by_layer.get(index, ()))
 
     def _read(self, names: Collection[str]) -> dict[str, Tensor]:
-        return {name: self.unloaded.tensors[name].read() for name in names}
+        places = {name: self.unloaded.tensors[name] for name in names}
+        read = {place: place.read() for place in dict.fromkeys(places.values())}  # some share one
+        return {name: read[place] for name, place in places.items()}
 
     @contextmanager
     def _beside(self, without: nn.Module | None) -> Iterator[None]:
