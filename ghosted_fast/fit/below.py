@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ghosted_fast.fit.memory_budget import default_memory_budget
 from ghosted_fast.models.boundaries import Begun
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.gap import Gap
@@ -14,13 +15,25 @@ from ghosted_fast.text.batches import Batch
 
 # States that are kept from one gap to the next; batches beyond it begin at the bottom again.
 _MOST_BYTES = 1 << 31
+# Of what statistics may take without being asked; the rest is for them.
+_SHARE = 0.5
+
+
+def most_kept(state_bytes: int) -> int:
+    """Return the most bytes that `Below` keeps of a text.
+
+    Args:
+        state_bytes: What the states of the text at one boundary take.
+    """
+    return min(2 * state_bytes, _MOST_BYTES)
 
 
 class Below:
     """The gaps that have their ghosts, while those above them are fitted one after the other.
 
     A pass for the next gap begins where the last one ended: with the states that left it in the
-    dense model, and with what its ghost makes of those that entered it.
+    dense model, and with what its ghost makes of those that entered it. What is kept for that takes
+    no more than a quarter of the memory that was free beforehand.
 
     Args:
         decoder: The dense model.
@@ -37,6 +50,8 @@ class Below:
         # By the number of the batch: the states that enter the last gap, and those that leave it.
         self._ends: dict[int, tuple[Tensor, Tensor]] = {}
         self._bytes = 0
+        free = default_memory_budget(decoder.device) if to_come > 1 else 0
+        self._most = min(_MOST_BYTES, int(_SHARE * free))
 
     def note(self, index: int, x: Tensor, y: Tensor) -> None:
         """Keep both ends of the gap that a pass is for, unless it is the last.
@@ -47,7 +62,7 @@ class Below:
             y: What leaves it in the dense model.
         """
         size = x.nbytes + y.nbytes
-        if self._to_come > 1 and self._bytes + size <= _MOST_BYTES:
+        if self._to_come > 1 and self._bytes + size <= self._most:
             self._ends[index] = x, y
             self._bytes += size
 

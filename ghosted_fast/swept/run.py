@@ -31,6 +31,7 @@ from ghosted_fast.recovery.collector import Patch
 from ghosted_fast.recovery.facts import fitted_facts
 from ghosted_fast.recovery.swept import check_swept_recovery, fit_gaps_swept
 from ghosted_fast.reports.ghost_report import GhostReport
+from ghosted_fast.selection.criteria import CRITERIA
 from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
 from ghosted_fast.selection.criteria.request import Selection
 from ghosted_fast.selection.select import check_layer_count
@@ -103,10 +104,16 @@ class Asked:
         if isinstance(self.wanted, Count):
             check_layer_count(self.wanted.layers, shape.num_layers)
             chosen = self.wanted.layers if self.criterion == "ghost" else None
-            gaps = self.wanted.layers
+            gaps = self._most_gaps(self.wanted.layers, shape.num_layers)
         elif isinstance(self.wanted, Layers):
             gaps = len(removed_intervals(self.wanted.removed, shape.num_layers))
-        return Work.of(batches, shape, chosen, scored, gaps)
+        in_sequence = RECOVERIES[self.recovery].sequential and self.options.sequential
+        return Work.of(batches, shape, chosen, scored, gaps, in_sequence)
+
+    def _most_gaps(self, layers: int, num_layers: int) -> int:
+        """Return how many gaps so many chosen layers may leave."""
+        method = CRITERIA[self.criterion]
+        return method.num_statistics(layers, num_layers) if method.published else layers
 
     def plan(self, unloaded: Unloaded, batches: list[Batch]) -> SweepPlan:
         """Return what the sweep takes.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ghosted_fast.errors import CalibrationError
+from ghosted_fast.fit.below import most_kept
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.unloaded.files import StoredTensor
@@ -23,6 +24,9 @@ from ghosted_fast.text.batches import Batch
 PROGRAM_BYTES = 600 << 20
 # Matrices [d, d] in fp64 that a solve holds beside the statistics.
 _SOLVE_MATRICES = 8
+# Lists of the text's states behind ghosts below a gap: what entered the last gap, and what enters
+# and leaves a layer on the way to the next.
+_LISTS_BELOW = 3
 # Vectors of width d in one layer that a token has at once, at most.
 _MOST_VECTORS = 24
 
@@ -96,6 +100,7 @@ class Work:
         length: Layers of each.
         statistics: How many intervals' statistics are gathered.
         boundaries: How many boundaries' states are kept.
+        in_sequence: How many gaps are fitted one after the other, each on what those below it give.
     """
 
     tokens: int
@@ -106,10 +111,17 @@ class Work:
     length: int
     statistics: int
     boundaries: int
+    in_sequence: int = 1
 
     @classmethod
     def of(
-        cls, batches: Sequence[Batch], shape: Shape, chosen: int | None, scored: int, gaps: int = 0
+        cls,
+        batches: Sequence[Batch],
+        shape: Shape,
+        chosen: int | None,
+        scored: int,
+        gaps: int = 0,
+        in_sequence: bool = False,
     ) -> Work:
         """Return that of a text.
 
@@ -120,6 +132,7 @@ class Work:
                 criterion.
             scored: Held-out tokens that candidates are scored on.
             gaps: How many gaps are fitted where `chosen` is None.
+            in_sequence: Whether those are fitted one after the other.
         """
         sizes = [batch.input_ids.numel() for batch in batches] or [0]
         count = shape.num_layers - chosen + 1 if chosen is not None else 0
@@ -132,6 +145,7 @@ class Work:
             length=chosen or 0,
             statistics=count + 1 if count else gaps,
             boundaries=shape.num_layers + 1,
+            in_sequence=gaps if in_sequence and not count else 1,
         )
 
 
@@ -179,6 +193,8 @@ def plan_sweep(
     stored = work.tokens * state * work.boundaries
     # Behind each layer a candidate's states are there twice for a moment.
     stored += work.held_out_tokens * state * (work.candidates + 1)
+    if work.in_sequence > 1:
+        stored += _LISTS_BELOW * work.tokens * state
     best: SweepPlan | None = None
     for prefetch, in_memory in ((True, True), (True, False), (False, False)):
         if in_memory and on_disk:
@@ -204,10 +220,17 @@ def plan_sweep(
 
 
 def resident_bytes(shape: Shape, work: Work, options: GhostOptions) -> int:
-    """Return the memory that the model and a pass of it take, with one interval's statistics."""
+    """Return the memory that the model and a pass of it take, with one interval's statistics.
+
+    Where several gaps are fitted one after the other, that includes the states that are kept from
+    one to the next.
+    """
     logits = work.batch_tokens * shape.vocabulary * shape.itemsize
     statistics = interval_bytes(shape.hidden_size, options) + _solve_bytes(shape)
-    return PROGRAM_BYTES + shape.all_bytes + max(logits, statistics) + _activations(shape, work)
+    needed = PROGRAM_BYTES + shape.all_bytes + max(logits, statistics) + _activations(shape, work)
+    if work.in_sequence > 1:
+        needed += most_kept(work.tokens * shape.hidden_size * shape.itemsize)
+    return needed
 
 
 def _most_memory(shape: Shape, work: Work, options: GhostOptions, prefetch: bool) -> int:

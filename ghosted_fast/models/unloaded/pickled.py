@@ -63,7 +63,7 @@ def _no_tensors(path: Path, what: str) -> CheckpointError:
 
 
 def _entries(path: Path) -> dict[int, int]:
-    """Return where the entries of an archive begin in the file, and how many bytes each has."""
+    """Return where the entries of an archive begin in its file, and how many bytes each has."""
     with path.open("rb") as file:
         head = file.read(_TAR_AT + len(_TAR))
     if head.startswith(_OLDER) or head[_TAR_AT:] == _TAR:
@@ -73,23 +73,26 @@ def _entries(path: Path) -> dict[int, int]:
             "save_model, and name that folder"
         )
     found: dict[int, int] = {}
+    others: list[str] = []
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             for item in archive.infolist():
-                if item.compress_type != zipfile.ZIP_STORED:
-                    raise _only_loaded(path, "compressed ones")
                 file.seek(item.header_offset)
                 name, extra = _ENTRY.unpack(file.read(_ENTRY.size))
                 begin = item.header_offset + _ENTRY.size + name + extra
                 found[begin] = item.file_size
                 file.seek(begin)
-                if item.filename.endswith("/byteorder") and file.read(item.file_size) != _LITTLE:
-                    raise _only_loaded(path, "numbers of a big-endian machine")
+                if item.compress_type != zipfile.ZIP_STORED:
+                    others.append("compressed ones")
+                elif item.filename.endswith("/byteorder") and file.read(6) != _LITTLE:
+                    others.append("numbers of a big-endian machine")
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
         raise CheckpointError(
             f"expected a whole file of torch.save, got {str(path)!r}, whose entries cannot be "
             f"found ({error}): it is damaged or incomplete, copy or download it again"
         ) from error
+    if others:
+        raise _only_loaded(path, others[0])
     return found
 
 
