@@ -18,6 +18,7 @@ from ghosted_fast.models.checked.bos import tell_missing_bos
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.quantized.loading import quantization_of
 from ghosted_fast.models.structure import share_copy
+from ghosted_fast.models.unloaded.offloaded import in_files_if_offloaded
 from ghosted_fast.models.unloaded.opening import Unloaded
 from ghosted_fast.options import (
     Bound,
@@ -123,6 +124,7 @@ def _ghost_model(model: Any, batches: Iterable[Any], request: Asked) -> tuple[An
     """Do the work of `ghost_model`."""
     wanted, criterion, recovery = request.wanted, request.criterion, request.recovery
     options, run = request.options, request.run
+    model = in_files_if_offloaded(model)
     if isinstance(model, str | Path | Unloaded):
         batches = CalibrationText.of(batches)
         model = loaded_or_unloaded(model, batches, request)

@@ -104,6 +104,17 @@ def test_a_pass_begins_where_the_last_one_ended(
     assert runs[2] == [(one + other) // 2 for one, other in zip(runs[0], runs[4], strict=True)]
 
 
+def test_no_more_is_kept_than_a_quarter_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    gaps, of_a_batch = [(0, 1), (2, 4), (5, 6)], 2 * 10 * 24 * 32 * 4
+    _, expected = counted_fits(tiny_model("llama", 8), gaps, 2 * of_a_batch, monkeypatch)
+    monkeypatch.setattr(below, "default_memory_budget", lambda _: 2 * 2 * of_a_batch)
+    _, runs = counted_fits(tiny_model("llama", 8), gaps, 1 << 31, monkeypatch)
+    assert runs == expected
+    monkeypatch.undo()
+    _, all_kept = counted_fits(tiny_model("llama", 8), gaps, 1 << 31, monkeypatch)
+    assert sum(all_kept) < sum(runs)
+
+
 def test_layers_that_use_more_of_those_below_begin_at_the_bottom(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

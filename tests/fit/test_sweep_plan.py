@@ -95,11 +95,27 @@ def test_the_next_layer_waits_where_two_do_not_fit() -> None:
         plan_sweep(shape, WORK, OPTIONS, 3 * 10**9)
 
 
+def test_states_that_are_kept_between_gaps_are_counted() -> None:
+    one = replace(WORK, candidates=0, held_out_tokens=0, statistics=3)
+    three = replace(one, in_sequence=3)
+    state = 32768 * 4096 * 2
+    assert resident_bytes(BIG, three, OPTIONS) - resident_bytes(BIG, one, OPTIONS) == 2 * state
+    one, three = (replace(work, tokens=10 * work.tokens) for work in (one, three))
+    more = resident_bytes(BIG, three, OPTIONS) - resident_bytes(BIG, one, OPTIONS)
+    assert more == 1 << 31, "what does not fit begins at the bottom again"
+    one, three = (plan_sweep(BIG, work, OPTIONS, 7 * 10**9) for work in (one, three))
+    assert three.disk_bytes - one.disk_bytes == 3 * 10 * state
+
+
 def test_work_is_counted() -> None:
     batches = list(iterate_batches([random_tokens(4, 48), random_tokens(2, 64)]))
     shape = replace(BIG, num_layers=6)
     chosen = Work.of(batches, shape, 2, 100)
     assert (chosen.tokens, chosen.batch_tokens, chosen.row_tokens) == (320, 192, 64)
     assert (chosen.candidates, chosen.statistics, chosen.held_out_tokens) == (5, 6, 100)
+    assert chosen.in_sequence == 1
+    assert Work.of(batches, shape, 2, 100, 3, in_sequence=True).in_sequence == 1
+    assert Work.of(batches, shape, None, 100, 3, in_sequence=True).in_sequence == 3
     given = Work.of(batches, shape, None, 100, gaps=3)
+    assert given.in_sequence == 1
     assert (given.candidates, given.statistics, given.held_out_tokens) == (0, 3, 0)

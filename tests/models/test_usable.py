@@ -65,7 +65,7 @@ def overflowing() -> Any:
     ("make", "kind", "message"),
     [
         (on_meta, UnsupportedModelError, "on the meta device: load the model with from_pretr"),
-        (offloaded, UnsupportedModelError, "offloaded by accelerate: load the model without"),
+        (offloaded, UnsupportedModelError, "by accelerate, and nothing says which files .*: load"),
         (adapted, UnsupportedModelError, "with some: merge them first .*merge_and_unload"),
         (wrapped_by_peft, UnsupportedModelError, "got PeftModelForCausalLM .*merge_and_unload"),
         (lambda: torch.compile(tiny_model("llama")), UnsupportedModelError, "_orig_mod"),

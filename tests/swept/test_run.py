@@ -27,13 +27,17 @@ from ghosted_fast.errors import (
     SourceError,
     UnsupportedModelError,
 )
+from ghosted_fast.fit.sweep.plan import Shape
 from ghosted_fast.models.unloaded import opening
 from ghosted_fast.models.unloaded.files import HeldTensor, StoredTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
+from ghosted_fast.options import Count, Layers
 from ghosted_fast.selection.select import select_layers
 from ghosted_fast.surgery.folder import FolderCut
+from ghosted_fast.swept.run import Asked
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms
+from ghosted_fast.text.batches import iterate_batches
 
 RUN = gf.RunOptions(corrections=0, score_tokens=64)
 TOKENS = random_tokens(2, 20)
@@ -200,6 +204,30 @@ def test_memory_decides_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFix
     said = [record for record in caplog.records if record.name == "ghosted_fast.swept.run"]
     assert len(said) == 1, "one line"
     assert "of 0.0 GB allowed: it is swept through layer by layer" in said[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "recovery", "sequential", "expected"),
+    [
+        ("shortgpt", "ghost", True, 3),
+        ("ghost-search", "ghost", True, 3),
+        ("shortgpt", "ghost", False, 1),
+        ("shortgpt", "none", True, 1),
+        ("streamline", "ghost", True, 1),
+        ("ghost", "ghost", True, 1),
+    ],
+)
+def test_gaps_in_sequence_are_those_that_may_come(
+    tmp_path: Path, criterion: str, recovery: str, sequential: bool, expected: int
+) -> None:
+    saved(tmp_path, "llama")
+    options = gf.GhostOptions(sequential=sequential)
+    asked = Asked(Count(3), criterion, recovery, options, RUN)
+    shape = Shape.of(open_unloaded(tmp_path))
+    assert asked.work(list(iterate_batches(text())), shape).in_sequence == expected
+    given = Asked(Layers((1, 3, 4)), criterion, recovery, options, RUN)
+    two = 2 if recovery == "ghost" and sequential else 1
+    assert given.work(list(iterate_batches(text())), shape).in_sequence == two
 
 
 def test_what_cannot_be_left_in_its_files_is_loaded(tmp_path: Path) -> None:

@@ -47,6 +47,14 @@ def has_stand_ins(model: nn.Module) -> bool:
     return any(STAND_IN in vars(module) for module in model.modules())
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Return whether accelerate keeps weights of a model elsewhere, and fetches them to compute."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return False  # refused for its adapters
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return hooked and any(weight.is_meta for weight in model.parameters())
+
+
 def check_in_memory(model: nn.Module) -> None:
     """Raise unless all weights of a model are in memory, and are all that it computes with.
 
@@ -58,10 +66,11 @@ def check_in_memory(model: nn.Module) -> None:
     gone = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
     if gone is None:
         return
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if is_offloaded(model):
         raise UnsupportedModelError(
             f"expected all weights of {type(model).__name__} in memory, got {gone} offloaded by "
-            "accelerate: load the model without device_map, or onto one device"
+            "accelerate: load the model without device_map, or onto one device, or give its folder "
+            "to ghost_model or prune_folder, which leave it in its files"
         )
     raise UnsupportedModelError(
         f"expected all weights of {type(model).__name__} in memory, got {gone} on the meta device: "
