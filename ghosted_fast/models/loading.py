@@ -220,6 +220,17 @@ def load_tokenizer(name: str, spec: str | Path, options: dict[str, Any]) -> Any:
         ) from error
 
 
+def tokenizer_of(spec: str | Path) -> Any:
+    """Return the tokenizer of a hub id, a local folder or a GGUF file.
+
+    Raises:
+        SourceError: There is no such model, or no tokenizer that can be read.
+    """
+    name, gguf_file = locate_model(str(spec), None)
+    options = source_options(name) | ({} if gguf_file is None else {"gguf_file": gguf_file})
+    return load_tokenizer(name, spec, options)
+
+
 def load_processor(spec: str | Path, trust_remote_code: bool = False) -> Any:
     """Return the processor of a model that reads pictures or sound too, None where it has none.
 

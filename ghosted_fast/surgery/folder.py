@@ -29,6 +29,7 @@ from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.ghosted_layers import ghosts_of
+from ghosted_fast.models.loading import load_processor, tokenizer_of
 from ghosted_fast.models.unloaded.files import Piece
 from ghosted_fast.models.unloaded.opening import (
     Unloaded,
@@ -305,8 +306,4 @@ def _is_small(folder: Path) -> bool:
 
 
 def _save_tokenizer(spec: str, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from ghosted_fast.models.loading import load_processor
-
-    (load_processor(spec) or AutoTokenizer.from_pretrained(spec)).save_pretrained(folder)
+    (load_processor(spec) or tokenizer_of(spec)).save_pretrained(folder)

@@ -119,8 +119,8 @@ def _without_parts(
     tensor: StoredTensor, wanted: tuple[int, ...] | None, count: int, kept: Sequence[int]
 ) -> Piece:
     """Return a tensor outside of the layers, without the parts that a cut model does not have."""
-    if wanted is None or wanted == tensor.shape or tensor.strides is not None:
-        return tensor  # one that lies in other strides is refused with its shape
+    if wanted is None or wanted == tensor.shape or not tensor.is_plain:
+        return tensor  # of one that is not plain no parts can be left out: its shape is refused
     for axis in range(min(2, len(tensor.shape))):
         parts = KeptParts(tensor, axis, count, tuple(kept))
         if tensor.shape[axis] % count == 0 and parts.shape == wanted:

@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_engines import byte_tokenizer, engine_model
+from support.tiny_gguf import write_gguf_model
 from support.tiny_text import TEXT, tiny_tokenizer
 
 from fuzz.damages import BYTES, damaged_copy, flip, scramble, truncate
 from fuzz.judge import Outcomes
 from ghosted_fast.checkpoint.save import save_model
-from ghosted_fast.export.gguf_tokenizer import add_tokenizer
 from ghosted_fast.models.checked.gguf_header import read_gguf_header
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.ghost_linear import GhostLinear
@@ -166,32 +165,6 @@ def renamed(path: Path, chance: random.Random) -> str:
     name = chance.choice(re.findall(rb"(?:blk\.\d+|output|token_embd)[a-z_.]*\.weight", data))
     path.write_bytes(data.replace(name, name[:-1] + b"x", 1))
     return f"{name.decode()} renamed"
-
-
-def write_gguf_model(path: Path) -> None:
-    """Write a model of random weights that transformers reads."""
-    import gguf
-
-    model = engine_model(num_layers=2, head_dim=16)
-    config = model.config
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    add_tokenizer(writer, byte_tokenizer(), config.vocab_size)
-    for name, tensor in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.slow

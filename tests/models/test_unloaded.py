@@ -112,7 +112,7 @@ def test_what_cannot_be_opened_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="expected unquantized weights"):
         open_unloaded(folder)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedModelError, match=r"got the GGUF file 'm\.gguf'"):
+    with pytest.raises(CheckpointError, match=r"got one whose beginning is damaged"):
         open_unloaded(tmp_path / "m.gguf")
 
 

@@ -102,9 +102,9 @@ def text_shape(calibration: CalibrationArgs) -> list[Batch]:
 
 def read_text(unloaded: Unloaded, calibration: CalibrationArgs, first: bool) -> list[Any]:
     """Return the batches of a text for a model that stays in its files."""
-    from transformers import AutoTokenizer
+    from ghosted_fast.models.loading import tokenizer_of
 
-    return calibration.load(unloaded.model, AutoTokenizer.from_pretrained(unloaded.spec), first)
+    return calibration.load(unloaded.model, tokenizer_of(unloaded.spec), first)
 
 
 def dry_run(

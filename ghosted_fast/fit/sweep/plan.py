@@ -65,6 +65,10 @@ class Shape:
             places = {unloaded.tensors[name] for name in found}  # names may share one
             return sum(_in_memory(place, itemsize) for place in places)
 
+        def held(found: Sequence[str]) -> int:
+            """Return what some tensors take while they are read one after the other."""
+            return size(found) + max((unloaded.tensors[n].reading_bytes for n in found), default=0)
+
         layers = {k: found for k, found in unloaded.by_layer.items() if k is not None}
         largest = max(layers.values(), key=size)
         merged = len({names[name] for name in largest}) < len(largest)
@@ -77,12 +81,12 @@ class Shape:
             num_layers=decoder.num_layers,
             vocabulary=int(text_config_of(unloaded.model.config).vocab_size),
             itemsize=itemsize,
-            layer_bytes=one * (2 if merged or cast else 1),
+            layer_bytes=max(one * (2 if merged or cast else 1), held(largest)),
             layer_parameters=sum(math.prod(unloaded.tensors[n].shape) for n in largest),
             all_bytes=size(list(unloaded.tensors)),
             beside=(
-                size([name for name in outside if name not in head or name in embedding]),
-                size([name for name in outside if name not in embedding or name in head]),
+                held([name for name in outside if name not in head or name in embedding]),
+                held([name for name in outside if name not in embedding or name in head]),
             ),
         )
 

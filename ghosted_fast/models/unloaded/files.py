@@ -104,6 +104,16 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its numbers lie in the file as they are read, one after the other."""
+        return self.strides is None
+
+    @property
+    def reading_bytes(self) -> int:
+        """What reading it takes beside itself, in bytes."""
+        return 0 if self.is_plain else self.span_bytes
+
+    @property
     def span_bytes(self) -> int:
         """The bytes in the file from its first number to its last."""
         if self.strides is None or not self.nbytes:
@@ -112,7 +122,7 @@ class StoredTensor:
         return (1 + sum((count - 1) * step for count, step in steps)) * self.dtype.itemsize
 
     def part(self, begin: int, count: int) -> StoredTensor:
-        """Return `count` of its bytes from byte `begin` on, as uint8 [count]; without strides."""
+        """Return `count` of the bytes of a plain one from byte `begin` on, as uint8 [count]."""
         return StoredTensor(self.path, self.offset + begin, (count,), torch.uint8)
 
     def read(self) -> Tensor:

@@ -69,7 +69,7 @@ def _difference(model: Any, unloaded: Unloaded) -> str | None:
     several = len(stored) < len(unloaded.names)  # some weights are made of several tensors
     for name, tensor in mine.items():
         place = stored.get(name)
-        if several or tensor.is_meta or place is None or place.strides is not None:
+        if several or tensor.is_meta or place is None or not place.is_plain:
             continue
         if not _begins_with(tensor, place):
             return f"has other numbers in {name}"

@@ -7,10 +7,10 @@ runs its loading to the end, with tensors that have a shape and no memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ghosted_fast.models.loading import (
     source_options,
 )
 from ghosted_fast.models.unloaded.files import StoredTensor, tensors_in
+from ghosted_fast.models.unloaded.gguf_tensors import gguf_config, gguf_tensors_in
 from ghosted_fast.models.unloaded.pickled import pickled_tensors_in
 
 _META = torch.device("meta")
@@ -103,7 +104,8 @@ def open_unloaded(spec: str | Path, dtype: str | torch.dtype | None = None) -> U
     """Open a model and leave its weights in their files.
 
     Args:
-        spec: A local folder, or a hub id.
+        spec: A local folder, a hub id, or a GGUF file, whose tensors are dequantized when they are
+            read.
         dtype: As in `load_model`.
 
     Raises:
@@ -114,19 +116,24 @@ def open_unloaded(spec: str | Path, dtype: str | torch.dtype | None = None) -> U
     """
     wanted = resolve_dtype(dtype)
     name, gguf_file = locate_model(str(spec), None)
-    if gguf_file is not None:
-        raise UnsupportedModelError(
-            f"expected a folder of safetensors files, got the GGUF file {gguf_file!r}: load it, "
-            "save it once with save_model, and name that folder"
-        )
     seen: list[Any] = []
-    config = read_config(name)
-    _check_plain(config, spec)
     with loading(spec), quietly():
-        model_class = _class_for(config, auto_class(config))
-        opened = _without_weights(model_class, seen)
-        model = opened.from_pretrained(name, dtype=wanted or "auto", **source_options(name))
+        if gguf_file is None:
+            config, find = read_config(name), _tensors_in_files
+            how: dict[str, Any] = {"dtype": wanted or "auto", **source_options(name)}
+        else:
+            path = Path(name) / gguf_file
+            spec, config = str(path), gguf_config(path)
+            found_as = wanted or torch.float32  # as transformers dequantizes
+            find = partial(_tensors_in_gguf, path, found_as)
+            how = {"dtype": found_as, "config": config, "state_dict": {}}
+        _check_plain(config, spec)
+        model_class = _class_for(config, auto_class(config if gguf_file is None else None))
+        opened = _without_weights(model_class, seen, find)
+        model = opened.from_pretrained(name if gguf_file is None else None, **how)
     model.__class__ = model_class
+    if gguf_file is not None:
+        model.config._name_or_path = str(spec)
     tensors, settings, missing = seen[0]
     _give_buffers(model)
     found = Unloaded(model.eval(), str(spec), tensors, settings, frozenset(missing))
@@ -222,22 +229,41 @@ def _check_plain(config: Any, spec: str | Path) -> None:
         )
 
 
-def _without_weights(model_class: Any, seen: list[Any]) -> Any:
-    """Return a class that loads as another one does, but for the weights."""
+def _tensors_in_files(_: Any, files: Any) -> dict[str, StoredTensor]:
+    """Return the tensors in the files that transformers found for a model."""
+    paths = [Path(file) for file in files or []]
+    if not paths or not all(path.suffix in _READERS for path in paths):
+        raise UnsupportedModelError(
+            "expected weights in safetensors files or in .bin files of torch.save, got "
+            f"{', '.join(path.name for path in paths) or 'none'}: load the model and save it "
+            "once with save_model"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        tensors |= _READERS[path.suffix](path)
+    return tensors
+
+
+def _tensors_in_gguf(path: Path, dtype: torch.dtype, model: Any, _: Any) -> Any:
+    """Return the tensors in a GGUF file by their names in a model."""
+    return gguf_tensors_in(path, model, dtype)
+
+
+def _without_weights(
+    model_class: Any, seen: list[Any], find: Callable[[Any, Any], dict[str, StoredTensor]]
+) -> Any:
+    """Return a class that loads as another one does, but for the weights.
+
+    Args:
+        model_class: The other.
+        seen: Where the tensors, the settings and the missing names go.
+        find: Returns the tensors of a model on meta, given the files that transformers found.
+    """
 
     def _load_pretrained_model(
         model: Any, state_dict: Any, files: Any, settings: Any, *_: Any, **__: Any
     ) -> Any:
-        paths = [Path(file) for file in files or []]
-        if not paths or not all(path.suffix in _READERS for path in paths):
-            raise UnsupportedModelError(
-                "expected weights in safetensors files or in .bin files of torch.save, got "
-                f"{', '.join(path.name for path in paths) or 'none'}: load the model and save it "
-                "once with save_model"
-            )
-        tensors: dict[str, StoredTensor] = {}
-        for path in paths:
-            tensors |= _READERS[path.suffix](path)
+        tensors = find(model, files)
         info = load_into(model, settings, meta_tensors(tensors))
         seen.append((tensors, settings, info.missing_keys))
         return info, None
