@@ -116,7 +116,7 @@ def ghost_model(
     request = Asked(how_many(remove, removed), criterion, recovery, options, run)
     _check(request)
     with recording() as spans:
-        smaller, report = _ghost_model(model, batches, request)
+        smaller, report = _ghost_model(in_files_if_offloaded(model), batches, request)
     return smaller, replace(report, spans=report.spans or spans.to_dict())
 
 
@@ -124,7 +124,6 @@ def _ghost_model(model: Any, batches: Iterable[Any], request: Asked) -> tuple[An
     """Do the work of `ghost_model`."""
     wanted, criterion, recovery = request.wanted, request.criterion, request.recovery
     options, run = request.options, request.run
-    model = in_files_if_offloaded(model)
     if isinstance(model, str | Path | Unloaded):
         batches = CalibrationText.of(batches)
         model = loaded_or_unloaded(model, batches, request)

@@ -17,7 +17,7 @@ import ghosted_fast as gf
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
 from ghosted_fast.models.unloaded import offloaded
 from ghosted_fast.surgery.folder import FolderCut
-from ghosted_fast.testing import relative_rms, tiny_model
+from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 
 pytest.importorskip("accelerate")
 
@@ -119,12 +119,18 @@ def test_what_a_sweep_cannot_do_is_refused_of_offloaded_models_too(tmp_path: Pat
     model = with_layers_on_disk(tmp_path / "dense")
     with pytest.raises(ArgumentError, match="got 'taylor', which needs all layers at once"):
         gf.ghost_model(model, text(), remove=2, criterion="taylor", run=RUN)
-    for work in (
-        lambda: gf.prune_model(model, [1]),
-        lambda: gf.select_layers(model, text(), 1),
-    ):
-        with pytest.raises(UnsupportedModelError, match="offloaded by accelerate: load the model"):
-            work()
+    with pytest.raises(UnsupportedModelError, match="offloaded by accelerate: load the model"):
+        gf.select_layers(model, text(), 1)
+
+
+def test_layers_of_an_offloaded_model_are_cut_without_being_fetched(tmp_path: Path) -> None:
+    dense = saved(tmp_path / "dense", "llama")
+    smaller = gf.prune_model(with_layers_on_disk(tmp_path / "dense"), [2])
+    assert smaller.model.layers[2].mlp.up_proj.weight.is_meta
+    tokens = random_tokens(2, 12)
+    with torch.inference_mode():
+        expected = gf.prune_model(dense, [2])(tokens).logits
+        assert relative_rms(smaller(tokens).logits, expected) < 1e-6
 
 
 def test_models_in_memory_are_left_alone() -> None:

@@ -38,6 +38,8 @@ from ghosted_fast.models.unloaded.pickled import pickled_tensors_in
 _META = torch.device("meta")
 # What finds the tensors in a file, by the end of its name.
 _READERS = {".safetensors": tensors_in, ".bin": pickled_tensors_in}
+# What finds the tensors of a model on meta, given the files that transformers found.
+_Finder = Callable[[Any, Any], dict[str, StoredTensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +119,10 @@ def open_unloaded(spec: str | Path, dtype: str | torch.dtype | None = None) -> U
     wanted = resolve_dtype(dtype)
     name, gguf_file = locate_model(str(spec), None)
     seen: list[Any] = []
+    find: _Finder = _tensors_in_files
     with loading(spec), quietly():
         if gguf_file is None:
-            config, find = read_config(name), _tensors_in_files
+            config = read_config(name)
             how: dict[str, Any] = {"dtype": wanted or "auto", **source_options(name)}
         else:
             path = Path(name) / gguf_file
@@ -249,15 +252,13 @@ def _tensors_in_gguf(path: Path, dtype: torch.dtype, model: Any, _: Any) -> Any:
     return gguf_tensors_in(path, model, dtype)
 
 
-def _without_weights(
-    model_class: Any, seen: list[Any], find: Callable[[Any, Any], dict[str, StoredTensor]]
-) -> Any:
+def _without_weights(model_class: Any, seen: list[Any], find: _Finder) -> Any:
     """Return a class that loads as another one does, but for the weights.
 
     Args:
         model_class: The other.
         seen: Where the tensors, the settings and the missing names go.
-        find: Returns the tensors of a model on meta, given the files that transformers found.
+        find: Finds the tensors.
     """
 
     def _load_pretrained_model(
