@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny_gguf import write_gguf_model
 from support.tiny_text import TEXT, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -57,6 +58,29 @@ def test_fit_sweeps_where_memory_is_short_and_says_so(
     kept = [read_recipe(tmp_path / name) for name in ("loaded", "swept")]
     assert kept[0]["made"] == kept[1]["made"]
     assert kept[1]["fit"] == kept[0]["fit"] | {"memory": "700000"}
+
+
+def test_a_gguf_file_is_swept_too(
+    tmp_path: Path, given: tuple[object, ...], little: tuple[object, ...]
+) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    write_gguf_model(tmp_path / "a.gguf", 6, "Q8_0")
+    asked = ("fit", "--model", tmp_path / "a.gguf", *given[2:], "--remove", 2, "--corrections", 0)
+    planned = json.loads(invoke(*asked, "--dry-run", "--json").stdout)
+    assert planned["sweep"]["memory_bytes"] < planned["resident_bytes"]
+    less = ("--memory", planned["resident_bytes"] - 1)
+    found = {}
+    for name, memory in (("loaded", ()), ("swept", less)):
+        result = invoke(*asked, "--output", tmp_path / name, *memory, "--json")
+        assert result.exit_code == 0, result.output
+        found[name] = json.loads(result.stdout)
+    assert found["swept"]["swept"]
+    assert found["swept"]["removed"] == found["loaded"]["removed"]
+    assert found["swept"]["ghosts"] == found["loaded"]["ghosts"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "swept").config.num_hidden_layers == 4
+    ids = [AutoTokenizer.from_pretrained(tmp_path / n)("the")["input_ids"] for n in found]
+    assert ids[0] == ids[1]
 
 
 def test_select_sweeps_too(given: tuple[object, ...], little: tuple[object, ...]) -> None:

@@ -110,7 +110,7 @@ def test_weights_of_several_tensors_are_left_to_transformers(
 
     def merged(*args: Any, **kwargs: Any) -> dict[str, str]:
         names = original(*args, **kwargs)
-        return names | {"blk.1.ffn_gate.weight": names["blk.1.ffn_up.weight"]}
+        return names | {"blk.1.ffn_gate.weight": "model.layers.1.mlp.up_proj.weight"}
 
     monkeypatch.setattr(modeling_gguf_pytorch_utils, "get_gguf_hf_weights_map", merged)
     with pytest.raises(UnsupportedModelError, match=r"puts blk.1.ffn_(up|gate).weight together"):
