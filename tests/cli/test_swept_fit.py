@@ -68,7 +68,6 @@ def test_a_gguf_file_is_swept_too(
     write_gguf_model(tmp_path / "a.gguf", 6, "Q8_0")
     asked = ("fit", "--model", tmp_path / "a.gguf", *given[2:], "--remove", 2, "--corrections", 0)
     planned = json.loads(invoke(*asked, "--dry-run", "--json").stdout)
-    assert planned["sweep"]["memory_bytes"] < planned["resident_bytes"]
     less = ("--memory", planned["resident_bytes"] - 1)
     found = {}
     for name, memory in (("loaded", ()), ("swept", less)):
