@@ -118,8 +118,8 @@ def _on_tasks(
     limit: int | None,
     records: dict[str, dict[str, Any]],
 ) -> list[TextTable | str]:
-    """Measure accuracy and flips, put them into the records, and return their tables."""
-    from ghosted_fast.cli._shared.tables import accuracy_table, flip_table
+    """Measure accuracy, differences and flips, put them into the records; return their tables."""
+    from ghosted_fast.cli._shared.tables import accuracy_table, difference_table, flip_table
     from ghosted_fast.measure.tasks import evaluate_tasks, with_flips
 
     scores = {
@@ -132,8 +132,9 @@ def _on_tasks(
     for name, record in records.items():
         record["tasks"] = [score.to_dict() for score in scores[name]]
     shown: list[TextTable | str] = ["", accuracy_table(scores)]
-    flips = flip_table(scores)
-    return shown if flips is None else [*shown, "", flips]
+    for table in (difference_table(scores), flip_table(scores)):
+        shown += [] if table is None else ["", table]
+    return shown
 
 
 def _likeness(

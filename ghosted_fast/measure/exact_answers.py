@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ghosted_fast.errors import ArgumentError, check_at_least
@@ -53,6 +53,7 @@ class ExactScore:
         flips: Share of the problems on which the model and the dense one are not both right or both
             wrong; None for the dense one.
         num_samples: Problems.
+        right: Whether each is solved. Not part of the JSON.
     """
 
     kind: str
@@ -60,10 +61,11 @@ class ExactScore:
     stderr: float
     flips: float | None
     num_samples: int
+    right: tuple[bool, ...] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "right"}
 
 
 def _copying(draw: random.Random) -> tuple[str, str]:
@@ -175,4 +177,4 @@ def _score(kind: str, right: Sequence[bool], dense: Sequence[bool] | None) -> Ex
     if dense is not None:
         flips = sum(one != other for one, other in zip(right, dense, strict=True)) / count
     error = math.sqrt(value * (1 - value) / max(count - 1, 1))
-    return ExactScore(kind, value, error, flips, count)
+    return ExactScore(kind, value, error, flips, count, tuple(right))

@@ -26,6 +26,7 @@ from ghosted_fast.assets.downloads import fetch_questions
 from ghosted_fast.assets.questions import PREFIX, SETS, write_tasks
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError, check_at_least
 from ghosted_fast.facts import notebook_table
+from ghosted_fast.measure.paired import Difference, paired_difference
 from ghosted_fast.models.decoder import evaluating
 from ghosted_fast.text.files import first_line
 
@@ -60,8 +61,11 @@ class TaskScore:
         num_samples: Samples.
         flips: Share of the samples of which the model chooses another answer than the dense one,
             see `with_flips`; None of the dense one, and where there are no answers to choose from.
+        difference: The score less the dense one's, with an interval; None like `flips`.
         choices: The answer that it chooses for each sample, by its index; None where there are no
             answers to choose from, or nobody asked for them. Not part of the JSON.
+        right: Whether that is the right one, for each sample; None like `choices`. Not part of the
+            JSON.
     """
 
     task: str
@@ -70,7 +74,9 @@ class TaskScore:
     stderr: float | None
     num_samples: int
     flips: float | None = None
+    difference: Difference | None = None
     choices: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
+    right: tuple[bool, ...] | None = field(default=None, repr=False, compare=False)
 
     def _repr_html_(self) -> str:
         error = "-" if self.stderr is None else f"{self.stderr:.1%}"
@@ -79,7 +85,7 @@ class TaskScore:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
-        return {name: value for name, value in asdict(self).items() if name != "choices"}
+        return {k: v for k, v in asdict(self).items() if k not in ("choices", "right")}
 
 
 def evaluate_tasks(
@@ -102,7 +108,7 @@ def evaluate_tasks(
         limit: How many samples of each task, the first ones; None for all.
         batch_size: Texts at a time; None chooses by the size of the vocabulary.
         progress: Show lm-eval's progress bars on stderr.
-        choices: Whether scores also say which answers were chosen.
+        choices: Whether scores also say which answers were chosen, and which of these are right.
 
     Returns:
         The scores, in the order of the tasks; the mean of the paper's behind the last of them.
@@ -144,7 +150,9 @@ def evaluate_tasks(
         if _metric(values, wanted):
             count = counts.get(name, {}).get("effective")
             score = _score(name, values, wanted, count)
-            scores.append(replace(score, choices=_choices(samples.get(name), score.metric)))
+            chosen = _choices(samples.get(name), score.metric)
+            right = None if chosen is None else _right(samples[name], score.metric)
+            scores.append(replace(score, choices=chosen, right=right))
     return _with_mean(scores) if of_paper else scores
 
 
@@ -172,9 +180,10 @@ def _with_mean(scores: Sequence[TaskScore]) -> list[TaskScore]:
 
 
 def with_flips(scores: Sequence[TaskScore], dense: Sequence[TaskScore]) -> list[TaskScore]:
-    """Return scores that say how many answers flip; that of the paper's mean is over all samples.
+    """Return scores that say how many answers flip, and how far they are from the dense model's.
 
-    Unlike accuracy this shows answers that became right as well as those that became wrong.
+    Unlike accuracy, flips show answers that became right as well as those that became wrong. Flips
+    of the paper's mean are over all samples, its difference is the mean of the nine.
 
     Args:
         scores: Of a model, with choices.
@@ -183,19 +192,32 @@ def with_flips(scores: Sequence[TaskScore], dense: Sequence[TaskScore]) -> list[
     Source: Dutta et al., "Accuracy is Not All You Need", arXiv 2407.09141: flips; here of all
         changes of the chosen answer, from one wrong answer to another included.
     """
+    both = list(zip(scores, dense, strict=True))
+    nine = [pair for pair in both if pair[0].task in PAPER_TASKS]
     found = []
-    changed = chosen = 0
-    for own, other in zip(scores, dense, strict=True):
-        flips = None
-        if own.choices and other.choices:
-            count = sum(a != b for a, b in zip(own.choices, other.choices, strict=True))
-            flips = count / len(own.choices)
-            if own.task in PAPER_TASKS:
-                changed, chosen = changed + count, chosen + len(own.choices)
-        elif own.task == PAPER and chosen:
-            flips = changed / chosen
-        found.append(replace(own, flips=flips))
+    for pair in both:
+        pairs = nine if pair[0].task == PAPER else [pair]
+        found.append(replace(pair[0], flips=_flips(pairs), difference=_difference(pairs)))
     return found
+
+
+def _flips(pairs: Sequence[tuple[TaskScore, TaskScore]]) -> float | None:
+    """Return the share of other answers, over all samples whose answers are known."""
+    changed = [
+        one != other
+        for own, dense in pairs
+        if own.choices and dense.choices
+        for one, other in zip(own.choices, dense.choices, strict=True)
+    ]
+    return sum(changed) / len(changed) if changed else None
+
+
+def _difference(pairs: Sequence[tuple[TaskScore, TaskScore]]) -> Difference | None:
+    """Return how far the mean of the scores is from the dense model's; None if one is unknown."""
+    known = [(own.right, dense.right) for own, dense in pairs if own.right and dense.right]
+    if not known or len(known) < len(pairs):
+        return None
+    return paired_difference([own for own, _ in known], [dense for _, dense in known])
 
 
 def _choices(samples: Sequence[Mapping[str, Any]] | None, metric: str) -> tuple[int, ...] | None:
@@ -217,6 +239,12 @@ def _choices(samples: Sequence[Mapping[str, Any]] | None, metric: str) -> tuple[
             values = [v / max(len(text), 1) for v, text in zip(values, texts, strict=True)]
         chosen.append(max(range(len(values)), key=values.__getitem__))
     return tuple(chosen) or None
+
+
+def _right(samples: Sequence[Mapping[str, Any]], metric: str) -> tuple[bool, ...] | None:
+    """Return whether the chosen answer of each sample is right; None where the metric differs."""
+    values = [sample.get(metric) for sample in samples]
+    return tuple(map(bool, values)) if all(value in (0, 1) for value in values) else None
 
 
 def accuracy(

@@ -70,6 +70,8 @@ def test_scores_and_flips(monkeypatch: pytest.MonkeyPatch) -> None:
         assert dense.stderr == pytest.approx((0.8 * 0.2 / 19) ** 0.5)
         # Wrong are 0, 5, 10, 15 here and 0, 4, 8, 12, 16 there.
         assert (other.value, other.flips) == (0.75, 7 / 20)
+        assert [place for place in range(20) if not other.right[place]] == [0, 4, 8, 12, 16]
+        assert "right" not in other.to_dict()
 
 
 def test_on_a_model() -> None:

@@ -158,6 +158,10 @@ def test_nine_tasks_and_their_mean(hub: None) -> None:
     assert len(shares) == 9 and over_all.flips != pytest.approx(sum(shares) / 9)
     changed = sum(share * rows for share, rows in zip(shares, ROWS.values(), strict=True))
     assert over_all.flips == pytest.approx(changed / sum(ROWS.values()))
+    differences = [score.difference.value for score in flipped if score.difference is not None]
+    assert len(differences) == 9 and over_all.difference is not None
+    assert over_all.difference.value == pytest.approx(over_all.value - mean.value)
+    assert over_all.difference.value == pytest.approx(sum(differences) / 9)
 
 
 def test_the_command(hub: None, tmp_path: Path) -> None:

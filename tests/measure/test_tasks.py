@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from ghosted_fast.cli.app import app
 from ghosted_fast.errors import ArgumentError, MissingExtraError, SourceError
 from ghosted_fast.measure import tasks
+from ghosted_fast.measure.paired import paired_difference
 from ghosted_fast.measure.tasks import (
     LOCAL_TASKS,
     accuracy,
@@ -107,6 +108,10 @@ def test_answers_that_flip(questions: list) -> None:
     assert 0 < flips == score.flips
     assert with_flips([other], [other])[0].flips == 0.0
     assert "choices" not in score.to_dict() and score.to_dict()["flips"] == flips
+    assert list(own.right or ()) == [a == b for a, (_, _, b) in zip(ours, questions, strict=True)]
+    assert score.difference == paired_difference([own.right or ()], [other.right or ()])
+    assert score.difference.value == pytest.approx(own.value - other.value)
+    assert score.to_dict()["difference"]["num_samples"] == COUNT and "right" not in score.to_dict()
 
 
 def test_the_answer_of_the_highest_likelihood_per_character_is_chosen() -> None:
@@ -120,6 +125,13 @@ def test_the_answer_of_the_highest_likelihood_per_character_is_chosen() -> None:
     assert tasks._choices(None, "acc") is None
 
 
+def test_right_or_wrong_is_the_metrics_word() -> None:
+    samples = [{"acc": 1.0, "acc_norm": 0.0, "f1": 0.4}, {"acc": False, "acc_norm": True}]
+    assert tasks._right(samples, "acc") == (True, False)
+    assert tasks._right(samples, "acc_norm") == (False, True)
+    assert tasks._right(samples, "f1") is None
+
+
 def test_eval_prints_scores(tmp_path: Path, questions: list) -> None:
     folder = str(save_tiny_model(tmp_path / "tiny"))
     command = ["eval", "--model", folder, "--tasks", "local/quartz", "--limit", "5"]
@@ -131,6 +143,18 @@ def test_eval_prints_scores(tmp_path: Path, questions: list) -> None:
     (record,) = json.loads(printed.stdout)["models"]
     assert record["perplexity"] is None
     assert record["tasks"][0]["num_samples"] == 5
+
+
+def test_eval_prints_differences(tmp_path: Path, questions: list) -> None:
+    folders = [save_tiny_model(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    command = ["eval", "--model", str(folders[0]), "--model", str(folders[1])]
+    command += ["--tasks", "local/quartz"]
+    record = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["models"][1]
+    found = record["tasks"][0]["difference"]
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "200"}).stdout
+    said = f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+    assert found["low"] < found["high"] and said in shown
+    assert "Score less that of" in shown
 
 
 def test_eval_needs_something_to_measure(tmp_path: Path) -> None:

@@ -155,6 +155,27 @@ def flip_table(scores: Mapping[str, Sequence[TaskScore]]) -> TextTable | None:
     return TextTable(columns, lines, f"Answers other than those of {next(iter(scores))}, %")
 
 
+def difference_table(scores: Mapping[str, Sequence[TaskScore]]) -> TextTable | None:
+    """Return the table of scores less the dense model's, in points; None where none is known.
+
+    Args:
+        scores: By model, the dense one first, which has no row.
+    """
+    dense, *others = scores
+    if not any(score.difference for name in others for score in scores[name]):
+        return None
+    lines = [[name, *map(_points, scores[name])] for name in others]
+    columns = ["model", *(score.task for score in scores[dense])]
+    return TextTable(columns, lines, f"Score less that of {dense}, points, with 95 % intervals")
+
+
+def _points(score: TaskScore) -> str:
+    found = score.difference
+    if found is None:
+        return "-"
+    return f"{100 * found.value:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+
 def fidelity_table(found: Mapping[str, Fidelity]) -> TextTable:
     """Return the table of how closely models follow the first."""
     columns = ["model", "same likeliest token, %", "KL, nats", "tokens until they part (median)"]
