@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from docs.generate import (
+    behaviour,
     engines,
     healing,
     memory,
@@ -36,6 +37,8 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "smollm2": recovery.smollm2_table,
         "gemma3": recovery.gemma3_table,
         "lead": recovery.lead,
+        "accuracy": behaviour.accuracy,
+        "generation": behaviour.generation,
         "first-token-gaps": recovery.first_token_gaps,
         "calibration-texts": recovery.calibration_texts,
     },
