@@ -109,9 +109,9 @@ MUTANTS = (
     ),
     _fault(
         "last outputs read beyond the weight",
-        "ghost_unpacked.h",
-        "first = min64(out, size - kPanel);",
-        "first = out;",
+        "widened_tiles.h",
+        "return min64(panel * kPanel, size - kPanel);",
+        "return panel * kPanel;",
     ),
     _fault(
         "last outputs taken from those before",
@@ -128,8 +128,8 @@ MUTANTS = (
     _fault(
         "last inputs beside those of the next row",
         "ghost_unpacked.h",
-        "size, kPanel, size % kTileInputs);",
-        "size, kPanel, kTileInputs);",
+        "TileCopy(rows_ + input, size_, kPanel, size_ - input)",
+        "TileCopy(rows_ + input, size_, kPanel, kTileInputs)",
     ),
     _fault(
         "rows beyond the last written",
@@ -140,8 +140,32 @@ MUTANTS = (
     _fault(
         "more groups of rows than there are kernels for",
         "ghost_unpacked.h",
-        "      return apply_unpacked_groups<6>(epilogue, threads);",
-        "      return apply_unpacked_groups<5>(epilogue, threads);",
+        "      return apply_unpacked_groups<6, Weight>(epilogue, threads);",
+        "      return apply_unpacked_groups<5, Weight>(epilogue, threads);",
+    ),
+    _fault(
+        "int8 written over the tile that is wanted next",
+        "widened_tiles.h",
+        "kHeld = kAhead + 1;",
+        "kHeld = kAhead;",
+    ),
+    _fault(
+        "the first of two int8 written twice",
+        "widened_tiles.h",
+        "  const __m512i odd = _mm512_srai_epi32(words, 16);",
+        "  const __m512i odd = even;",
+    ),
+    _fault(
+        "int8 beyond the last inputs read",
+        "widened_tiles.h",
+        "static_cast<size_t>(min64(kTileInputs, inputs))",
+        "static_cast<size_t>(kTileInputs)",
+    ),
+    _fault(
+        "the panels after the first widened from its rows",
+        "widened_tiles.h",
+        "weight_ + first_output(size_, panel_) * size_;",
+        "weight_ + first_output(size_, 0) * size_;",
     ),
     _fault(
         "rows beyond the last copied",

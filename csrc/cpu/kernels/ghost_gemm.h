@@ -29,11 +29,11 @@ constexpr int64_t kGemmDwords = 128;
 // Tokens per pass over a strip: their fp32 sums stay in the L2 cache.
 constexpr int64_t kGemmTokens = 256;
 
-// to[column][row] = from[row][column], 16 x 16 dwords.
+// to[column][row] = from[row][column], 16 x 16 dwords; the rows of `from` lie `stride` bytes apart.
 #if defined(__AVX512F__)
-inline void transpose_16(const float* from, float* to) {
+inline void transpose_16(const void* from, int64_t stride, float* to) {
   __m512 a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + 16 * i);
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(static_cast<const char*>(from) + i * stride);
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -56,12 +56,17 @@ inline void transpose_16(const float* from, float* to) {
   }
 }
 #else
-inline void transpose_16(const float* from, float* to) {
+inline void transpose_16(const void* from, int64_t stride, float* to) {
   for (int row = 0; row < 16; ++row) {
-    for (int column = 0; column < 16; ++column) to[16 * column + row] = from[16 * row + column];
+    float dwords[16];
+    std::memcpy(dwords, static_cast<const char*>(from) + row * stride, sizeof(dwords));
+    for (int column = 0; column < 16; ++column) to[16 * column + row] = dwords[column];
   }
 }
 #endif
+inline void transpose_16(const float* from, float* to) {
+  transpose_16(from, 16 * sizeof(float), to);
+}
 
 // Packs `outputs` rows of the weight (at most a strip) into panels of `dwords` dwords per column.
 template <Dtype kType, bool kPairs>

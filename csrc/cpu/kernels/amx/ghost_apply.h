@@ -45,21 +45,14 @@ inline void pack_panels(const ApplyArgs& args, const TileSteps& steps, int64_t b
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int64_t k = 0; k < steps.count(); ++k, to += kAmxDwords) {
       const int64_t input = k * kTileInputs, at = panel * kPanel * size + input;
-      const int64_t rows = min64(kPanel, size - panel * kPanel);
-      const int64_t count = min64(kTileInputs, size - input);
+      const int64_t rows = min64(kPanel, size - panel * kPanel), count = size - input;
       if (args.weight_dtype == Dtype::kBFloat16) {
-        TileCopy(static_cast<const uint16_t*>(args.weight) + at, size, rows, count).transpose(to);
+        transpose_tile(static_cast<const uint16_t*>(args.weight) + at, size, rows, count, to);
         continue;
       }
-      TileCopy tile;
-      for (int64_t r = 0; r < rows; ++r) {
-        const int8_t* from = static_cast<const int8_t*>(args.weight) + at + r * size;
-        for (int64_t c = 0; c < count; c += kLanes) {
-          const VecF values = load_as_float<Dtype::kInt8>(from + c, count - c);
-          store_rounded<Dtype::kBFloat16>(tile.numbers[r] + c, values);
-        }
-      }
-      tile.transpose(to);
+      alignas(64) float tile[kAmxDwords];
+      widen_tile(static_cast<const int8_t*>(args.weight) + at, size, rows, count, tile);
+      transpose_16(tile, to);
     }
   }
 }

@@ -32,23 +32,24 @@ struct TileSteps {
 
 // A copy of up to 16 rows of up to 32 inputs, beside zeros.
 struct alignas(64) TileCopy {
-  uint16_t numbers[kAmxRows][kTileInputs] = {};
+  float dwords[kAmxDwords] = {};
 
-  TileCopy() = default;
   TileCopy(const uint16_t* from, int64_t stride, int64_t rows, int64_t inputs) {
     const size_t bytes = static_cast<size_t>(min64(kTileInputs, inputs)) * sizeof(uint16_t);
     for (int64_t row = 0; row < min64(kAmxRows, rows); ++row) {
-      std::memcpy(numbers[row], from + row * stride, bytes);
+      std::memcpy(dwords + row * kPanel, from + row * stride, bytes);
     }
   }
-
-  // to[16 pairs of inputs][16 rows], in dwords.
-  void transpose(float* to) const {
-    alignas(64) float dwords[kAmxDwords];
-    std::memcpy(dwords, numbers, sizeof(dwords));
-    transpose_16(dwords, to);
-  }
 };
+
+// to[16 pairs of inputs][16 rows], in dwords, of up to 16 rows of up to 32 inputs; zeros beyond.
+inline void transpose_tile(const uint16_t* from, int64_t stride, int64_t rows, int64_t inputs,
+                           float* to) {
+  if (rows >= kAmxRows && inputs >= kTileInputs) {
+    return transpose_16(from, stride * static_cast<int64_t>(sizeof(uint16_t)), to);
+  }
+  transpose_16(TileCopy(from, stride, rows, inputs).dwords, to);
+}
 
 // to[step][tile_rows][32 inputs] of rows of x, zeros beyond the inputs and the rows.
 inline void tile_rows(const uint16_t* x, int64_t rows, int64_t size, int64_t tile_rows,
