@@ -125,7 +125,10 @@ inline double estimate_residual(const SolveArgs& args, const Factor& u, const do
   for (int64_t i = 0; i < outputs * kProbes; ++i) signs[i] = sign_at(static_cast<uint64_t>(i));
   probe(args.solution, u, args, signs, scale, true, threads, x);
   probe(args.cross, u, args, signs, scale, false, threads, residual);
-  subtract_matrix_product<kProbeVectors>(u, x, residual);
+  for_each_task((u.size + kSharedRows - 1) / kSharedRows, threads, [&](int64_t task, int64_t) {
+    const int64_t begin = task * kSharedRows, end = min64(u.size, begin + kSharedRows);
+    subtract_matrix_product<kProbeVectors>(u, x, begin, end, residual);
+  });
   double squares = 0.0;
   for (int64_t i = 0; i < size; ++i) {
     for (int64_t v = 0; v < kProbes; ++v) {
@@ -287,13 +290,16 @@ inline int64_t slot_size(const Factor& u, int64_t group) {
   return (group + 1) * u.size * kStripWidth + (group > 1 ? kCopiedRows * kSolveBlock : 0);
 }
 
-// Solves, or with `refine` improves, all columns.
+// Solves, or with `refine` improves, all columns; and does `beside()`, which other threads need not
+// wait for.
+template <class Beside>
 inline void solve_columns(const SolveArgs& args, const Factor& u, const double* scale, bool refine,
-                          int64_t group, int64_t threads, double* buffers) {
+                          int64_t group, int64_t threads, double* buffers, Beside&& beside) {
   const int64_t strips = (args.num_outputs + kStripWidth - 1) / kStripWidth;
   const int64_t strip_size = u.size * kStripWidth;
-  for_each_task((strips + group - 1) / group, threads, [&](int64_t task, int64_t slot) {
-    const int64_t first = task * group, count = min64(group, strips - first);
+  for_each_task(1 + (strips + group - 1) / group, threads, [&](int64_t task, int64_t slot) {
+    if (task == 0) return beside();
+    const int64_t first = (task - 1) * group, count = min64(group, strips - first);
     double* right = buffers + slot * slot_size(u, group);
     double* x = right + group * strip_size;
     double* copies = group > 1 ? x + strip_size : nullptr;
@@ -302,7 +308,7 @@ inline void solve_columns(const SolveArgs& args, const Factor& u, const double* 
     for (int64_t s = 0; refine && s < count; ++s) {
       const StripColumns column{(first + s) * kStripWidth, args.num_outputs, 1, strip_size};
       load_strips(args.solution, args.size, column, scale, true, u.size, x);
-      subtract_matrix_product<kSolveVectors>(u, x, right + s * strip_size);
+      subtract_matrix_product<kSolveVectors>(u, x, 0, u.size, right + s * strip_size);
     }
     solve_strips<kSolveVectors>(u, count, right, copies);
     store_strips(right, args.size, columns, scale, refine, args.solution);
@@ -330,26 +336,28 @@ inline SolveInfo ghost_solve(const SolveArgs& args) {
   const int64_t panel_size = kSolveBlock * (u.stride + kStripWidth);
   const int64_t buffer_size = threads * slot_size(u, group);
   const int64_t probe_size = (args.num_outputs + 2 * u.size) * kProbes;
-  const int64_t shared =
-      max64(max64(panel_size, buffer_size), max64(probe_size, 2 * u.size * kDoubleLanes));
+  const int64_t shared = max64(max64(panel_size, buffer_size), probe_size);
+  const int64_t norm_size = 2 * u.size * kDoubleLanes;
   Scratch scratch(Scratch::bytes_for<double>(u.size * u.stride) +
-                  4 * Scratch::bytes_for<double>(u.size) + Scratch::bytes_for<double>(shared));
+                  4 * Scratch::bytes_for<double>(u.size) + Scratch::bytes_for<double>(shared) +
+                  Scratch::bytes_for<double>(norm_size));
   u.data = scratch.take<double>(u.size * u.stride);
   u.inverse_diagonal = scratch.take<double>(u.size);
   u.diagonal = scratch.take<double>(u.size);
   double* scale = scratch.take<double>(u.size);
   double* sums = scratch.take<double>(u.size);
   double* workspace = scratch.take<double>(shared);
+  double* strip = scratch.take<double>(norm_size);
 
   const double norm = scale_matrix(args, u, threads, scale, sums);
   info.failing_pivot = factorize(u, threads, workspace);
   if (info.failing_pivot == 0) {
-    info.condition = norm * inverse_norm(u, size, workspace);
-    solve_columns(args, u, scale, false, group, threads, workspace);
+    solve_columns(args, u, scale, false, group, threads, workspace,
+                  [&] { info.condition = norm * inverse_norm(u, size, strip); });
     if (all_finite(args.solution, elements, threads)) {
       info.residual = estimate_residual(args, u, scale, threads, workspace);
       if (info.residual > kRefineAbove) {
-        solve_columns(args, u, scale, true, group, threads, workspace);
+        solve_columns(args, u, scale, true, group, threads, workspace, [] {});
         info.residual = estimate_residual(args, u, scale, threads, workspace);
       }
     }

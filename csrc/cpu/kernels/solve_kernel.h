@@ -50,6 +50,12 @@ template <int kVectors, bool kNeighbours>
 inline void subtract_product_of(int64_t count, const double* a, int64_t row_step, int64_t k_step,
                                 const double* b, int64_t b_stride, double* tile,
                                 int64_t tile_stride) {
+  // The tile comes from an outer cache while the product is summed.
+  for (int r = 0; r < kSolveRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_prefetch(tile + r * tile_stride + v * kDoubleLanes, 1, 3);
+    }
+  }
   VecD acc[kSolveRows][kVectors] = {};
   for (int64_t k = 0; k < count; ++k) {
     VecD right[kVectors];
@@ -230,11 +236,12 @@ inline void solve_strips(const Factor& u, int64_t strips, double* data, double* 
   }
 }
 
-// residual -= S X for one strip, S the scaled matrix.
+// residual -= S X for the rows [begin, end) of one strip, S the scaled matrix.
 template <int kVectors>
-inline void subtract_matrix_product(const Factor& u, const double* x, double* residual) {
+inline void subtract_matrix_product(const Factor& u, const double* x, int64_t begin, int64_t end,
+                                    double* residual) {
   constexpr int64_t kWidth = kVectors * kDoubleLanes;
-  for (int64_t g = 0; g < u.size; g += kSolveRows) {
+  for (int64_t g = begin; g < end; g += kSolveRows) {
     double* rows = residual + g * kWidth;
     const int64_t next = g + kSolveRows;
     subtract_product<kVectors>(g, u.at(g, 0), u.stride, 1, x, kWidth, rows, kWidth);
