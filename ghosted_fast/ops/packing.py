@@ -24,7 +24,7 @@ _HUGE_PAGE = 2 << 20
 # Where the processor reads a weight faster as it lies, by path and dtype: from which hidden size
 # on, and for how many rows at most. Everywhere else the packed one is the faster. From the tables
 # of `bench-ops`, which measure both.
-AS_IT_LIES: dict[tuple[str, torch.dtype], tuple[int, int]] = {("amx", torch.bfloat16): (2048, 16)}
+AS_IT_LIES: dict[tuple[str, torch.dtype], tuple[int, int]] = {("amx", torch.bfloat16): (2048, 48)}
 
 
 @functools.cache

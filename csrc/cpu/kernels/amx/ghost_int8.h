@@ -19,7 +19,6 @@ constexpr int64_t kDigitRows = kAmxRows / kDigits;
 // The rows of x as digits.
 struct DigitRows {
   int64_t groups, rows, columns, steps;  // right tiles, rows and columns of each, and steps
-  int64_t stride = 16;                   // of 16 quads, in bytes: none lies in two cache lines
   int8_t* digits = nullptr;              // [step][group][16 quads of inputs][columns][4]
   float* unit = nullptr;                 // [group * rows], what a last digit of 1 stands for
 
@@ -27,10 +26,8 @@ struct DigitRows {
       : groups((num_rows + kDigitRows - 1) / kDigitRows),
         rows((num_rows + groups - 1) / groups),
         columns(rows * kDigits),
-        steps((size + kByteInputs - 1) / kByteInputs) {
-    while (stride < 4 * columns) stride *= 2;
-  }
-  int64_t tile_bytes() const { return kByteInputs / 4 * stride; }
+        steps((size + kByteInputs - 1) / kByteInputs) {}
+  int64_t tile_bytes() const { return kByteInputs * columns; }
   int64_t bytes() const { return steps * groups * tile_bytes(); }
 
   void fill(const ApplyArgs& args) {
@@ -45,9 +42,9 @@ struct DigitRows {
   void fill_row(const ApplyArgs& args, int64_t row) {
     unit[row] = for_digits(args, row, [&](int64_t k, int64_t digit, VecB bytes) {
       int8_t* to = digits + (k / kByteInputs * groups + row / rows) * tile_bytes() +
-                   k % kByteInputs / 4 * stride + row % rows * kDigits * 4;
+                   (k % kByteInputs / 4 * columns + row % rows * kDigits) * 4;
       for (int64_t quad = 0; quad < kLanes / 4; ++quad) {
-        std::memcpy(to + quad * stride + digit * 4,
+        std::memcpy(to + (quad * columns + digit) * 4,
                     reinterpret_cast<const char*>(&bytes) + 4 * quad, 4);
       }
     });
@@ -78,7 +75,7 @@ struct ByteBlock {
 template <int kGroups>
 inline void multiply_bytes(const ByteBlock& block, const DigitRows& x) {
   alignas(64) int8_t copy[kAmxRows * kByteInputs];
-  const int64_t x_stride = x.stride, x_tile = x.tile_bytes();
+  const int64_t x_stride = 4 * x.columns, x_tile = x.tile_bytes();
   const char* ahead = reinterpret_cast<const char*>(block.weight + kAmxRows * block.size);
   tile_zero<0>();
   tile_zero<1>();
