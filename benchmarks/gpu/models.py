@@ -39,6 +39,7 @@ _GATE = 3e-2
 _BATCHES = 8  # of calibration
 _BY_CALLS = " by calls"
 _PROMPT = 16  # tokens before the step that is put into a graph
+_PREFILL, _DECODE = "prefill", "decode"
 
 
 @dataclass(frozen=True)
@@ -160,28 +161,51 @@ def decode_step(model: Any, device: torch.device, length: int) -> Callable[[], T
     return step
 
 
-@torch.no_grad()
-def measure_graphs(shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Return the milliseconds of a decode step of each model, in a CUDA graph and by calls."""
+def prefill_step(model: Any, device: torch.device, length: int) -> Callable[[], Tensor]:
+    """Return what reads a prompt of a length and gives the logits of its last token."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(device)
+
+    def step() -> Tensor:
+        logits: Tensor = model(ids, use_cache=False, logits_to_keep=1).logits
+        return logits
+
+    return step
+
+
+def _race(
+    steps: dict[str, Callable[[], Tensor]], tokens: int, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """Return the speed of a step of each model, in a CUDA graph and by calls."""
     variants: dict[str, Callable[[], float]] = {}
     notes = {}
-    for name, model in three_models(shape, device).items():
-        step = decode_step(model, device, shape.prompt + shape.new_tokens)
+    for name, step in steps.items():
         timed = timer_for(device)(step)
         notes[name] = timed.note
         variants[name] = timed.sample
         variants[name + _BY_CALLS] = partial(warm_sample, step, device, 5)
-    rounds = time_variants(variants, seconds=shape.seconds)
-    steps = {
+    rounds = time_variants(variants, seconds=seconds)
+    return {
         name: {
+            "tokens_per_s": rounds.seconds(name).inverse.times(tokens).to_dict(),
             "ms": rounds.seconds(name).times(1e3).to_dict(),
-            "to_dense": None if name == "dense" else rounds.speedup(name).to_dict(),
+            "to_dense": None if name == "dense" else rounds.speedup(name, "dense").to_dict(),
             "eager_ms": rounds.seconds(name + _BY_CALLS).times(1e3).to_dict(),
             "note": note,
         }
         for name, note in notes.items()
     }
-    return {"steps": steps}
+
+
+@torch.no_grad()
+def measure_graphs(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """Return the speed of prefill and of a decode step, in a CUDA graph and by calls."""
+    models, length = three_models(shape, device), shape.prompt + shape.new_tokens
+    prefills = {name: prefill_step(model, device, shape.prompt) for name, model in models.items()}
+    found = {_PREFILL: _race(prefills, shape.prompt, device, shape.seconds)}
+    decodes = {name: decode_step(model, device, length) for name, model in models.items()}
+    found[_DECODE] = _race(decodes, 1, device, shape.seconds)
+    return {"steps": found}
 
 
 @torch.no_grad()

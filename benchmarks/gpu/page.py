@@ -104,11 +104,13 @@ def _speed(result: dict[str, Any]) -> list[str]:
 
 def _graphs(result: dict[str, Any]) -> list[str]:
     lines = []
-    for name, step in result["steps"].items():
-        to_dense = ratio_text(estimate_from(step["to_dense"]))
-        figures = [_figure(step["ms"]), to_dense, _figure(step["eager_ms"])]
-        lines.append([name, *figures, step["note"]])
-    return table(["model", "ms per token", "to dense", "by calls", ""], lines)
+    for phase, steps in result["steps"].items():
+        for name, step in steps.items():
+            to_dense = ratio_text(estimate_from(step["to_dense"]))
+            figures = [_figure(step["tokens_per_s"]), _figure(step["ms"]), to_dense]
+            lines.append([phase, name, *figures, _figure(step["eager_ms"]), step["note"]])
+    columns = ["phase", "model", "tok/s", "ms", "to dense", "ms by calls", ""]
+    return table(columns, lines)
 
 
 def _memory(num_bytes: int | None) -> str:

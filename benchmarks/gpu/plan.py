@@ -172,6 +172,7 @@ def _operators() -> list[Part]:
         part("ghost_apply_prefill", "512 and 4096 rows", 180, (2048, 4096), (512, 4096)),
         part("gram_update_fold", "sums of 1024 tokens", 200, (2048, 4096), (1024,)),
         part("gram_update_batch", "of 8192 tokens", 300, (576, 2048, 4096), (8192,)),
+        part("gram_update_fp16", "of fp16 activations", 150, (4096,), (8192,), "fp16"),
         part("gram_update_fp32", "of fp32 activations", 150, (4096,), (8192,), "fp32"),
         part("ghost_solve", "the solve, torch's own", 60, (2048, 4096), ()),
     ]
@@ -180,7 +181,7 @@ def _operators() -> list[Part]:
 def _models() -> list[Part]:
     about = {
         "speed": ("prefill and decode, eager: dense, pruned, ghosted", 300),
-        "graphs": ("a decode step of each in a CUDA graph", 180),
+        "graphs": ("prefill and a decode step of each in a CUDA graph", 240),
         "calibration": ("the pass over text against bare layers, and its memory", 240),
         "fit": ("a ghost from text to model, with a correction", 300),
     }

@@ -161,6 +161,8 @@ bool gram_update_cuda_is_capturing(void* stream) {
   return error == cudaSuccess && status != cudaStreamCaptureStatusNone;
 }
 
+int gram_update_cuda_set_device(int device) { return cudaSetDevice(device); }
+
 int gram_update_cuda_load() {
   static std::atomic<uint64_t> loaded{0};  // a bit for each device
   int device = 0;
@@ -190,9 +192,8 @@ int gram_update_cuda_begin(const GramArgs* args, void* tokens, void* stream) {
   if (error != cudaSuccess) return error;
   error = cudaMemsetAsync(&status->x_exponent, 0, sizeof *status - token_bytes, cuda_stream);
   if (error != cudaSuccess) return error;
-  const int64_t rows_per_block = kRowThreads / kLanes;
-  const dim3 grid(static_cast<unsigned>((args->num_tokens + rows_per_block - 1) / rows_per_block));
-  GHOSTED_FAST_LAUNCH(check_tokens, grid, dim3(kRowThreads), 0, stream, *args,
+  const dim3 grid(static_cast<unsigned>((args->num_tokens + kRowTokens - 1) / kRowTokens));
+  GHOSTED_FAST_LAUNCH(check_tokens, grid, dim3(kRowThreads), kFindingsSharedBytes, stream, *args,
                       scales_in(*args, tokens), status);
   return cudaGetLastError();
 }

@@ -1,7 +1,8 @@
 // gram_update on CUDA tensors, without torch: plain structs in, a CUDA error code out. Nothing is
 // allocated here; the caller passes two workspaces on the device.
 //
-// The order of the calls, all with the current device set:
+// The order of the calls:
+//   gram_update_cuda_set_device    the device of the tensors, for the others
 //   gram_update_cuda_serves        can these arguments be served?
 //   gram_update_cuda_load          loads all kernels, once per device; not under graph capture
 //   gram_update_cuda_begin         checks the tokens and finds their scales, into `tokens`
@@ -42,6 +43,9 @@ constexpr unsigned long long kNoToken = ~0ull;
 }  // namespace ghosted_fast
 
 extern "C" {
+// The runtime that is linked into the extension is not torch's, and need not know what torch's has
+// made the current device of this thread.
+int gram_update_cuda_set_device(int device);
 // Whether rows start at multiples of 16 bytes, widths are multiples of 8, and the current device is
 // sm_80 or later.
 bool gram_update_cuda_serves(const ghosted_fast::GramArgs* args);

@@ -9,19 +9,21 @@
 namespace ghosted_fast {
 namespace {
 
-// Makes the device of a tensor the current one, and finds torch's current stream on it.
+// Makes the device of a tensor torch's current one, and finds torch's current stream on it.
 class OnDeviceOf {
  public:
 #ifdef GHOSTED_FAST_EMULATION
   explicit OnDeviceOf(const Tensor&) {}
+  int index() const { return emulation::device_of_tensors; }
   void* stream() const { return nullptr; }
 #else
   explicit OnDeviceOf(const Tensor& tensor)
-      : guard_(tensor.get_device_index()),
-        stream_(current_cuda_stream(tensor.get_device_index())) {}
+      : index_(tensor.get_device_index()), guard_(index_), stream_(current_cuda_stream(index_)) {}
+  int index() const { return index_; }
   void* stream() const { return stream_; }
 
  private:
+  int index_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_;
 #endif
@@ -65,6 +67,7 @@ void gram_update_cuda(Tensor x, OptionalTensor y, OptionalTensor token_weight,
   const GramArgs& args = call.args;
   if (args.num_tokens == 0 || args.hidden_size == 0) return;
   const OnDeviceOf device(x);
+  check_cuda(gram_update_cuda_set_device(device.index()));
   if (!gram_update_cuda_serves(&args)) {
     call_fallback(x, y, token_weight, norm_eps, delta, gram, cross, moments);
     return;

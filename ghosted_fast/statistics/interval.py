@@ -41,7 +41,7 @@ class FirstTokens:
         """Add rows x, y [n, d] of the sequences [n], by their numbers."""
         self.y_sum += y.double().sum(0)
         self.count += len(y)
-        kept = sequences < _MAX_FIRST_TOKENS
+        kept = (sequences < _MAX_FIRST_TOKENS).nonzero()[:, 0]
         self.x.append(x[kept].float())
         self.y.append(y[kept].float())
         self.sequences.append(sequences[kept])
@@ -169,16 +169,16 @@ def update_statistics(item: IntervalStatistics, sample: Sample, options: GhostOp
         item.energy_floor = energy_floor(batch, y)
     weight = token_weights(x, y, options, item.gram.norm_eps, item.energy_floor)
     weight = weight * batch.attention_mask
-    rows_of_text = torch.arange(len(x), device=x.device) + sample.sequences
     if item.first is not None:
         is_first = batch.is_first
         weight = weight.masked_fill(is_first, 0.0)
-        x_first, y_first = x[is_first], y[is_first]
+        row, column = is_first.nonzero(as_tuple=True)
+        x_first, y_first = x[row, column], y[row, column]
         if not bool(torch.isfinite(x_first).all() & torch.isfinite(y_first).all()):
             raise sample.non_finite("the first token of a sequence is not finite")
-        item.first.add(x_first, y_first, rows_of_text[is_first.nonzero()[:, 0]])
-    for row in range(min(options.folds, len(x))):
-        rows, fold = slice(row, None, options.folds), (sample.sequences + row) % options.folds
+        item.first.add(x_first, y_first, row + sample.sequences)
+    for first in range(min(options.folds, len(x))):
+        rows, fold = slice(first, None, options.folds), (sample.sequences + first) % options.folds
         try:
             item.gram.update(x[rows], y[rows], weight[rows], fold=fold)
         except NonFiniteError as error:

@@ -218,7 +218,9 @@ def _prepare_capture(
     operands = tuple(None if rows is None else rows.dtype for rows in (x, y, gram, cross))
     tokens, widths = len(x), (x.shape[1], 0 if cross is None else cross.shape[1])
     # What Triton compiles a kernel of its own for.
-    key = (x.device, operands, widths, tokens == 1, tokens % 16 == 0, delta, config)
+    places = (gram_factor, cross_factor, gram, cross)
+    aligned = tuple(place is None or place.data_ptr() % 16 == 0 for place in places)
+    key = (x.device, operands, widths, tokens == 1, tokens % 16 == 0, aligned, delta, config)
     if key in _prepared:
         return
     _prepared.add(key)

@@ -196,17 +196,29 @@ def test_every_figure_of_a_model_is_on_the_page(
     models = {"dense", "pruned", "ghosted"}
     assert set(found["speed"]["result"]["batch sizes"]) == {"1", "2"}
     assert set(found["speed"]["result"]["batch sizes"]["2"]) == models
-    assert set(found["graphs"]["result"]["steps"]) == models
+    steps = found["graphs"]["result"]["steps"]
+    assert set(steps) == {"prefill", "decode"}
+    assert set(steps["prefill"]) == set(steps["decode"]) == models
     passes = found["calibration"]["result"]["passes"]
     assert passes["all intervals"]["intervals"] == 7
     assert passes["one interval"]["ratio"]["low"] > 0
-    assert found["graphs"]["result"]["steps"]["ghosted"]["to_dense"]["low"] > 0
+    for phase, tokens in (("prefill", 16), ("decode", 1)):
+        step = steps[phase]["ghosted"]
+        assert step["to_dense"]["low"] > 0
+        assert step["tokens_per_s"]["value"] == pytest.approx(1e3 * tokens / step["ms"]["value"])
     fits = found["fit"]["result"]["fits"]
     assert (
         fits["0 corrections"]["phases"]["correct"] == 0 < fits["1 corrections"]["phases"]["correct"]
     )
     page = (tmp_path / gpu.page.PAGE_FILE).read_text()
-    for text in ("decode tok/s", "ms per token", "collected s", "phases, s", "1024 tokens."):
+    for text in (
+        "decode tok/s",
+        "ms by calls",
+        "| prefill | pruned |",
+        "collected s",
+        "phases, s",
+        "1024 tokens.",
+    ):
         assert text in page
 
 

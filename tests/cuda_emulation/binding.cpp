@@ -20,6 +20,8 @@ extern "C" void emulation_configure(bool capturing, int compute_capability_major
   emulation::compute_capability_major = compute_capability_major;
 }
 
+extern "C" void emulation_put_tensors_on(int device) { emulation::device_of_tensors = device; }
+
 extern "C" long long emulation_launched_blocks() {
   const long long blocks = emulation::counters.blocks;
   emulation::counters = {};

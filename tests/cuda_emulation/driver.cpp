@@ -5,6 +5,7 @@
 #include <iostream>
 #include <iterator>
 #include <map>
+#include <numeric>
 #include <string>
 
 #define GHOSTED_FAST_GRAM_CHUNK_BYTES (1 << 17)  // several chunks from some thousand tokens on
@@ -53,6 +54,10 @@ void print(const char* name, long long value, bool last = false) {
   std::cout << '"' << name << "\": " << value << (last ? "}\n" : ", ");
 }
 
+long long total(const int32_t (&sizes)[kSizeBuckets]) {
+  return std::accumulate(sizes, sizes + kSizeBuckets, 0ll);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -90,6 +95,7 @@ int main(int argc, char** argv) {
   emulation::adder_bits = static_cast<int>(option("adder_bits", 0));
 
   std::cout << '{';
+  gram_update_cuda_set_device(0);
   const bool serves = gram_update_cuda_serves(&args);
   print("serves", serves, !serves);
   if (!serves) return 0;
@@ -110,6 +116,9 @@ int main(int argc, char** argv) {
   print("bad_x", static_cast<long long>(status.bad_x));
   print("bad_y", static_cast<long long>(status.bad_y));
   print("check_bytes_read", emulation::counters.bytes_read);
+  print("check_atomics", emulation::counters.atomics);
+  print("gram_counted", total(status.gram_sizes));
+  print("cross_counted", total(status.cross_sizes));
   emulation::counters = {};
   const GramTokenStatus* known = captured ? nullptr : &status;
   if (error == 0 && (captured || !bad)) {

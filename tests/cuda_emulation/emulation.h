@@ -57,7 +57,11 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* functi
 }
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulation::current_device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  emulation::current_device = device;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
@@ -104,18 +108,21 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
 
 template <class T>
 T atomicMin(T* address, T value) {
+  ++emulation::counters.atomics;
   const T before = *address;
   *address = std::min(before, value);
   return before;
 }
 template <class T>
 T atomicAdd(T* address, T value) {
+  ++emulation::counters.atomics;
   const T before = *address;
   *address = before + value;
   return before;
 }
 template <class T>
 T atomicMax(T* address, T value) {
+  ++emulation::counters.atomics;
   const T before = *address;
   *address = std::max(before, value);
   return before;

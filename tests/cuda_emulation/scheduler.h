@@ -61,6 +61,7 @@ struct Counters {
   long long matrix_rows = 0;       // groups of eight rows that ldmatrix read
   long long conflicting_rows = 0;  // those that hit a bank twice
   long long blocks = 0;
+  long long atomics = 0;
   long long largest_shared_bytes = 0;
   long long first_block = 0, last_block = 0;  // multiply-adds in the last launch that had any
 };
@@ -82,6 +83,8 @@ inline int garbage = 0xff;
 inline bool capturing = false;
 inline std::vector<const void*> loaded_kernels;
 inline int compute_capability_major = 8;
+// The current device as this runtime has it, which torch's knows nothing of.
+inline int current_device = 0, device_of_tensors = 0;
 // Of the tensor cores: products that are added at once, and the bits below the largest that each
 // term keeps; 0 for all of them.
 inline int adder_terms = 8, adder_bits = 0;
@@ -238,6 +241,7 @@ inline int load_kernel(const void* function) {
 
 inline void launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes,
                    const std::function<void()>& body) {
+  if (current_device != device_of_tensors) die("a launch on another device than the tensors'");
   last_error = load_kernel(function);
   if (last_error != 0) return;
   if (shared_bytes > shared_limit || block.x > 1024 || grid.x == 0) {

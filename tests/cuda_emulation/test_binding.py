@@ -110,6 +110,19 @@ def test_devices_before_sm_80_go_on(configure: Callable[..., None], library: cty
     assert_close(sums, exact_sums(x, x))
 
 
+@pytest.mark.parametrize("device", [1, 0])
+def test_kernels_run_on_the_device_of_the_tensors(
+    configure: Callable[..., None], library: ctypes.CDLL, device: int
+) -> None:
+    """Torch's runtime knows the current device; the extension's own must be told."""
+    x, sums = torch.randn(9, 16), make_sums(16, 16)
+    library.emulation_put_tensors_on(device)
+    update(x, x, **sums)
+    library.emulation_put_tensors_on(0)
+    assert library.emulation_launched_blocks() > 0
+    assert_close(sums, exact_sums(x, x))
+
+
 def test_no_tokens_launch_nothing(configure: Callable[..., None], library: ctypes.CDLL) -> None:
     sums = make_sums(16, 16)
     update(torch.randn(0, 16), torch.randn(0, 16), **sums)

@@ -102,6 +102,18 @@ def test_global_memory_is_never_touched_by_halves_of_a_word(kernels: dict[str, K
         assert not narrow, f"{name}: {narrow}"
 
 
+def test_moments_ask_for_several_tokens_before_they_add_the_first(
+    kernels: dict[str, Kernel],
+) -> None:
+    """Else each addition waits for memory: 256 times for 8192 tokens."""
+    listing = kernel_named(kernels, "add_moments").listing
+    longest = asked = 0
+    for name in re.findall(r"\b(LDG\.E\.128|D(?:ADD|FMA|MUL))\b", listing):
+        asked = asked + 1 if name.startswith("LDG") else 0
+        longest = max(longest, asked)
+    assert longest >= 4 * 2  # x and y; of fp32 rows the second half may come apart
+
+
 def test_rows_are_read_and_parts_written_16_bytes_at_a_time(kernels: dict[str, Kernel]) -> None:
     split = kernel_named(kernels, "split_operand")
     assert split.names("STG.*") and not split.names(r"STG(?!.*\.128).*")

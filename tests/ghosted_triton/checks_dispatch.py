@@ -89,6 +89,71 @@ def test_many_rows_of_a_plain_ghost_are_one_product(monkeypatch: pytest.MonkeyPa
     assert (len(products), len(launches)) == (1, 1 + len(fused) + 1)
 
 
+@pytest.mark.parametrize(
+    ("capability", "rows"),
+    [((8, 0), 166), ((8, 6), 178), ((8, 9), 178), ((9, 0), 345), ((10, 0), 327), ((10, 3), 327)],
+)
+def test_from_how_many_rows_on_cublas_has_a_ghost(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], rows: int
+) -> None:
+    """By the table of the device, at d = 4096; tensors on no device, a device that is pretended."""
+    from ghosted_fast.kernels import _tuning
+    from ghosted_fast.kernels import ghost_apply as kernels
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    _tuning._capability.cache_clear()
+    key = _tuning.architecture(torch.device("cuda", 0))
+    _tuning._capability.cache_clear()
+    monkeypatch.setattr(kernels, "architecture", lambda device: key)
+    monkeypatch.setattr(triton, "_DEVICE_TYPE", "meta")
+    asked: list[str] = []
+    product = lambda bias, *_: asked.append("cuBLAS") or bias  # noqa: E731
+    monkeypatch.setattr(torch, "addmm", product)
+    monkeypatch.setattr(triton, "run", lambda *args: asked.append("Triton"))
+    weight = torch.empty(4096, 4096, dtype=BF16, device="meta")
+    for count in (1, rows - 1, rows, 8 * rows):
+        apply_on_cuda(GhostOperands(torch.empty(count, 4096, dtype=BF16, device="meta"), weight))
+    assert asked == ["Triton", "Triton", "cuBLAS", "cuBLAS"]
+
+
+def test_under_torch_compile_each_call_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for any number of rows: what runs is decided by those that come."""
+    from ghosted_fast.kernels import ghost_apply as kernels
+
+    library = torch.library.Library("ghosted_fast_pretended", "DEF")
+    monkeypatch.setattr(_define, "NAMESPACE", "ghosted_fast_pretended")
+    monkeypatch.setattr(_define, "library", library)
+    monkeypatch.setattr(_define, "_IS_CUDA", False)
+    monkeypatch.setattr(_define, "run_plain", _define.run_on_cuda)  # for tensors on the CPU too
+    _define.define(
+        "ghost_apply",
+        str(torch.ops.ghosted_fast.ghost_apply.default._schema).partition("ghost_apply")[2],
+        GhostOperands,
+        fake=lambda operands: operands.x.new_empty(operands.x.shape),
+        plain=ghost_apply_expression,
+    )
+    operator = torch.ops.ghosted_fast_pretended.ghost_apply.default
+    many = lambda table, rows, size: rows >= 100  # noqa: E731
+    monkeypatch.setattr(kernels, "is_bound_by_products", many)
+    products, graphs, torchs = [], [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args: products.append(args) or torchs(*args))
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def step(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return operator(x * 2, weight, None, None, None, None, None) * 2
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
+    weight = torch.randn(64, 64).to(BF16) / 8
+    for rows, cublas in ((40, 0), (120, 1), (50, 1)):
+        x = torch.randn(rows, 64).to(BF16)
+        exact = ghost_apply_expression(GhostOperands(x * 2, weight)) * 2
+        assert relative_rms(compiled(x, weight), exact) <= 0.01
+        assert (len(products), len(graphs)) == (cublas, 1)
+
+
 REFUSED = [
     (torch.randn(3, 64), torch.randn(64, 64), "expected x in bfloat16 or float16, got torch.flo"),
     (torch.randn(3, 96).to(BF16), torch.randn(96, 96).to(BF16), "multiple of 64, got 96"),

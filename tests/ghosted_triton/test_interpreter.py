@@ -21,4 +21,4 @@ def test_traffic() -> None:
 
 
 def test_dispatch() -> None:
-    assert run_checks("interpreter", "checks_dispatch.py") >= 10
+    assert run_checks("interpreter", "checks_dispatch.py") >= 17

@@ -11,12 +11,15 @@ _LAUNCH = "csrc/cuda/gram_update.cu"
 _PTX = "csrc/cuda/primitives.cuh"
 _BINDING = "csrc/cuda/operators.cpp"
 _EMULATED = "tests/cuda_emulation/test_emulated_gram_update.py"
+_TOKEN_TESTS = "tests/cuda_emulation/test_emulated_tokens.py"
 _BOUND = "tests/cuda_emulation/test_binding.py"
 _CODE = "tests/cuda_machine_code/test_machine_code.py"
 
 _VALUES = (f"{_EMULATED}::test_values", "-k", "bf16-fp32 and any")
 _FLOATS = (f"{_EMULATED}::test_values", "-k", "fp32-fp16 and none")
 _MASKED = (f"{_EMULATED}::test_rows_of_weight_zero_are_not_looked_at",)
+_COUNTED = (f"{_TOKEN_TESTS}::test_every_token_that_counts_has_its_size",)
+_MOMENTS = (f"{_TOKEN_TESTS}::test_moments_of_any_number_of_tokens",)
 _FINDS = (f"{_EMULATED}::test_the_first_bad_token_is_found",)
 
 MUTANTS = (
@@ -142,6 +145,49 @@ MUTANTS = (
         "sums[0][i] += weight * x[i];",
         _VALUES,
     ),
+    Mutant("tokens of a block counted as one", _TOKENS, "    ++count;", "    count = 1;", _COUNTED),
+    Mutant(
+        "equal sizes counted by each token of a block",
+        _TOKENS,
+        "    if (i < own) return;\n",
+        "",
+        _COUNTED,
+    ),
+    Mutant(
+        "barrier before the findings of a block are read dropped",
+        _TOKENS,
+        "  if (lane == 0) found[warp] = own;\n  __syncthreads();\n",
+        "  if (lane == 0) found[warp] = own;\n",
+        _COUNTED,
+    ),
+    Mutant(
+        "largest rows of the other warps lost",
+        _TOKENS,
+        "    find_larger(largest.x_exponent, found[i].x_exponent);\n",
+        "",
+        (f"{_TOKEN_TESTS}::test_the_largest_row_is_found_wherever_it_is",),
+    ),
+    Mutant(
+        "inexact scales of the other warps lost",
+        _TOKENS,
+        "    find_larger(largest.gram_is_inexact, found[i].gram_is_inexact);\n",
+        "",
+        (f"{_TOKEN_TESTS}::test_one_scale_that_is_not_exact_is_found_wherever_it_is",),
+    ),
+    Mutant(
+        "one token too many in the moments",
+        _TOKENS,
+        "if (token < num_tokens) {\n        weights[t]",
+        "if (token <= num_tokens) {\n        weights[t]",
+        _MOMENTS,
+    ),
+    Mutant(
+        "a turn of the moments shorter than its step",
+        _TOKENS,
+        "first += kMomentTokens * kMomentLanes) {",
+        "first += (kMomentTokens + 1) * kMomentLanes) {",
+        _MOMENTS,
+    ),
     # The instructions, which the emulation does not see.
     Mutant(
         "matrices not transposed",
@@ -178,6 +224,13 @@ MUTANTS = (
         "    check_status(args, found, stream);\n",
         "",
         (_BOUND, "-k", "names_the_token"),
+    ),
+    Mutant(
+        "current device of torch's runtime taken for the extension's",
+        _BINDING,
+        "  check_cuda(gram_update_cuda_set_device(device.index()));\n",
+        "",
+        (_BOUND, "-k", "device_of_the_tensors"),
     ),
     Mutant(
         "served whatever the arguments",

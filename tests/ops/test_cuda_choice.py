@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ghosted_fast.ops import backend_status, compiled
+from ghosted_fast.ops import backend_status, compiled, ghost_apply
 from ghosted_fast.ops.backends import kernels_absence_reason, native, triton
 from ghosted_fast.ops.operands import GhostOperands, GramOperands
 
@@ -51,6 +52,15 @@ def test_only_a_cuda_build_serves_cuda_tensors(
     narrow = torch.zeros(9, 20).as_subclass(OnCuda)
     reason = native.refusal("gram_update", GramOperands(narrow))
     assert ("multiple of 8 columns" in reason) == with_cuda
+
+
+@pytest.mark.parametrize("rows", [1, 512])
+def test_fake_tensors_on_cuda_need_neither_kernel_nor_gpu(rows: int) -> None:
+    """As torch.compile and torch.export have them."""
+    with FakeTensorMode():
+        x = torch.empty(2, rows, 2048, dtype=BF16, device="cuda")
+        y = ghost_apply(x, torch.empty(2048, 2048, dtype=BF16, device="cuda"))
+    assert (y.device.type, y.dtype, y.shape) == ("cuda", BF16, x.shape)
 
 
 def test_torch_itself_solves_on_cuda_and_says_nothing() -> None:
