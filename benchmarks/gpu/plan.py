@@ -17,7 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LIMIT = 480
 MODEL_PARTS = ("speed", "graphs", "calibration", "fit")
-_GPU_TESTS = ("tests/ops", "tests/ghosted_triton/test_gpu.py", "tests/test_pipeline_on_devices.py")
+_GPU_TESTS = (
+    "tests/ops",
+    "tests/ghosted_triton/test_gpu.py",
+    "tests/test_cuda_build.py",
+    "tests/test_pipeline_on_devices.py",
+)
 # Without torch's cache of memory, which hides what is out of bounds; so without CUDA graphs.
 _SANITIZED = (
     "(test_values and 300-136 and bfloat16 and (any or none)) or test_bad_token_is_named "
@@ -194,7 +199,7 @@ def parts() -> list[Part]:
     """Return all parts, in the order in which they run: what proves before what measures."""
     return [
         Part("build", "the extension with its CUDA kernels, for this device", 150, _build),
-        Part("tests", "all tests that want a GPU", 150, _tests),
+        Part("tests", "all tests that want a GPU", 240, _tests),
         *_sanitizers(),
         *_operators(),
         *_models(),

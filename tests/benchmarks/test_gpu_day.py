@@ -71,6 +71,16 @@ def test_commands_name_what_is_there_and_fetch_nothing(
             assert re.search(command.must_say, "10 passed, 3 skipped in 1 s")
 
 
+def test_every_test_for_a_gpu_is_run(gpu: Any, tmp_path: Path) -> None:
+    (part,) = (part for part in gpu.plan.parts() if part.name == "tests")
+    named = [gpu.plan.ROOT / word for word in part.command(setting(gpu, tmp_path)).words]
+    files = sorted((gpu.plan.ROOT / "tests").rglob("test_*.py"))
+    marked = [path for path in files if re.search(r"\bmark\.gpu\b", path.read_text())]
+    assert len(marked) >= 5
+    for path in marked:
+        assert path in named or set(path.parents) & set(named), path
+
+
 def test_the_tests_that_are_named_are_found(gpu: Any, tmp_path: Path) -> None:
     for name in ("memcheck", "counters"):
         (part,) = (part for part in gpu.plan.parts() if part.name == name)
