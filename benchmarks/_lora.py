@@ -17,12 +17,13 @@ from ghosted_fast.improve.factors import Trained
 from ghosted_fast.improve.gradients import kernels_with_gradients
 from ghosted_fast.improve.healing_run import Run, learning_rate_share, take_step
 from ghosted_fast.models.decoder import evaluating
+from ghosted_fast.options import Rank
 
 _PER_STEP = 1024
 
 
 def train_on_text(
-    model: Any, batches: Sequence[Tensor], tokens: int, rank: int, rate: float
+    model: Any, batches: Sequence[Tensor], tokens: int, rank: Rank, rate: float
 ) -> int:
     """Train a model in place, and return how many tokens it learned from.
 

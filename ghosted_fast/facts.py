@@ -55,8 +55,9 @@ class HealingFacts:
         after: The same of the state that is kept.
         tokens: Tokens learned from.
         best_tokens: Tokens by which the kept state was reached; 0 where no step was an improvement.
-        rank: Rank of the factors of each linear map; 0 where the ghosts alone were trained.
-        maps: Linear maps with factors.
+        rank: Rank of the factors of each linear map; 0 where the ghosts alone were trained, "full"
+            where whole weights were.
+        maps: Linear maps that were trained.
         ghosts: Ghosts that were trained.
         trained_parameters: Numbers that were trained.
         curve: All judgements, the one before the first step included.
@@ -69,7 +70,7 @@ class HealingFacts:
     after: float
     tokens: int
     best_tokens: int
-    rank: int
+    rank: int | Literal["full"]
     maps: int
     ghosts: int
     trained_parameters: int
@@ -86,9 +87,14 @@ def healing_rows(healing: HealingFacts) -> list[tuple[str, str]]:
     return [
         ("held-out divergence", f"{healing.before:.4f} to {healing.after:.4f} nats per token"),
         ("learned from", f"{healing.tokens:,} tokens, the kept state {healing.best_tokens:,}"),
-        ("trained", f"{healing.ghosts} ghosts, rank {healing.rank} of {healing.maps} linear maps"),
+        ("trained", f"{healing.ghosts} ghosts, {_maps_text(healing.rank, healing.maps)}"),
         ("ended by", f"{healing.ended}, after {healing.seconds:,.0f} s"),
     ]
+
+
+def _maps_text(rank: int | str, maps: int) -> str:
+    what = "the whole weights" if rank == "full" else f"factors of rank {rank}"
+    return f"{what} of {maps} linear maps"
 
 
 def healing_text(healing: Mapping[str, Any]) -> str:
@@ -102,7 +108,7 @@ def healing_text(healing: Mapping[str, Any]) -> str:
     if count:
         parts.append("the ghost" if count == 1 else f"the {count} ghosts")
     if maps:
-        parts.append(f"factors of rank {healing['rank']} of {maps} linear maps")
+        parts.append(_maps_text(healing["rank"], maps))
     what = " and ".join(parts) + ("" if maps else " alone")
     verb = "was" if count == 1 and not maps else "were"
     said = (

@@ -15,6 +15,7 @@ TokenWeight = Literal["inverse_energy", "capped", "uniform"]
 FirstState = Literal["auto", "on", "off"]
 Damping = float | Literal["auto"]
 Corrections = int | Literal["auto"]
+Rank = int | Literal["full"]
 
 DEFAULT_SCORE_TOKENS = 2048
 DEFAULT_BEAM = 16
@@ -71,9 +72,10 @@ class HealOptions:
 
     Attributes:
         tokens: Tokens to learn from at most; None for all that there are.
-        rank: Rank of the factors of each linear map; 0 trains the ghosts alone.
-        learning_rate: Of Adam's steps on the factors and ghosts; > 0. It falls to nothing over the
-            last three tenths.
+        rank: Rank of the factors of each linear map; 0 trains the ghosts alone, "full" the ghosts
+            and the whole weights of the maps, which takes 28 bytes of memory for each.
+        learning_rate: Of Adam's steps; > 0. It falls to nothing over the last three tenths. None
+            for 1e-3, or 2e-4 for whole weights.
         tokens_per_step: Tokens of each step.
         held_out_tokens: Tokens that the model is judged on.
         minutes: When to end at the latest, but for the first step; None for no limit.
@@ -84,23 +86,34 @@ class HealOptions:
     """
 
     tokens: int | None = None
-    rank: int = 32
-    learning_rate: float = 1e-3
+    rank: Rank = 32
+    learning_rate: float | None = None
     tokens_per_step: int = 1024
     held_out_tokens: int = 4096
     minutes: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(0, rank=self.rank)
+        if self.rank != "full":
+            if isinstance(self.rank, str):
+                raise ArgumentError(f'expected rank to be a number or "full", got {self.rank!r}')
+            check_at_least(0, rank=self.rank)
         check_at_least(
             1, tokens_per_step=self.tokens_per_step, held_out_tokens=self.held_out_tokens
         )
-        check_above(0, learning_rate=self.learning_rate)
+        if self.learning_rate is not None:
+            check_above(0, learning_rate=self.learning_rate)
         if self.tokens is not None:
             check_at_least(1, tokens=self.tokens)
         if self.minutes is not None:
             check_above(0, minutes=self.minutes)
+
+    @property
+    def step_size(self) -> float:
+        """The learning rate, given or not."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-4 if self.rank == "full" else 1e-3
 
 
 @renamed(refine="heal, a HealOptions(...)", refine_state="heal_state")

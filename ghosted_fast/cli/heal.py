@@ -90,16 +90,22 @@ class HealArgs:
         typer.Option("--minutes", help="When to end at the latest; no limit if not given."),
     ] = None
     rank: Annotated[
-        int,
+        Any,
         typer.Option(
             "--rank",
-            min=0,
-            help="Rank of the factors of each linear map; 0 trains the ghosts alone.",
+            parser=values.parse_rank,
+            metavar="RANK",
+            help="Rank of the factors of each linear map; 0 trains the ghosts alone, 'full' whole "
+            "weights in the place of factors.",
         ),
-    ] = 32
+    ] = "32"
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", help="Learning rate of the first full steps.")
-    ] = 1e-3
+        float | None,
+        typer.Option(
+            "--learning-rate",
+            help="Learning rate of the first full steps; 1e-3 if not given, 2e-4 for 'full'.",
+        ),
+    ] = None
     adapter: Annotated[
         bool,
         typer.Option(

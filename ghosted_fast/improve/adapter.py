@@ -14,9 +14,10 @@ from ghosted_fast.checkpoint.save import check_target, written_or_told
 from ghosted_fast.errors import ArgumentError, MissingExtraError
 from ghosted_fast.facts import HealingFacts, healing_text
 from ghosted_fast.improve.factors import Trained
+from ghosted_fast.options import Rank
 
 
-def check_adapter(folder: Path, rank: int, overwrite: bool) -> None:
+def check_adapter(folder: Path, rank: Rank, overwrite: bool) -> None:
     """Raise, before any work, unless an adapter can be written to a folder.
 
     Raises:
@@ -25,9 +26,9 @@ def check_adapter(folder: Path, rank: int, overwrite: bool) -> None:
     """
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("an adapter needs peft: pip install 'ghosted_fast[peft]'")
-    if not rank:
+    if not rank or rank == "full":
         raise ArgumentError(
-            "expected a rank > 0 for an adapter, got 0: it holds nothing but factors"
+            f"expected a rank > 0 for an adapter, got {rank!r}: it holds nothing but factors"
         )
     check_target(folder, overwrite, kind="an adapter's folder")
 

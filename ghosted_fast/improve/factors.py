@@ -1,9 +1,9 @@
-"""What healing trains: low-rank factors of linear maps, and ghosts; and how it is put back.
+"""What healing trains: low-rank factors of linear maps or all of them, and ghosts; and how it ends.
 
 A map W gets factors B [out, rank] and A [rank, in]: its output becomes W x + B (A x). The weights
 that a pruned model shares with the dense one are never written; folded, a map has a weight of its
-own, W + B A, rounded once. A ghost is trained whole, or, where all shall stay apart from the model,
-by factors of its own.
+own, W + B A, rounded once. A ghost is trained whole, and so are the maps if asked for; where all
+shall stay apart from the model, a ghost has factors of its own.
 
 Source: Hu et al., "LoRA", arXiv 2106.09685.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from torch.nn import functional
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.options import Rank
 
 _FOLDABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -107,13 +108,14 @@ class Trained:
     Args:
         model: The model with ghosts or without.
         rank: Rank of the factors of the linear maps in its decoder layers; 0 for none, so that the
-            ghosts alone are trained.
+            ghosts alone are trained; "full" for whole weights in the place of factors.
         seed: Of the factors.
         apart: Whether ghosts get factors too, so that none of the model's parameters is trained.
 
     Attributes:
         apart: As given.
         factors: Of each map, in the order of the model's modules.
+        num_maps: Linear maps that are trained, by factors or whole.
         ghosts: The floating-point ghosts.
         ghost_factors: Of each ghost where all stays apart, else empty.
 
@@ -121,11 +123,17 @@ class Trained:
         UnsupportedModelError: There is nothing to train.
     """
 
-    def __init__(self, model: nn.Module, rank: int, seed: int, apart: bool = False) -> None:
+    def __init__(self, model: nn.Module, rank: Rank, seed: int, apart: bool = False) -> None:
         self.apart = apart
         generator = torch.Generator().manual_seed(seed)
         found = _linear_maps(model) if rank else []
-        self.factors = [MapFactors(name, module, rank, generator) for name, module in found]
+        self.num_maps = len(found)
+        whole: list[tuple[nn.Module, str]] = []
+        self.factors: list[MapFactors] = []
+        if rank == "full":
+            whole = [(module, "weight") for _, module in found]
+        else:
+            self.factors = [MapFactors(name, module, rank, generator) for name, module in found]
         named = [
             (name, module)
             for name, module in model.named_modules()
@@ -133,26 +141,31 @@ class Trained:
         ]
         self.ghosts = [ghost for _, ghost in named]
         self.ghost_factors = [
-            GhostFactors(name, ghost, rank, generator) for name, ghost in named if apart
+            GhostFactors(name, ghost, rank, generator)
+            for name, ghost in named
+            if apart and rank != "full"
         ]
-        if not self.factors and not self.ghosts:
+        if not found and not self.ghosts:
             raise UnsupportedModelError(
                 "expected a model with ghosts or with linear maps in its decoder layers, got one "
                 "with neither: there is nothing that healing could train"
             )
-        # A ghost's own parameters round at every use; steps are taken on these.
+        # Of modules, the parameters that are trained whole.
+        self._whole = whole + [
+            (ghost, name) for ghost in self.ghosts if not apart for name in _names(ghost)
+        ]
+        # The parameters themselves round at every use; steps are taken on these.
         self._masters = [
-            parameter.detach().to(torch.float32, copy=True).requires_grad_()
-            for ghost in self.ghosts
-            for parameter in ghost_parameters(ghost)
-            if not apart
+            module.get_parameter(name).detach().to(torch.float32, copy=True).requires_grad_()
+            for module, name in self._whole
         ]
 
     @property
     def parameters(self) -> list[Tensor]:
         """What steps are taken on, fp32: B and A of each map, weight and bias of each ghost.
 
-        Apart, B and A of each ghost in the place of its weight and bias.
+        Apart, B and A of each ghost in the place of its weight and bias; with rank "full" the
+        weight of each map in the place of B and A.
         """
         factors: list[MapFactors | GhostFactors] = [*self.factors, *self.ghost_factors]
         return [part for item in factors for part in (item.b, item.a)] + self._masters
@@ -172,42 +185,42 @@ class Trained:
             )
             for item in self.factors
         ]
-        masters = iter(self._masters)
-        originals = [
-            (ghost, name, parameter)
-            for ghost in self.ghosts
-            for name, parameter in _named_parameters(ghost)
+        places = [*self._whole, *((item.module, "weight") for item in self.ghost_factors)]
+        originals = [module._parameters[name] for module, name in places]
+        used = [
+            *(
+                _rounded(master, module.get_parameter(name).dtype)
+                for master, (module, name) in zip(self._masters, self._whole, strict=True)
+            ),
+            *(item.weight() for item in self.ghost_factors),
         ]
-        if self.ghost_factors:
-            for item in self.ghost_factors:
-                item.module._parameters["weight"] = item.weight()  # type: ignore[assignment]
-        else:
-            for ghost, name, parameter in originals:
-                ghost._parameters[name] = _rounded(next(masters), parameter.dtype)
         try:
+            self._put(places, used)
             yield
         finally:
-            for ghost, name, parameter in originals:
-                ghost._parameters[name] = parameter  # type: ignore[assignment]
-                ghost.forget_packed()
+            self._put(places, originals)
             for handle in handles:
                 handle.remove()
 
-    @torch.no_grad()
-    def write_ghosts(self) -> None:
-        """Round what was trained of the ghosts into their own parameters."""
-        masters = iter(self._masters)
+    def _put(self, places: Iterable[tuple[nn.Module, str]], tensors: Iterable[Any]) -> None:
+        """Give modules other parameters, and no ghost a packed copy of those that it had."""
+        for (module, name), tensor in zip(places, tensors, strict=True):
+            module._parameters[name] = tensor
         for ghost in self.ghosts:
-            ghost.unshare()
-            for parameter in ghost_parameters(ghost):
-                parameter.copy_(next(masters))
             ghost.forget_packed()
 
     def fold(self) -> None:
-        """Put all that was trained into the model's own weights."""
+        """Give the model parameters of its own that hold all that was trained."""
         for item in self.factors:
             item.fold()
-        self.write_ghosts()
+        rounded = [
+            nn.Parameter(master.detach().to(old.dtype), requires_grad=old.requires_grad)
+            for master, old in (
+                (master, module.get_parameter(name))
+                for master, (module, name) in zip(self._masters, self._whole, strict=True)
+            )
+        ]
+        self._put(self._whole, rounded)
 
 
 class _Rounding(torch.autograd.Function):
@@ -226,14 +239,9 @@ def _rounded(master: Tensor, dtype: torch.dtype) -> Any:
     return _Rounding.apply(master, dtype) if dtype != master.dtype else master
 
 
-def ghost_parameters(ghost: GhostLinear) -> list[Tensor]:
-    """Return what is trained of a ghost: its weight, and its bias where there is one."""
-    return [parameter for _, parameter in _named_parameters(ghost)]
-
-
-def _named_parameters(ghost: GhostLinear) -> list[tuple[str, Tensor]]:
-    found = [("weight", ghost.weight), ("bias", ghost.bias)]
-    return [(name, parameter) for name, parameter in found if parameter is not None]
+def _names(ghost: GhostLinear) -> list[str]:
+    """Return the names of what is trained of a ghost: its weight, and its bias where there is."""
+    return ["weight"] if ghost.bias is None else ["weight", "bias"]
 
 
 def _linear_maps(model: nn.Module) -> list[tuple[str, nn.Module]]:

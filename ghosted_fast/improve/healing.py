@@ -79,10 +79,10 @@ def heal(
 ) -> HealingFacts:
     """Train a ghosted or pruned model, in place, to predict what the dense model predicts.
 
-    Linear maps get new weights; no weight that the two models share is written. With `adapter` the
-    model stays as it is: what was trained is written apart from it, as an adapter that PEFT loads
-    (`peft.PeftModel.from_pretrained(smaller, adapter)`) and takes off again; ghosts too are trained
-    by factors of the rank then, and the base may be quantized. In a process group
+    Linear maps and ghosts get new weights; none that another model shares is written. With
+    `adapter` the model stays as it is: what was trained is written apart from it, as an adapter
+    that PEFT loads (`peft.PeftModel.from_pretrained(smaller, adapter)`) and takes off again; ghosts
+    too are trained by factors of the rank then, and the base may be quantized. In a process group
     the ranks share the text of each step, and end with the same weights.
 
     Args:
@@ -222,7 +222,7 @@ class _Healing:
                 if not all(bool(torch.isfinite(part).all()) for part in gradients):
                     ended = self._nan_ends("a gradient", run)
                     break
-                take_step(run, gradients, self._options.learning_rate * learning_rate_share(run))
+                take_step(run, gradients, self._options.step_size * learning_rate_share(run))
                 bar.update(token_count(chosen))
                 self._stepping = time.perf_counter() - began - run.seconds
                 run.seconds += self._stepping
@@ -325,7 +325,7 @@ class _Healing:
             "a smaller learning_rate than %g, or check the models in this dtype",
             self._tokens(run),
             what,
-            self._options.learning_rate,
+            self._options.step_size,
         )
         return "nan"
 
@@ -335,7 +335,7 @@ class _Healing:
             "kept. Take a smaller learning_rate than %g",
             run.best_value,
             run.curve[-1][1],
-            self._options.learning_rate,
+            self._options.step_size,
         )
 
     def _warn_short(self, run: Run) -> None:
@@ -358,7 +358,7 @@ class _Healing:
             tokens=self._tokens(run),
             best_tokens=best[0],
             rank=self._options.rank,
-            maps=len(self._trained.factors),
+            maps=self._trained.num_maps,
             ghosts=len(self._trained.ghosts),
             trained_parameters=sum(part.numel() for part in self._trained.parameters),
             curve=[HealingPoint(*point) for point in run.curve],

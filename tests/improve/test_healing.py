@@ -64,12 +64,30 @@ def test_a_pruned_model_is_healed_too() -> None:
     assert not torch.equal(logits(given), logits(smaller))
 
 
-def test_a_copy_that_shares_the_ghosts_stays() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_whole_weights(family: str) -> None:
+    dense = visible(tiny_model(family))
+    before, smaller = weights(dense), fitted(dense)
+    old = weights(smaller)
+    facts = healed(smaller, dense, rank="full", learning_rate=2e-3)
+    assert facts.after < 0.97 * facts.before and same(before, weights(dense))
+    new = weights(smaller)
+    changed = {name for name in new if not torch.equal(old[name], new[name])}
+    # Of each kept layer all maps, and beside them the ghost alone: no factors are left behind.
+    assert len(changed) == facts.maps + 1 and facts.ghosts == 1 and new.keys() == old.keys()
+    assert facts.trained_parameters == sum(new[name].numel() for name in changed)
+    again = healed(smaller, dense, learning_rate=1e-12, tokens=400)
+    assert again.before == pytest.approx(facts.after, rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [4, "full"])
+def test_a_copy_that_shares_the_weights_stays(rank: Any) -> None:
     dense = tiny_model("llama")
     smaller = fitted(dense, removed=(1, 3), bias=True)
     given = share_copy(smaller)
     before = weights(given)
-    assert healed(smaller, dense, tokens=1600).best_tokens > 0
+    assert healed(smaller, dense, tokens=1600, rank=rank, learning_rate=2e-3).best_tokens > 0
     assert same(before, weights(given)) and not same(before, weights(smaller))
 
 

@@ -36,6 +36,14 @@ def test_options_out_of_range(field: str, value: float) -> None:
         HealOptions(**{field: value})  # type: ignore[arg-type]
 
 
+def test_rank_is_a_number_or_full() -> None:
+    with pytest.raises(ArgumentError, match='expected rank to be a number or "full"'):
+        HealOptions(rank="half")  # type: ignore[arg-type]
+    steps = [HealOptions(rank=rank).step_size for rank in (0, 32, "full")]
+    assert steps == [1e-3, 1e-3, 2e-4]
+    assert HealOptions(rank="full", learning_rate=3e-4).step_size == 3e-4
+
+
 def test_nan_before_the_first_step() -> None:
     dense = tiny_model("llama")
     smaller = fitted(dense)

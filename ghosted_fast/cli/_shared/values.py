@@ -104,6 +104,20 @@ def parse_token_count(text: str) -> int:
     return int(count)
 
 
+def parse_rank(text: str) -> Any:
+    """Return the rank that a text such as '32' or 'full' names, see `HealOptions`.
+
+    Raises:
+        typer.BadParameter: It is neither a whole number nor 'full'.
+    """
+    text = str(text).strip()  # typer hands the default over as it is
+    if text == "full":
+        return text
+    if not (text.isascii() and text.isdigit()):
+        raise typer.BadParameter(f"expected a whole number of 0 or more, or 'full', got {text!r}")
+    return int(text)
+
+
 def parse_bytes(text: str) -> int:
     """Return the bytes that a text such as '7GB', '500 MB' or '16GiB' names.
 
