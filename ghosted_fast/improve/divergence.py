@@ -94,7 +94,7 @@ class Divergence:
         self._entry = min([*placed[:1], *removed[:1]]) if placed and removed else 0
         self.parameters: list[Tensor] = []
         for ghost in self.ghosts:
-            ghost.unshare()
+            ghost.unshare()  # `set_parameters` writes into them
             self.parameters += [ghost.weight] if ghost.bias is None else [ghost.weight, ghost.bias]
 
     def states(self, batch: Batch) -> States:

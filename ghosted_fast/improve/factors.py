@@ -128,32 +128,31 @@ class Trained:
         generator = torch.Generator().manual_seed(seed)
         found = _linear_maps(model) if rank else []
         self.num_maps = len(found)
-        whole: list[tuple[nn.Module, str]] = []
-        self.factors: list[MapFactors] = []
-        if rank == "full":
-            whole = [(module, "weight") for _, module in found]
-        else:
-            self.factors = [MapFactors(name, module, rank, generator) for name, module in found]
         named = [
             (name, module)
             for name, module in model.named_modules()
             if isinstance(module, GhostLinear) and module.quantization is None
         ]
         self.ghosts = [ghost for _, ghost in named]
-        self.ghost_factors = [
-            GhostFactors(name, ghost, rank, generator)
-            for name, ghost in named
-            if apart and rank != "full"
-        ]
+        self.factors: list[MapFactors] = []
+        self.ghost_factors: list[GhostFactors] = []
+        # Of modules, the parameters that are trained whole.
+        self._whole: list[tuple[nn.Module, str]] = []
+        if rank == "full":
+            self._whole = [(module, "weight") for _, module in found]
+        else:
+            self.factors = [MapFactors(name, item, rank, generator) for name, item in found]
+            if apart:
+                self.ghost_factors = [
+                    GhostFactors(name, ghost, rank, generator) for name, ghost in named
+                ]
+        if not apart:
+            self._whole += [(ghost, name) for ghost in self.ghosts for name in _names(ghost)]
         if not found and not self.ghosts:
             raise UnsupportedModelError(
                 "expected a model with ghosts or with linear maps in its decoder layers, got one "
                 "with neither: there is nothing that healing could train"
             )
-        # Of modules, the parameters that are trained whole.
-        self._whole = whole + [
-            (ghost, name) for ghost in self.ghosts if not apart for name in _names(ghost)
-        ]
         # The parameters themselves round at every use; steps are taken on these.
         self._masters = [
             module.get_parameter(name).detach().to(torch.float32, copy=True).requires_grad_()
@@ -213,14 +212,12 @@ class Trained:
         """Give the model parameters of its own that hold all that was trained."""
         for item in self.factors:
             item.fold()
-        rounded = [
-            nn.Parameter(master.detach().to(old.dtype), requires_grad=old.requires_grad)
-            for master, old in (
-                (master, module.get_parameter(name))
-                for master, (module, name) in zip(self._masters, self._whole, strict=True)
-            )
-        ]
-        self._put(self._whole, rounded)
+        own = []
+        for master, (module, name) in zip(self._masters, self._whole, strict=True):
+            old = module.get_parameter(name)
+            rounded = master.detach().to(old.dtype)
+            own.append(nn.Parameter(rounded, requires_grad=old.requires_grad))
+        self._put(self._whole, own)
 
 
 class _Rounding(torch.autograd.Function):
