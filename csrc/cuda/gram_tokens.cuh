@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kRowThreads)
       }
     }
   }
-  const int moments = args.y.data == nullptr ? 1 : kMoments;
+  const int moments = has_y ? kMoments : 1;
 #pragma unroll
   for (int moment = 0; moment < kMoments; ++moment) {
     if (moment >= moments) break;
