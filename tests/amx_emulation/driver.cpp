@@ -84,7 +84,7 @@ int main() {
     check_apply(kAmxKernels, form, 16, 290, true);
     check_apply(kAmxKernels, form, 33, 290, true);
     // Two passes over the inputs, three blocks of outputs: for a weight as it lies from 97 rows on.
-    check_apply(kAmxKernels, form, form == Form::kPlain ? 97 : 65, 641, true);
+    check_apply(kAmxKernels, form, form == Form::kPacked ? 65 : 97, 641, true);
     check_apply(kAmxKernels, form, 550, 33, false);  // two blocks of rows
   }
   std::printf("%d failures\n", failures);
