@@ -44,10 +44,18 @@ inline bool all_finite(const double* values, int64_t count, int64_t threads) {
   return finite;
 }
 
+// Calls visit(begin, end) for the shares of some rows; where these are a multiple of 4, so is each.
+template <class Visit>
+inline void for_shared_rows(int64_t rows, int64_t threads, Visit&& visit) {
+  for_each_task((rows + kSharedRows - 1) / kSharedRows, threads, [&](int64_t task, int64_t) {
+    visit(task * kSharedRows, min64(rows, (task + 1) * kSharedRows));
+  });
+}
+
 inline bool lower_triangle_is_finite(const double* matrix, int64_t size, int64_t threads) {
   bool finite = true;
-  for_each_task((size + kSharedRows - 1) / kSharedRows, threads, [&](int64_t task, int64_t) {
-    for (int64_t i = task * kSharedRows; i < min64(size, (task + 1) * kSharedRows); ++i) {
+  for_shared_rows(size, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
       if (!all_finite(matrix + i * size, i + 1)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     }
   });
@@ -125,8 +133,7 @@ inline double estimate_residual(const SolveArgs& args, const Factor& u, const do
   for (int64_t i = 0; i < outputs * kProbes; ++i) signs[i] = sign_at(static_cast<uint64_t>(i));
   probe(args.solution, u, args, signs, scale, true, threads, x);
   probe(args.cross, u, args, signs, scale, false, threads, residual);
-  for_each_task((u.size + kSharedRows - 1) / kSharedRows, threads, [&](int64_t task, int64_t) {
-    const int64_t begin = task * kSharedRows, end = min64(u.size, begin + kSharedRows);
+  for_shared_rows(u.size, threads, [&](int64_t begin, int64_t end) {
     subtract_matrix_product<kProbeVectors>(u, x, begin, end, residual);
   });
   double squares = 0.0;
@@ -193,12 +200,7 @@ inline double scale_matrix(const SolveArgs& args, const Factor& u, int64_t threa
     scale[i] = diagonal > 0.0 ? 1.0 / std::sqrt(diagonal) : 1.0;
     u.diagonal[i] = diagonal > 0.0 ? 1.0 : diagonal;
   }
-  auto for_rows = [&](auto visit) {  // u.size is a multiple of 4, and so is a share of rows
-    for_each_task((u.size + kSharedRows - 1) / kSharedRows, threads, [&](int64_t task, int64_t) {
-      visit(task * kSharedRows, min64(u.size, (task + 1) * kSharedRows));
-    });
-  };
-  for_rows([&](int64_t begin, int64_t end) {
+  for_shared_rows(u.size, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       double* __restrict row = u.at(i, 0);
       std::memset(row, 0, static_cast<size_t>(u.stride) * sizeof(double));
@@ -208,7 +210,8 @@ inline double scale_matrix(const SolveArgs& args, const Factor& u, int64_t threa
     }
   });
   constexpr int64_t kTile = 4;
-  for_rows([&](int64_t begin, int64_t end) {  // the mirror image, tile by tile
+  // The mirror image, tile by tile.
+  for_shared_rows(u.size, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kTile) {
       for (int64_t j = 0; j < i; j += kTile) {
         const double* __restrict from = u.at(i, j);
@@ -225,7 +228,7 @@ inline double scale_matrix(const SolveArgs& args, const Factor& u, int64_t threa
       }
     }
   });
-  for_rows([&](int64_t begin, int64_t end) {
+  for_shared_rows(u.size, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < min64(size, end); ++i) {
       sums[i] = sum_of_magnitudes(u.at(i, 0), size);
     }
