@@ -51,6 +51,16 @@ def test_the_largest_row_is_found_wherever_it_is(token: int) -> None:
     assert_close(sums, exact_sums(x, x))
 
 
+@pytest.mark.parametrize("token", [0, 5, 7, 39])
+def test_the_largest_weighted_row_is_found_wherever_it_is(token: int) -> None:
+    """Lost, the row times its weight is infinite in fp32, in G and in C."""
+    x, weight, sums = torch.randn(40, 16).to(BF16), torch.ones(40), make_sums(16, 16)
+    x[token] *= 2.0**60
+    weight[token] = 2.0**80
+    emulate(x, x, weight, **sums)
+    assert_close(sums, exact_sums(x, x, weight))
+
+
 @pytest.mark.parametrize("token", [0, 5, 39])
 def test_one_scale_that_is_not_exact_is_found_wherever_it_is(token: int) -> None:
     x, weight, sums = torch.randn(40, 16).to(BF16), torch.ones(40), make_sums(16, 16)

@@ -168,6 +168,20 @@ MUTANTS = (
         (f"{_TOKEN_TESTS}::test_the_largest_row_is_found_wherever_it_is",),
     ),
     Mutant(
+        "largest weighted rows of the other warps lost in G",
+        _TOKENS,
+        "    find_larger(largest.gram_exponent, found[i].gram_exponent);\n",
+        "",
+        (f"{_TOKEN_TESTS}::test_the_largest_weighted_row_is_found_wherever_it_is",),
+    ),
+    Mutant(
+        "largest weighted rows of the other warps lost in C",
+        _TOKENS,
+        "    find_larger(largest.cross_exponent, found[i].cross_exponent);\n",
+        "",
+        (f"{_TOKEN_TESTS}::test_the_largest_weighted_row_is_found_wherever_it_is",),
+    ),
+    Mutant(
         "inexact scales of the other warps lost",
         _TOKENS,
         "    find_larger(largest.gram_is_inexact, found[i].gram_is_inexact);\n",
