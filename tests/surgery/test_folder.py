@@ -57,20 +57,24 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def cut_as_in_memory(folder: Path, model: Any) -> list[tuple[str, Any]]:
+    """Cut folder/"dense" without and with ghosts; return the folders' names and the cut models."""
+    prune_folder(folder / "dense", REMOVED, folder / "pruned")
+    pruned, ghosts = prune_model(model, REMOVED), random_ghosts()
+    cut_folder(folder / "dense", REMOVED, ghosts).save(folder / "ghosted")
+    found = [("pruned", pruned), ("ghosted", remove_layers(model, REMOVED, copy.deepcopy(ghosts)))]
+    for name, expected in found:
+        assert torch.equal(logits(loaded(folder / name)), logits(expected))
+    return found
+
+
 @pytest.mark.parametrize(
     ("family", "shards"), [*((family, "50KB") for family in FAMILY_NAMES), ("llama", "1GB")]
 )
 def test_a_cut_folder_is_what_the_cut_model_saves(tmp_path: Path, family: str, shards: str) -> None:
-    model, ghosts = tiny_model(family, NUM_LAYERS, dtype=torch.bfloat16), random_ghosts()
+    model = tiny_model(family, NUM_LAYERS, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "dense", max_shard_size=shards)
-    prune_folder(tmp_path / "dense", REMOVED, tmp_path / "pruned")
-    pruned = prune_model(model, REMOVED)
-    assert torch.equal(logits(loaded(tmp_path / "pruned")), logits(pruned))
-
-    cut_folder(tmp_path / "dense", REMOVED, ghosts).save(tmp_path / "ghosted")
-    ghosted = remove_layers(model, REMOVED, copy.deepcopy(ghosts))
-    assert torch.equal(logits(loaded(tmp_path / "ghosted")), logits(ghosted))
-    for name, expected in (("pruned", pruned), ("ghosted", ghosted)):
+    for name, expected in cut_as_in_memory(tmp_path, model):
         save_model(expected, tmp_path / "saved", overwrite=True)
         for file in ("config.json", "generation_config.json"):
             mine, theirs = ((tmp_path / at / file).read_text() for at in (name, "saved"))
@@ -213,17 +217,11 @@ def test_a_cut_folder_holds_the_digests_of_its_weights(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2"])
 def test_files_of_torch_save_are_cut_into_safetensors(tmp_path: Path, family: str) -> None:
-    model, ghosts = tiny_model(family, NUM_LAYERS, dtype=torch.bfloat16), random_ghosts()
+    model = tiny_model(family, NUM_LAYERS, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "dense", max_shard_size="50KB")
     as_pickles(tmp_path / "dense")
     assert len(list((tmp_path / "dense").glob("pytorch_model-*.bin"))) > 1
-    prune_folder(tmp_path / "dense", REMOVED, tmp_path / "pruned")
-    pruned = prune_model(model, REMOVED)
-    assert torch.equal(logits(loaded(tmp_path / "pruned")), logits(pruned))
-    cut_folder(tmp_path / "dense", REMOVED, ghosts).save(tmp_path / "ghosted")
-    ghosted = remove_layers(model, REMOVED, copy.deepcopy(ghosts))
-    assert torch.equal(logits(loaded(tmp_path / "ghosted")), logits(ghosted))
-    for name in ("pruned", "ghosted"):
+    for name, _ in cut_as_in_memory(tmp_path, model):
         assert not [n for n in names(tmp_path / name) if ".bin" in n]
 
 
