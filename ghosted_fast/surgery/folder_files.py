@@ -106,13 +106,9 @@ def _there_twice(source: Unloaded) -> set[str]:
 
     Files of `torch.save` name both, and safetensors files one of them, as transformers writes them.
     """
-    ties: dict[str, str] = getattr(source.model, "all_tied_weights_keys", None) or {}
-    held = {(source.names[name], tensor) for name, tensor in source.tensors.items()}
-    return {
-        name
-        for name in source.by_layer.get(None, [])
-        if (ties.get(source.names[name], ""), source.tensors[name]) in held
-    }
+    held = set(source.names.values())
+    outside = source.by_layer.get(None, [])
+    return {name for name in outside if source.ties.get(source.names[name]) in held}
 
 
 def _without_parts(

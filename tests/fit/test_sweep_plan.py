@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.swept_models import saved
+from support.swept_models import ask_for_a_tied_head, saved
 
 from ghosted_fast.errors import CalibrationError
 from ghosted_fast.fit.sweep.plan import Shape, Work, plan_sweep, resident_bytes
@@ -54,6 +54,13 @@ def test_sizes_are_those_of_the_model(tmp_path: Path, family: str) -> None:
     embedding = model.get_input_embeddings().weight.nbytes
     beside = every - sum(parts)
     assert shape.beside == (beside - head, beside - embedding)
+
+
+def test_two_values_are_counted_as_two_whatever_the_configuration_ties(tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    expected = Shape.of(open_unloaded(tmp_path))
+    ask_for_a_tied_head(tmp_path)
+    assert Shape.of(open_unloaded(tmp_path)) == expected
 
 
 def test_weights_of_two_names_are_counted_once(tmp_path: Path) -> None:

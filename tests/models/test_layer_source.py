@@ -10,8 +10,9 @@ import pytest
 import torch
 from families.tiny_models import tiny_causal
 from support.dense_reference import random_ghost
-from support.swept_models import as_pickles, saved, text
+from support.swept_models import as_pickles, ask_for_a_tied_head, saved, text
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.boundaries import visit_boundaries
@@ -135,6 +136,22 @@ def test_tied_heads_are_there_where_they_are_needed(tmp_path: Path, named_twice:
         model.lm_head.weight.nbytes if named_twice else 0
     )
     states, logits = run_through(FolderSource(unloaded))
+    expected, theirs = passed_through(model)
+    assert torch.equal(states[-1][ATTENDED], expected[-1][ATTENDED])
+    assert torch.equal(logits[ATTENDED], theirs[ATTENDED])
+
+
+@pytest.mark.parametrize("pickles", [False, True])
+def test_heads_of_which_the_files_hold_another_value_are_not_tied(
+    tmp_path: Path, pickles: bool
+) -> None:
+    saved(tmp_path, "llama")
+    ask_for_a_tied_head(tmp_path)
+    if pickles:
+        as_pickles(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    states, logits = run_through(FolderSource(open_unloaded(tmp_path)))
     expected, theirs = passed_through(model)
     assert torch.equal(states[-1][ATTENDED], expected[-1][ATTENDED])
     assert torch.equal(logits[ATTENDED], theirs[ATTENDED])

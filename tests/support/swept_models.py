@@ -52,6 +52,15 @@ def as_pickles(folder: Path) -> None:
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(record))
 
 
+def ask_for_a_tied_head(folder: Path) -> None:
+    """Let a configuration say that head and embedding are one, whatever the files hold.
+
+    Transformers believes the files.
+    """
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+
+
 def sweep_of(folder: Path, batches: list[Any], shelf: Shelf | None = None) -> Sweep:
     """Return a sweep of a text through a model in a folder."""
     source = FolderSource(open_unloaded(folder))

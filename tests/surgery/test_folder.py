@@ -15,7 +15,7 @@ from families.tiny_models import tiny_causal
 from safetensors.torch import load_file
 from support.dense_reference import INTERVALS, NUM_LAYERS, REMOVED, random_ghost, random_ghosts
 from support.flipped_bits import flip, stored_tensors
-from support.swept_models import as_pickles
+from support.swept_models import as_pickles, ask_for_a_tied_head
 from support.tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -243,6 +243,14 @@ def test_weights_of_two_names_and_of_other_strides_are_written_once_and_in_order
     assert "lm_head.weight" not in written
     assert torch.equal(written["model.layers.1.mlp.up_proj.weight"], tensors[turned])
     assert torch.equal(logits(loaded(tmp_path / "out")), logits(prune_model(model, [1, 2])))
+
+
+def test_a_head_of_another_value_than_the_embedding_is_written_too(tmp_path: Path) -> None:
+    tiny_model("llama", NUM_LAYERS).save_pretrained(tmp_path / "dense")
+    ask_for_a_tied_head(tmp_path / "dense")
+    prune_folder(tmp_path / "dense", [1, 2], tmp_path / "out")
+    expected = prune_model(loaded(tmp_path / "dense"), [1, 2])
+    assert torch.equal(logits(loaded(tmp_path / "out")), logits(expected))
 
 
 def test_tables_of_all_layers_lose_the_parts_of_removed_ones(tmp_path: Path) -> None:

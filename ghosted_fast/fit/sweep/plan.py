@@ -299,11 +299,10 @@ def _weights_beside(unloaded: Unloaded) -> tuple[set[str], set[str]]:
     """Return the names in the files of the weight of the embedding, and of that of the head."""
     model, names = unloaded.model, unloaded.names
     paths = {module: path for path, module in model.named_modules()}
-    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     found = []
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         wanted = {f"{paths[module]}.weight"} if module is not None else set()
-        for pair in ties.items():
+        for pair in unloaded.ties.items():
             wanted |= set(pair) if wanted & set(pair) else set()
         found.append({name for name, inside in names.items() if inside in wanted})
     return found[0], found[1]

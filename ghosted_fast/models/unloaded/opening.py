@@ -77,6 +77,21 @@ class Unloaded:
         return names_in(self.model, self.settings, self.tensors)
 
     @cached_property
+    def ties(self) -> dict[str, str]:
+        """Weights that are the same as another, and that one, by their names in the model.
+
+        Where the files hold each of the two in a place of its own, they are two: transformers
+        leaves them so too, unless they are equal.
+        """
+        ties: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        held = {inside: self.tensors[name] for name, inside in self.names.items()}
+        return {
+            name: other
+            for name, other in ties.items()
+            if name not in held or other not in held or held[name] == held[other]
+        }
+
+    @cached_property
     def by_layer(self) -> dict[int | None, list[str]]:
         """The names of tensors in the files by layer; None for what is in no layer."""
         found: dict[int | None, list[str]] = {}

@@ -142,8 +142,7 @@ class FolderSource(LayerSource):
         self._coming: tuple[int, Future[dict[str, Tensor]]] | None = None
 
     def _check_own_weights(self, unloaded: Unloaded) -> None:
-        ties: dict[str, str] = getattr(unloaded.model, "all_tied_weights_keys", None) or {}
-        names = [name for pair in ties.items() for name in pair]
+        names = [name for pair in unloaded.ties.items() for name in pair]
         shared = [name for name in names if layer_in(name, unloaded.layers_path) is not None]
         if shared:
             raise _not_one_by_one(self.decoder, f"they share weights, such as {shared[0]}")
@@ -199,9 +198,10 @@ class FolderSource(LayerSource):
         model, names = self.decoder.model, self.unloaded.names
         towers = tuple(f"{path}." for path in self._other_towers())
         left = ""
-        if without is not None and not _is_tied(model, without):
+        if without is not None:
             path = next(n for n, module in model.named_modules() if module is without)
-            left = f"{path}.weight"
+            tied = {name for pair in self.unloaded.ties.items() for name in pair}
+            left = "" if f"{path}.weight" in tied else f"{path}.weight"
         wanted = [
             name
             for name in self.unloaded.by_layer.get(None, [])
@@ -209,7 +209,7 @@ class FolderSource(LayerSource):
         ]
         try:
             load_into(model, self.unloaded.settings, self._read(wanted))
-            _tie(model)
+            _tie(self.unloaded)
             yield
         finally:
             replace_tensors(model, self._meta)
@@ -275,22 +275,15 @@ def _not_one_by_one(decoder: Decoder, reason: str) -> UnsupportedModelError:
     )
 
 
-def _tie(model: Any) -> None:
+def _tie(unloaded: Unloaded) -> None:
     """Give weights that are one weight the memory of the one that has some."""
-    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    for pair in ties.items():
+    model = unloaded.model
+    for pair in unloaded.ties.items():
         held = [model.get_parameter(name) for name in pair]
         real = next((weight for weight in held if not weight.is_meta), None)
         for name in pair if real is not None else ():
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._parameters[leaf] = real
-
-
-def _is_tied(model: Any, module: nn.Module) -> bool:
-    """Return whether another module has the same weight."""
-    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    path = next(name for name, item in model.named_modules() if item is module)
-    return any(name.startswith(f"{path}.") for pair in ties.items() for name in pair)
 
 
 class _AllRecorded(Exception):
