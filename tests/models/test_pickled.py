@@ -74,6 +74,7 @@ def test_no_number_is_read_to_find_them(path: Path, monkeypatch: pytest.MonkeyPa
     """With other numbers in the file nothing is found to be different."""
     expected = pickled_tensors_in(path)
     monkeypatch.delattr(StoredTensor, "read")
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", None)  # what maps files
     whole = expected["whole"]
     data = bytearray(path.read_bytes())
     data[whole.offset : whole.offset + whole.nbytes] = b"\xff" * whole.nbytes
@@ -104,6 +105,19 @@ def repacked(path: Path, method: int = zipfile.ZIP_STORED, **changed: bytes) -> 
             new.writestr(item.filename, content, method)
 
 
+def of_another_version(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 6] = 255
+    path.write_bytes(data)
+
+
+def before_the_beginning(path: Path) -> None:
+    """Move the list of entries, as the archive's last record has it, but not the entries."""
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x06\x06") + 50] += 1
+    path.write_bytes(data)
+
+
 def short_storage(path: Path) -> None:
     repacked(path, **{"0": b"\0" * 8})
 
@@ -113,6 +127,8 @@ def short_storage(path: Path) -> None:
     [
         (older, UnsupportedModelError, "in the older format, which can only be read whole"),
         (cut_short, CheckpointError, "whose entries cannot be found .*incomplete, copy"),
+        (of_another_version, CheckpointError, r"cannot be found \(zip file version"),
+        (before_the_beginning, CheckpointError, "cannot be found .*Invalid argument"),
         (lambda path: path.write_bytes(b"no model"), CheckpointError, "cannot be found"),
         (lambda path: path.write_bytes(b""), CheckpointError, "cannot be found"),
         (lambda path: repacked(path, zipfile.ZIP_DEFLATED), UnsupportedModelError, "compressed"),

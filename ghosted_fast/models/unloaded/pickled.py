@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ghosted_fast.errors import CheckpointError, UnsupportedModelError
 from ghosted_fast.models.checked.pickle_reasons import said_of_pickle
@@ -28,6 +29,15 @@ _ENTRY = struct.Struct("<26xHH")
 _OLDER = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _TAR, _TAR_AT = b"ustar", 257
 _LITTLE = b"little"
+# What a damaged list of entries ends in.
+_DAMAGES = (
+    zipfile.BadZipFile,
+    struct.error,
+    ValueError,
+    OverflowError,
+    NotImplementedError,  # a version of the format that there is not
+    OSError,  # a place that no file has
+)
 
 
 def pickled_tensors_in(path: Path) -> dict[str, StoredTensor]:
@@ -86,7 +96,7 @@ def _entries(path: Path) -> dict[int, int]:
                     others.append("compressed ones")
                 elif item.filename.endswith("/byteorder") and file.read(6) != _LITTLE:
                     others.append("numbers of a big-endian machine")
-    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
+    except _DAMAGES as error:
         raise CheckpointError(
             f"expected a whole file of torch.save, got {str(path)!r}, whose entries cannot be "
             f"found ({error}): it is damaged or incomplete, copy or download it again"
@@ -104,11 +114,14 @@ def _only_loaded(path: Path, what: str) -> UnsupportedModelError:
 
 
 def _unpickled(path: Path) -> Any:
-    """Return what is in a file, its tensors without memory."""
+    """Return what is in a file, its tensors without memory.
+
+    Torch neither reads nor maps the numbers of fake tensors, and says of each storage where it is.
+    """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), FakeTensorMode():
             warnings.simplefilter("ignore")  # what is wrong is said by the error
-            return torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged pickle ends in
         raise CheckpointError(
             f"expected a file of tensors that torch.save wrote, got {str(path)!r}, "
@@ -119,8 +132,8 @@ def _unpickled(path: Path) -> Any:
 
 def _stored(path: Path, name: str, tensor: Tensor, entries: dict[int, int]) -> StoredTensor:
     """Return where a tensor without memory lies in its file."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    if not plain or not is_storable(tensor.dtype) or tensor.is_conj() or tensor.is_neg():
+    plain = tensor.layout == torch.strided and not tensor.is_conj() and not tensor.is_neg()
+    if not plain or not is_storable(tensor.dtype):
         raise _only_loaded(path, f"{name} as {tensor.layout} of {tensor.dtype}")
     begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if begin is None:
