@@ -50,7 +50,7 @@ class Below:
         # By the number of the batch: the states that enter the last gap, and those that leave it.
         self._ends: dict[int, tuple[Tensor, Tensor]] = {}
         self._bytes = 0
-        free = default_memory_budget(decoder.device) if to_come > 1 else 0
+        free = default_memory_budget(decoder.device) if self._to_come > 1 else 0
         self._most = min(_MOST_BYTES, int(_SHARE * free))
 
     def note(self, index: int, x: Tensor, y: Tensor) -> None:
