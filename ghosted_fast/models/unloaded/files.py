@@ -147,12 +147,12 @@ class StoredTensor:
         return found
 
     def chunks(self) -> Iterator[Any]:
-        """Yield its bytes, a few megabytes at a time; those of one with strides all at once.
+        """Yield its bytes, a few megabytes at a time; those of one that is not plain all at once.
 
         Raises:
             CheckpointError: The file ends before it.
         """
-        if self.strides is not None:
+        if not self.is_plain:
             yield bytes_of(self.read())
             return
         with self.path.open("rb", buffering=0) as file:

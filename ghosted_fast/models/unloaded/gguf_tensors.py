@@ -8,7 +8,6 @@ is not left in the file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ghosted_fast.errors import CheckpointError, UnsupportedModelError
 from ghosted_fast.models.checked.gguf_header import read_gguf_header
-from ghosted_fast.models.unloaded.files import StoredTensor, bytes_of
+from ghosted_fast.models.unloaded.files import StoredTensor
 
 # Copies of a tensor in fp32 while it is read: rows, all of it, and all in another order.
 _COPIES = 3
@@ -31,7 +30,7 @@ class GgufTensor(StoredTensor):
     Attributes:
         name: What the file calls it.
         kind: The file's number for its blocks.
-        stored: Its shape in the file, in bytes where it has blocks, slowest first.
+        stored: Its shape in the file, slowest first, the last one in bytes.
         processor: Transformers' undoing of what llama.cpp changed.
     """
 
@@ -59,9 +58,8 @@ class GgufTensor(StoredTensor):
         import numpy as np
         from gguf import GGMLQuantizationType, dequantize
 
-        kind = GGMLQuantizationType(self.kind)
-        raw = StoredTensor(self.path, self.offset, (_raw_bytes(self),), torch.uint8).read().numpy()
-        found = dequantize(raw.view(_item_type(kind)).reshape(self.stored), kind)
+        raw = StoredTensor(self.path, self.offset, self.stored, torch.uint8).read().numpy()
+        found = dequantize(raw, GGMLQuantizationType(self.kind))
         found = self.processor.process(
             weights=found, name=self.name, tensor_key_mapping={}, parsed_parameters={"tensors": {}}
         ).weights
@@ -71,23 +69,6 @@ class GgufTensor(StoredTensor):
                 f"{list(found.shape)}: load the model (load_model)"
             )
         return torch.from_numpy(np.ascontiguousarray(found)).to(self.dtype)
-
-    def chunks(self) -> Iterator[Any]:
-        """Yield its bytes, all at once."""
-        yield bytes_of(self.read())
-
-
-def _item_type(kind: Any) -> str:
-    """Return the numpy dtype in which `gguf` takes numbers of a kind."""
-    return {"F32": "<f4", "F16": "<f2", "F64": "<f8"}.get(kind.name, "u1")
-
-
-def _raw_bytes(tensor: GgufTensor) -> int:
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
-    item = _item_type(GGMLQuantizationType(tensor.kind))
-    return math.prod(tensor.stored) * int(np.dtype(item).itemsize)
 
 
 def gguf_config(path: Path) -> Any:
@@ -138,6 +119,7 @@ def gguf_tensors_in(path: Path, model: Any, dtype: torch.dtype) -> dict[str, Sto
                 f"transformers puts {item.name} together with others: load it, save it once with "
                 "save_model, and name that folder"
             )
+        rows = math.prod(item.data.shape[:-1])
         found[name] = GgufTensor(
             path,
             int(item.data_offset),
@@ -145,7 +127,7 @@ def gguf_tensors_in(path: Path, model: Any, dtype: torch.dtype) -> dict[str, Sto
             dtype,
             name=item.name,
             kind=int(item.tensor_type),
-            stored=tuple(int(size) for size in item.data.shape),
+            stored=(*map(int, item.data.shape[:-1]), item.data.nbytes // rows),
             processor=processor,
         )
     return dict(sorted(found.items(), key=lambda pair: pair[1].offset))
