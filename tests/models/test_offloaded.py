@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import ghosted_fast as gf
 from ghosted_fast.errors import ArgumentError, UnsupportedModelError
 from ghosted_fast.models.unloaded import offloaded
+from ghosted_fast.models.unloaded.opening import Unloaded
 from ghosted_fast.surgery.folder import FolderCut
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 
@@ -30,7 +31,7 @@ def with_layers_on_disk(folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, device_map=dict(PLACES), offload_folder=folder.parent / "offload"
     )
-    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    assert model.model.layers[1].self_attn.q_proj.weight.is_meta
     return model
 
 
@@ -112,6 +113,30 @@ def test_what_no_files_hold_is_refused_before_any_work(
 
     with pytest.raises(UnsupportedModelError, match=message):
         gf.ghost_model(model, batches(), remove=2, run=RUN)
+
+
+def test_numbers_beside_weights_of_several_tensors_are_compared_too(tmp_path: Path) -> None:
+    saved(tmp_path / "dense", "mixtral")
+    model = with_layers_on_disk(tmp_path / "dense")
+    assert isinstance(offloaded.in_files_if_offloaded(model), Unloaded)
+    trained(tmp_path, model)
+    with pytest.raises(UnsupportedModelError, match=r"other numbers in model\.norm\.weight"):
+        offloaded.in_files_if_offloaded(model)
+
+
+def test_numbers_of_other_strides_are_compared_too(tmp_path: Path) -> None:
+    dense = saved(tmp_path / "dense", "llama")
+    for path in (tmp_path / "dense").glob("model*"):
+        path.unlink()
+    tensors = dense.state_dict()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].t().contiguous().t()
+    torch.save(tensors, tmp_path / "dense" / "pytorch_model.bin")
+    model = with_layers_on_disk(tmp_path / "dense")
+    assert isinstance(offloaded.in_files_if_offloaded(model), Unloaded)
+    with torch.no_grad():
+        model.lm_head.weight[0, 3] += 1.0
+    with pytest.raises(UnsupportedModelError, match=r"other numbers in lm_head\.weight"):
+        offloaded.in_files_if_offloaded(model)
 
 
 def test_what_a_sweep_cannot_do_is_refused_of_offloaded_models_too(tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ class Unloaded:
         return names_in(self.model, self.settings, self.tensors)
 
     @cached_property
+    def unchanged(self) -> dict[str, StoredTensor]:
+        """The weights that lie in the files as the model has them, by their names in the model."""
+        found = _found_in(self.model, self.settings, self.tensors)
+        return {inside: self.tensors[name] for name, inside, changed in found if not changed}
+
+    @cached_property
     def ties(self) -> dict[str, str]:
         """Weights that are the same as another, and that one, by their names in the model.
 
@@ -172,6 +178,13 @@ def names_in(model: Any, settings: Any, names: Mapping[str, Any]) -> dict[str, s
         settings: How transformers loads it.
         names: The names in the files.
     """
+    return {name: inside for name, inside, _ in _found_in(model, settings, names)}
+
+
+def _found_in(
+    model: Any, settings: Any, names: Mapping[str, Any]
+) -> Iterator[tuple[str, str, bool]]:
+    """Yield names in files, what each is called in a model, and whether its numbers are changed."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     known = model.state_dict()
@@ -179,13 +192,11 @@ def names_in(model: Any, settings: Any, names: Mapping[str, Any]) -> dict[str, s
     renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
     converters = [item for item in mapping if isinstance(item, WeightConverter)]
     prefix = model.base_model_prefix
-    found = {}
     for name in names:
-        new, _ = rename_source_key(name, renamings, converters, prefix, known)
+        new, changed = rename_source_key(name, renamings, converters, prefix, known)
         if new not in known and name in known:  # as in transformers' own loop
-            new, _ = rename_source_key(name, [], [], prefix, known)
-        found[name] = new
-    return found
+            new, changed = rename_source_key(name, [], [], prefix, known)
+        yield name, new, changed is not None
 
 
 def load_into(model: Any, settings: Any, tensors: Mapping[str, Tensor]) -> Any:
