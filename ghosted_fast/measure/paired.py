@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.measure.bootstrap import check_confidence, percentile_interval
 
 _RESAMPLES = 10000
 
@@ -70,8 +71,7 @@ def paired_difference(
 
     Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979.
     """
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"expected a confidence between 0 and 1, got {confidence}")
+    check_confidence(confidence)
     counts = [[len(values) for values in model] for model in (own, other)]
     if counts[0] != counts[1] or not counts[0] or not all(counts[0]):
         raise ArgumentError(
@@ -84,11 +84,8 @@ def paired_difference(
         differences = np.asarray(values, dtype=np.float64) - np.asarray(others, dtype=np.float64)
         means.append(differences.mean())
         drawn += _drawn_means(differences, generator) / len(own)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn, (tail, 1 - tail))
-    return Difference(
-        float(np.mean(means)), float(low), float(high), sum(counts[0]), confidence
-    )  # fmt: skip
+    low, high = percentile_interval(drawn, confidence)
+    return Difference(float(np.mean(means)), low, high, sum(counts[0]), confidence)
 
 
 def _drawn_means(differences: Any, generator: np.random.Generator) -> Any:

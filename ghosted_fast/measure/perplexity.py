@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ghosted_fast.errors import ArgumentError, NonFiniteError
 from ghosted_fast.facts import notebook_table
+from ghosted_fast.measure.bootstrap import check_confidence, percentile_interval
 from ghosted_fast.models.checked.bos import telling_missing_bos
 from ghosted_fast.models.decoder import evaluating
 from ghosted_fast.text.batches import Batch, iterate_batches
@@ -122,8 +123,7 @@ def perplexity_from(
         ArgumentError: The confidence is out of range, or no token is predicted.
         NonFiniteError: The loss of a passage is not finite.
     """
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"expected a confidence between 0 and 1, got {confidence}")
+    check_confidence(confidence)
     sums: list[Tensor] = []
     counts: list[Tensor] = []
     for batch in batches:
@@ -212,14 +212,13 @@ def _summary(total: Any, tokens: Any, confidence: float, seed: int) -> Perplexit
     draws = np.random.default_rng(seed).multinomial(
         tokens.size, np.full(tokens.size, 1 / tokens.size), size=_RESAMPLES
     )
-    tail = (1 - confidence) / 2
     with np.errstate(over="ignore"):
-        ends = np.quantile(np.exp((draws @ total) / (draws @ tokens)), (tail, 1 - tail))
+        low, high = percentile_interval(np.exp((draws @ total) / (draws @ tokens)), confidence)
         value = float(np.exp(total.sum() / tokens.sum()))
     return Perplexity(
         value=value,
-        low=float(ends[0]),
-        high=float(ends[1]),
+        low=low,
+        high=high,
         num_tokens=int(tokens.sum()),
         passage_losses=tuple((total / tokens).tolist()),
         passage_tokens=tuple(tokens.tolist()),
