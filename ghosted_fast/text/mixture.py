@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError, SourceError
 from ghosted_fast.text.loading import cut_rows, wanted_rows
+from ghosted_fast.text.shares import checked_shares
 
 _LOGGER = logging.getLogger(__name__)
 # Rows whose order is random. Within any folds each text then has its share.
 _BLOCK = 16
-# How far shares may be from adding up, so that three thirds can be written.
-_ROUNDING = 0.01
 Texts = Iterable[str] | Callable[[int], Iterable[str]]
 
 
@@ -121,10 +120,8 @@ def _checked(names: Sequence[str], shares: Mapping[str, float] | None) -> list[f
             f"expected a share of each text ({', '.join(names)}), got shares of "
             f"{', '.join(given) or 'none'}"
         )
-    total = sum(given.values())
-    if not all(share > 0 for share in given.values()) or not abs(total - 1) <= _ROUNDING:
-        raise ArgumentError(f"expected shares above 0 that add up to 1, got {given}")
-    return [given[name] / total for name in names]
+    checked = checked_shares(given)
+    return [checked[name] for name in names]
 
 
 def _order(shares: Sequence[float], seed: int) -> Iterator[int]:

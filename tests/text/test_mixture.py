@@ -118,9 +118,9 @@ def test_the_shortest_of_several_decides(caplog: pytest.LogCaptureFixture) -> No
     [
         ({"a": 1.0}, r"expected a share of each text \(a, b\), got shares of a"),
         ({"a": 0.5, "c": 0.5}, "got shares of a, c"),
-        ({"a": 0.5, "b": 0.4}, "above 0 that add up to 1, got"),
-        ({"a": 1.5, "b": -0.5}, "above 0 that add up to 1, got"),
-        ({"a": float("nan"), "b": 0.5}, "above 0 that add up to 1, got"),
+        ({"a": 0.5, "b": 0.4}, "above 0 that add up to 100%, got 50% [+] 40%"),
+        ({"a": 1.5, "b": -0.5}, "add up to 100%, got 150% [+] -50%"),
+        ({"a": float("nan"), "b": 0.5}, "add up to 100%, got nan% [+] 50%"),
         ({"a": 0.995, "b": 0.005}, "give each text a row of 8, got none for 'b' of 128"),
     ],
 )

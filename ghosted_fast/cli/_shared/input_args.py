@@ -16,6 +16,7 @@ import typer
 
 from ghosted_fast.cli._shared import values
 from ghosted_fast.cli._shared.verb import usage_error
+from ghosted_fast.text.shares import percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -233,7 +234,7 @@ class LearnedTextArgs(TextArgs):
         names = [Path(name).name for name in self.shares]
         if len(names) == 1:
             return names[0]
-        shares = map(values.percent, self.shares.values())
+        shares = map(percent, self.shares.values())
         return ", ".join(f"{name} ({share})" for name, share in zip(names, shares, strict=True))
 
     def check(self) -> None:

@@ -13,6 +13,9 @@ from typing import Any, Literal, get_args
 
 import typer
 
+from ghosted_fast.errors import ArgumentError
+from ghosted_fast.text.shares import checked_shares
+
 Criterion = Literal[
     "ghost",
     "ghost-search",
@@ -44,8 +47,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"
 MOST, MOST_SEED = 10**12, 2**63 - 1
 _MOST_LAYERS, _MOST_CORRECTIONS = 10**6, 10**6
 _SHARED = re.compile(r"(.+):([0-9]*\.?[0-9]+%?)")
-# How far shares may be from adding up, so that three thirds can be written.
-_ROUNDING = 0.01
 _TOKEN_UNITS = {"k": 10**3, "K": 10**3, "m": 10**6, "M": 10**6}
 
 
@@ -241,11 +242,10 @@ def parse_mixture(texts: Sequence[str]) -> dict[str, float]:
             f"expected a share of each text or of none, such as '{missing[0]}:30%', got none of "
             f"{missing[0]!r}"
         )
-    total = sum(known.values())
-    if 0.0 in known.values() or abs(total - 1.0) > _ROUNDING:
-        got = " + ".join(percent(share) for share in known.values())
-        raise _mixture_error(f"expected shares above 0 that add up to 100%, got {got}")
-    return {name: share / total for name, share in known.items()}
+    try:
+        return checked_shares(known)
+    except ArgumentError as error:
+        raise _mixture_error(str(error)) from error
 
 
 def _shared(text: str) -> tuple[str, float | None]:
@@ -260,11 +260,6 @@ def _shared(text: str) -> tuple[str, float | None]:
     if name == "self" or Path(name).exists():
         raise _mixture_error(f"expected a share such as '70%' or '0.7' of {name!r}, got {number!r}")
     return text, None
-
-
-def percent(share: float) -> str:
-    """Return a share as people read it."""
-    return f"{100 * share:.3g}%"
 
 
 def _mixture_error(message: str) -> typer.BadParameter:
