@@ -125,6 +125,16 @@ def test_values_as_people_write_them(model_folder: Path, texts: Path, tmp_path: 
     assert "heal" not in options and "memory" not in options
 
 
+@pytest.mark.parametrize("nothing", ["~", "null", "", "[]"])
+def test_no_text_in_a_recipe_is_a_missing_one(
+    model_folder: Path, tmp_path: Path, nothing: str
+) -> None:
+    path = tmp_path / "by_hand.yaml"
+    path.write_text(f"fit:\n  model: {model_folder}\n  calibration: {nothing}\n  removed: 1\n")
+    shown = run("fit", "--recipe", path, "--output", tmp_path / "out", status=2)
+    assert "Missing option '--calibration'" in shown
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

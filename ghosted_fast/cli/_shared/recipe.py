@@ -79,12 +79,14 @@ def take_recipe(ctx: typer.Context, path: Path | None) -> Path | None:
         }
     except SourceError as error:
         raise typer.BadParameter(str(error)) from error
-    ctx.default_map = {name: value for name, value in values.items() if value not in _NOTHING}
+    ctx.default_map = {name: value for name, value in values.items() if value}
     return path
 
 
 def _given(name: str, value: Any, repeated: bool) -> str | list[str]:
     """Return a value as the command line has it: a list with commas between, or repeated.
+
+    What stands for no value is empty.
 
     Raises:
         SourceError: It is a dict, or holds one.
@@ -94,7 +96,10 @@ def _given(name: str, value: Any, repeated: bool) -> str | list[str]:
     parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, str) for part in parts):
         raise SourceError(f"expected one value of {name!r} in the recipe, got {value!r}")
-    return parts if repeated else ",".join(parts)
+    text = ",".join(parts)
+    if text in _NOTHING:
+        return ""
+    return parts if repeated else text
 
 
 @dataclass(frozen=True)
