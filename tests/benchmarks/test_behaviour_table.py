@@ -42,13 +42,13 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     files = {"quartz": tmp_path / "quartz.jsonl"}
     files["quartz"].write_text("".join(f"{json.dumps(record)}\n" for record in records))
     calibration = tmp_path / "text.jsonl"
-    texts = [" ".join(draw.choices(words, k=40)) for _ in range(80)]
+    texts = [" ".join(draw.choices(words, k=40)) for _ in range(400)]
     calibration.write_text("".join(f"{json.dumps({'0': text})}\n" for text in texts))
     module = load_benchmark("behaviour_table", monkeypatch)
     assets = DemoAssets(calibration, calibration, calibration)
     monkeypatch.setattr(module, "fetch_demo_assets", lambda: assets)
     monkeypatch.setattr(module, "QUESTIONS", module.QUESTIONS[:3])
-    for name, value in (("CALIBRATION_TOKENS", 2048), ("LENGTH", 32), ("HEALED_TOKENS", 512)):
+    for name, value in (("CALIBRATION_TOKENS", 8192), ("LENGTH", 32), ("HEALED_TOKENS", 512)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module, "HELD_OUT_TOKENS", 256)
     for where in (module, tasks):
@@ -78,7 +78,9 @@ def recovered(bench: ModuleType, made: Any) -> dict[str, Any]:
     return {
         "about": {"weights": weights, "calibration": text},
         "selections": [
-            {"criterion": name, "remove": 2, "removed": layers} for name, layers in chosen.items()
+            {"criterion": name, "remove": len(layers), "removed": layers}
+            for name, two in chosen.items()
+            for layers in ([4], two)
         ],
         "rows": [
             {"remove": 2, "criterion": "sleb", "recovery": "ghost-paper", "marks": [mark]}
@@ -93,6 +95,13 @@ def test_every_row(
     known = recovered(bench, study())
     made = study(known)
     monkeypatch.setattr(bench, "select_layers", None)  # all is known
+    asked, exact_answers = [], bench.exact_answers
+
+    def solve(models: dict[str, Any], *arguments: Any, **more: Any) -> Any:
+        asked.extend(models.values())
+        return exact_answers(models, *arguments, **more)
+
+    monkeypatch.setattr(bench, "exact_answers", solve)
     made.begin()
     for name in bench.ROWS:
         made.point(name, 2)
@@ -108,7 +117,11 @@ def test_every_row(
     assert points["ours"]["removed"] == [2, 3] and points["nothing"]["removed"] == [1, 2]
     assert points["healed"]["learned"] == 512 and "learned" not in points["ours"]
     assert points["healed"]["fidelity"] != points["ours"]["fidelity"]
-    assert points["closed form"]["corrections"] == 0
+    assert points["closed form"]["corrections"] == 0 < points["ours"]["corrections"]
+    assert points["closed form"]["fidelity"] != points["ours"]["fidelity"]
+    assert points["paper"]["fidelity"] != points["nothing"]["fidelity"]
+    # Of dense and five others.
+    assert len({id(model) for model in asked}) == len(asked) == 6 and asked[0] is made._dense
 
     # The best published pair chose the same layers as the paper's: one model, measured once.
     assert points["published"]["criterion"] == "sleb"
@@ -141,6 +154,19 @@ def test_what_is_there_is_not_made_again(
     assert again.found == made.found
     with pytest.raises(ArgumentError, match="choose another --output"):
         study(questions=9)
+    monkeypatch.setattr(bench, "model_digest", lambda model: "of another model")
+    with pytest.raises(ArgumentError, match=r"'of another model'\) in .*choose another --output"):
+        study()
+
+
+def test_rows_are_models_of_their_own(bench: ModuleType, study: MakeStudy) -> None:
+    made, digests = study(), {}
+    for name in ("closed form", "healed", "ours", "paper", "nothing"):
+        digests[name] = model_digest(made._made(bench.ROWS[name], [2, 3])[0])
+    assert len(set(digests.values())) == 5
+    # What is healed is a copy.
+    corrected = study()._made(bench.ROWS["ours"], [2, 3])[0]
+    assert digests["ours"] == model_digest(corrected)
 
 
 def test_layers_are_chosen_where_nobody_has(

@@ -117,7 +117,7 @@ def test_facts_are_rewritten_whole_or_not_at_all(
         (ArgumentError("expected a, got b: c"), "expected a, got b: c"),
         (
             KeyError("x"),
-            "expected fit to finish on model=m calibration=c, got KeyError: 'x': check",
+            "expected fit to finish on model=m calibration=c,d:30%, got KeyError: 'x': check",
         ),
         (OSError(28, "No space left on device"), "got [Errno 28] No space left on device: check"),
         (MemoryError(), "got MemoryError: no more: take fewer --tokens"),
@@ -125,7 +125,8 @@ def test_facts_are_rewritten_whole_or_not_at_all(
     ],
 )
 def test_every_error_is_a_line(error: Exception, said: str) -> None:
-    line = line_of(error, "fit", {"model": "m", "calibration": "c", "output": None, "tokens": 3})
+    given = {"model": "m", "calibration": ["c", "d:30%"], "output": None, "tokens": 3}
+    line = line_of(error, "fit", given)
     assert said in line and "\n" not in line
 
 

@@ -20,6 +20,7 @@ from ghosted_fast.cli.app import app
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.text.generation import generate_texts
 from ghosted_fast.text.loading import token_batches
+from ghosted_fast.text.mixture import Texts, mix_texts
 
 SMALL = ("--tokens", 512, "--sequence-length", 32)
 
@@ -47,6 +48,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["a:.25", "b/c:d:0.75"], {"a": 0.25, "b/c:d": 0.75}),
         (["a:33.3%", "b:33.3%", "c:33.3%"], dict.fromkeys("abc", 1 / 3)),
         (["nobody/wiki:20231101"], {"nobody/wiki:20231101": 1.0}),
+        (["nobody/wiki:1"], {"nobody/wiki:1": 1.0}),
         (["nobody/wiki:en:60%", "a:40%"], {"nobody/wiki:en": 0.6, "a": 0.4}),
     ],
 )
@@ -64,14 +66,15 @@ def test_texts_and_their_shares(texts: list[str], shares: dict[str, float]) -> N
         (["a:100%", "self:0%"], "above 0 that add up to 100%, got 100% [+] 0%"),
         (["a:50%"], "add up to 100%, got 50%"),
         (["a:0.7", "self:30"], "a share such as '70%' or '0.7' of 'self', got '30'"),
+        (["self:1"], "a share such as '70%' or '0.7' of 'self', got '1'"),
     ],
 )
 def test_shares_that_are_refused(texts: list[str], message: str) -> None:
     with pytest.raises(typer.BadParameter, match=message):
         parse_mixture(texts)
     given = [f"--calibration={text}" for text in texts]
-    said = run("fit", "--model=m", "--removed=1", "--output=o", *given, status=2)
-    assert "'--calibration': expected" in said
+    for verb in (("fit", "--removed=1", "--output=o"), ("select", "--remove=1", "--dry-run")):
+        assert "'--calibration': expected" in run(*verb, "--model=m", *given, status=2)
 
 
 def test_a_number_behind_a_file_is_no_configuration(texts: Path) -> None:
@@ -111,10 +114,13 @@ def test_fit_on_a_mixture_and_its_recipe(
 
 
 def test_what_is_read_is_never_replaced(model_folder: Path, texts: Path, other: Path) -> None:
-    said = run("fit", "--model", model_folder, "--removed", 2, "--calibration", f"{texts}:50%",
-               "--calibration", f"{other}:50%", "--output", other, "--overwrite",
-               status=1)  # fmt: skip
-    assert str(other) in said and other.is_file()
+    both = "--calibration", f"{texts}:50%", "--calibration", f"{other}:50%"
+    for verb in (
+        ("fit", "--model", model_folder, "--removed", 2),
+        ("heal", model_folder, "--dense", model_folder),
+    ):
+        said = run(*verb, *both, "--output", other, "--overwrite", status=1)
+        assert str(other) in said and other.is_file()
 
 
 def test_a_text_that_ends_early_is_named(model_folder: Path, texts: Path, tmp_path: Path) -> None:
@@ -126,16 +132,25 @@ def test_a_text_that_ends_early_is_named(model_folder: Path, texts: Path, tmp_pa
     assert f"the text '{short}' ended after {there} of 256 tokens; give more of it" in said
 
 
-def test_what_the_model_writes_is_mixed_in(model_folder: Path, texts: Path) -> None:
+def test_what_the_model_writes_is_mixed_in(model_folder: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(model_folder)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": "cat", "said": TEXT}) + "\n" for _ in range(90)))
     text: Any = LearnedTextArgs(
-        calibration=[f"{texts}:75%", "self:25%"], sequence_length=32, batch_size=4, seed=3
+        calibration=[f"{texts}:75%", "self:25%"], field="said", sequence_length=32, seed=3
     )
-    rows = torch.cat(text.read(model, tokenizer, 512, progress=False)).tolist()
+    read = torch.cat(text.read(model, tokenizer, 512, progress=False))
+    rows = read.tolist()
     own = generate_texts(model, tokenizer, 128, seed=3)
     written = torch.cat(token_batches(tokenizer, own, 128, 32)).tolist()
     assert len(rows) == 16 and [row for row in rows if row in written] == written
     assert text.from_model and text.named == "texts.jsonl (75%), self (25%)"
+    sources: dict[str, Texts] = {
+        "web": [TEXT] * 90,
+        "own": lambda wanted: generate_texts(model, tokenizer, wanted, seed=3),
+    }
+    shares = {"web": 0.75, "own": 0.25}
+    assert torch.equal(read, torch.cat(mix_texts(tokenizer, sources, 512, shares, 32, seed=3)))
 
 
 @pytest.mark.slow

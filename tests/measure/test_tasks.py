@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ghosted_fast.measure import tasks
 from ghosted_fast.measure.paired import paired_difference
 from ghosted_fast.measure.tasks import (
     LOCAL_TASKS,
+    TaskScore,
     accuracy,
     check_tasks,
     evaluate_tasks,
@@ -123,6 +125,25 @@ def test_the_answer_of_the_highest_likelihood_per_character_is_chosen() -> None:
     assert tasks._choices([sample], "acc_norm") == (1,)
     assert tasks._choices([{**sample, "filtered_resps": ["a text"]}], "exact_match") is None
     assert tasks._choices(None, "acc") is None
+
+
+def test_a_mean_is_compared_where_all_its_parts_are_known() -> None:
+    def scores(right: tuple[bool, ...], last: tuple[bool, ...] | None) -> list[TaskScore]:
+        parts = [
+            TaskScore(name, "acc", 0.5, None, 2, choices=(0, 1), right=right)
+            for name in tasks.PAPER_TASKS
+        ]
+        mean = TaskScore(tasks.PAPER, "mean acc", 0.5, None, 2 * len(parts))
+        another = replace(parts[0], task="piqa", right=tuple(not item for item in right))
+        return [another, *parts[:-1], replace(parts[-1], right=last), mean]
+
+    dense = scores((True, True), (True, True))
+    *_, whole = with_flips(scores((True, False), (False, False)), dense)
+    assert whole.difference is not None
+    assert whole.difference.value == pytest.approx(-(8 * 0.5 + 1) / 9)
+    *_, last, partial = with_flips(scores((True, False), None), dense)
+    assert last.difference is None and partial.difference is None
+    assert last.flips == partial.flips == 0.0
 
 
 def test_right_or_wrong_is_the_metrics_word() -> None:
