@@ -28,5 +28,5 @@ def percentile_interval(draws: ArrayLike, confidence: float) -> tuple[float, flo
         confidence: Share of the draws that lie between, from 0 to 1.
     """
     tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, (tail, 1 - tail))
+    low, high = np.quantile(np.asarray(draws), (tail, 1 - tail))
     return float(low), float(high)
