@@ -98,7 +98,7 @@ class HealArgs:
             help="Rank of the factors of each linear map; 0 trains the ghosts alone, 'full' whole "
             "weights in the place of factors.",
         ),
-    ] = "32"
+    ] = 32
     learning_rate: Annotated[
         float | None,
         typer.Option(
