@@ -105,6 +105,20 @@ def my_share(items: Iterable[T]) -> Iterator[T]:
     return islice(items, index(), None, count())
 
 
+def my_turns(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+    """Yield `my_share` of items, and as many on every rank.
+
+    For work in which all ranks take part at once. Where the others have one more, the last item
+    comes once more.
+
+    Yields:
+        The item, and whether it is of this rank's share.
+    """
+    for start in range(0, len(items), count()):
+        place = start + index()
+        yield items[min(place, len(items) - 1)], place < len(items)
+
+
 def same_text_everywhere(batches: Iterable[Any]) -> CalibrationText:
     """Return a text after checking, once, that all ranks were given the same.
 
@@ -176,6 +190,25 @@ def add_up(tensors: Sequence[Tensor]) -> None:
         dist.all_reduce(flat)
     for item, total in zip(tensors, flat.split([item.numel() for item in tensors]), strict=True):
         item.copy_(total.view_as(item))
+
+
+def gather_parts(parts: Sequence[Tensor], wholes: Sequence[Tensor]) -> None:
+    """Fill tensors with what the ranks have parts of.
+
+    Args:
+        parts: Of each tensor this rank's part, bytes [n]; the same number on all ranks.
+        wholes: For each, room for the parts of all ranks in their order, bytes [count * n].
+    """
+    if not parts or count() == 1:
+        return
+    _all_well()
+    with _answering():
+        for part, whole in zip(parts, wholes, strict=True):
+            place = _served_device(part.device)
+            made = whole if place == whole.device else torch.empty_like(whole, device=place)
+            dist.all_gather(list(made.chunk(count())), part.to(place))
+            if made is not whole:
+                whole.copy_(made)
 
 
 def one_item_per_rank(

@@ -19,6 +19,7 @@ from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.errors import ArgumentError, GhostedFastError, OutputError
 from ghosted_fast.models.checked.usable import repair_generation
 from ghosted_fast.models.quantized.packing import packed_again
+from ghosted_fast.models.sharded import whole_on_first
 from ghosted_fast.text.files import first_line, is_readable_name
 
 # A file that every folder of such a kind has.
@@ -102,8 +103,9 @@ def save_model(
 
     The files are written to a temporary folder beside the target, which is renamed at the end. The
     result loads with `AutoModelForCausalLM.from_pretrained` once `ghosted_fast` is imported. In a
-    process group only rank 0 saves, as in transformers; the other ranks return at once. Weights are
-    aligned in their files (`align_weights`).
+    process group only rank 0 saves, as in transformers; the other ranks return at once, or when
+    they have sent their parts of a model that is sharded (`heal(shard=True)`), which rank 0 has
+    whole meanwhile. Weights are aligned in their files (`align_weights`).
 
     Args:
         model: A transformers model, ghosted or not.
@@ -124,14 +126,15 @@ def save_model(
         OutputError: It cannot be written: no room, or no right. What was there is as it was.
     """
     target = Path(folder)
-    if not distributed.is_writer():
-        return target
-    check_target(target, overwrite)
-    check_place(target)
-    check_room(target, weight_bytes(model))
-    repair_generation(model)
-    with written_or_told(target):
-        return _save(model, target, tokenizer, recipe)
+    with whole_on_first(model):
+        if not distributed.is_writer():
+            return target
+        check_target(target, overwrite)
+        check_place(target)
+        check_room(target, weight_bytes(model))
+        repair_generation(model)
+        with written_or_told(target):
+            return _save(model, target, tokenizer, recipe)
 
 
 @contextmanager

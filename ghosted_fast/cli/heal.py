@@ -113,6 +113,14 @@ class HealArgs:
             help="Write what was trained as a PEFT adapter of FOLDER, not as a healed model.",
         ),
     ] = False
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="With torchrun: share the weights of the layers out among the processes, each of "
+            "which holds its part of them and one layer at a time.",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         for option, value in (("--minutes", self.minutes), ("--learning-rate", self.learning_rate)):
@@ -153,6 +161,7 @@ def heal_folder(
     from ghosted_fast.facts import healing_text
     from ghosted_fast.improve.adapter import check_adapter
     from ghosted_fast.improve.healing import check_healable, heal
+    from ghosted_fast.improve.pairs import check_sharding
     from ghosted_fast.models.loading import load_processor
 
     options = training.options(text.seed)
@@ -164,6 +173,7 @@ def heal_folder(
         text.check()
         pair.check(text.sequence_length)
         smaller, dense, tokenizer = pair.open()
+        check_sharding(smaller, dense, options.rank, training.shard)
         check_healable(smaller, options, training.adapter)
         batches = text.read(
             dense, tokenizer, text.tokens_to_heal(options), text.sequence_length, first
@@ -177,14 +187,15 @@ def heal_folder(
             state=state,
             adapter=output.output if training.adapter else None,
             overwrite=output.overwrite,
+            shard=training.shard,
             progress=first,
         )
         healed = asdict(done)
         facts = _facts(pair, smaller, dense, text, healed) | {"output": str(output.output)}
-        if first and not training.adapter:
+        if not training.adapter:
             attach_healing(smaller.config, healed, facts["calibration"])
-            beside = load_processor(pair.folder, pair.trust_remote_code) or tokenizer
-            save_model(smaller, output.output, beside, output.overwrite)
+            processor = load_processor(pair.folder, pair.trust_remote_code) if first else None
+            save_model(smaller, output.output, processor or tokenizer, output.overwrite)
         if first:
             state.unlink(missing_ok=True)
     if not first:

@@ -23,6 +23,7 @@ from torch.nn import functional
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.sharded import replacing
 from ghosted_fast.options import Rank
 
 _FOLDABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -124,7 +125,7 @@ class Trained:
     """
 
     def __init__(self, model: nn.Module, rank: Rank, seed: int, apart: bool = False) -> None:
-        self.apart = apart
+        self.apart, self._model = apart, model
         generator = torch.Generator().manual_seed(seed)
         found = _linear_maps(model) if rank else []
         self.num_maps = len(found)
@@ -211,7 +212,8 @@ class Trained:
     def fold(self) -> None:
         """Give the model parameters of its own that hold all that was trained."""
         for item in self.factors:
-            item.fold()
+            with replacing(self._model, item.module):
+                item.fold()
         own = []
         for master, (module, name) in zip(self._masters, self._whole, strict=True):
             old = module.get_parameter(name)

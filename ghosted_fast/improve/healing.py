@@ -37,11 +37,12 @@ from ghosted_fast.improve.exits import Exit, exit_divergence
 from ghosted_fast.improve.factors import Trained, check_trainable
 from ghosted_fast.improve.gradients import check_gradients, kernels_with_gradients
 from ghosted_fast.improve.healing_run import Run, learning_rate_share, load_run, save_run, take_step
-from ghosted_fast.improve.pairs import check_pair, check_same_dtype
+from ghosted_fast.improve.pairs import check_pair, check_same_dtype, check_sharding
 from ghosted_fast.models.checked.bos import tell_missing_bos
 from ghosted_fast.models.decoder import Decoder, evaluating
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.quantized.loading import quantization_of
+from ghosted_fast.models.sharded import shard_weights, turns_of
 from ghosted_fast.options import HealOptions
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.fingerprints import model_digest, text_digest
@@ -75,6 +76,7 @@ def heal(
     state: str | Path | None = None,
     adapter: str | Path | None = None,
     overwrite: bool = False,
+    shard: bool = False,
     progress: bool = False,
 ) -> HealingFacts:
     """Train a ghosted or pruned model, in place, to predict what the dense model predicts.
@@ -96,6 +98,9 @@ def heal(
             behind; a run that has ended is not repeated. Only rank 0 writes and reads it.
         adapter: A folder to write as a PEFT adapter, or None, so that all is folded into the model.
         overwrite: Whether an existing folder `adapter` is replaced.
+        shard: Whether the ranks share out the weights of the layers too, so that each holds its
+            part of them. Both models stay so: `save_model` saves them, called on all ranks, and
+            `unshard_weights` makes them whole. Where an error ends the healing, they are lost.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -103,13 +108,14 @@ def heal(
 
     Raises:
         ArgumentError: The models do not fit each other, a ghost is int8, the state is that of
-            another run, or the adapter's folder exists.
+            another run, the adapter's folder exists, or whole weights are to be trained and shared
+            out.
         CalibrationError: There is too little text to hold any out.
         CheckpointError: The state file cannot be read.
         MissingExtraError: An adapter is asked for, and package peft is absent.
         NonFiniteError: The model's predictions are NaN or infinite before the first step.
-        UnsupportedModelError: The model is quantized or passes no gradients back, or there is
-            nothing to train.
+        UnsupportedModelError: The model is quantized, passes no gradients back or is spread over
+            processes by FSDP, or there is nothing to train.
         RankError: Another rank failed, or is gone.
     """
     options = options or HealOptions()
@@ -118,8 +124,11 @@ def heal(
     apart = adapter is not None
     if adapter is not None:
         check_adapter(Path(adapter), options.rank, overwrite)
+    check_sharding(smaller, dense, options.rank, shard)
     check_healable(smaller, options, apart)
-    distributed.check_same({"options": options, "apart": apart}, smaller)
+    given = {"options": options, "apart": apart, "shard": shard}
+    for model in (smaller, dense):
+        distributed.check_same(given, model)
     text = distributed.same_text_everywhere(batches)
     device = Decoder.of(smaller).device
     train, judges = split_sequences(text, options.held_out_tokens, device, keep_rest=True)
@@ -129,6 +138,8 @@ def heal(
     tell_missing_bos(dense, judges[0])
     trained = Trained(smaller, options.rank, options.seed, apart)
     healing = _Healing(smaller, dense, trained, train, judges, options)
+    if shard:
+        shard_weights(smaller, dense)
     with kernels_with_gradients(smaller, dense), evaluating(smaller), evaluating(dense):
         facts = healing.run(None if state is None else Path(state), progress)
     if adapter is None and facts.best_tokens:
@@ -182,6 +193,7 @@ class _Healing:
         options: HealOptions,
     ) -> None:
         self._dense, self._smaller, self._trained = Exit(dense), Exit(smaller), trained
+        self._model = smaller
         self._options = options
         self._device = trained.parameters[0].device
         there = token_count(train)
@@ -283,7 +295,7 @@ class _Healing:
         parameters = self._trained.parameters
         gradients = [torch.zeros_like(part) for part in parameters]
         count = token_count(chosen)
-        for batch in distributed.my_share(in_passes(chosen)):
+        for batch, is_mine in turns_of(self._model, list(in_passes(chosen))):
             with span("dense model"):
                 theirs = self._dense.states(batch)
             with self._trained.applied():
@@ -292,11 +304,12 @@ class _Healing:
                 away = torch.zeros_like(ours, memory_format=torch.contiguous_format)
                 counted = batch.attention_mask.bool()
                 with span("heads and divergence"):
-                    exit_divergence(self._dense, self._smaller, theirs, ours, counted, away)
+                    if is_mine:
+                        exit_divergence(self._dense, self._smaller, theirs, ours, counted, away)
                 with span("backward"):
                     found = torch.autograd.grad(ours, parameters, away, allow_unused=True)
             for total, part in zip(gradients, found, strict=True):
-                if part is not None:
+                if is_mine and part is not None:
                     total.add_(part, alpha=1.0 / max(count, 1))
         distributed.add_up(gradients)
         return gradients
@@ -305,15 +318,16 @@ class _Healing:
         """Return the held-out divergence per token, nats, of what is trained at a point."""
         began = time.perf_counter()
         self._trained.move_to(point)
-        found, judges = 0.0, list(distributed.my_share(self._judges))
+        found, turns = 0.0, list(turns_of(self._model, self._judges))
         with span("judgement"):
             if not self._expected:
-                self._expected = [self._dense.states(batch) for batch in judges]
+                self._expected = [self._dense.states(batch) for batch, _ in turns]
             with self._trained.applied():
-                for batch, theirs in zip(judges, self._expected, strict=True):
+                for (batch, is_mine), theirs in zip(turns, self._expected, strict=True):
                     ours = self._smaller.states(batch)
                     counted = batch.attention_mask.bool()
-                    found += exit_divergence(self._dense, self._smaller, theirs, ours, counted)
+                    if is_mine:
+                        found += exit_divergence(self._dense, self._smaller, theirs, ours, counted)
         sums = torch.tensor([found], dtype=torch.float64)
         distributed.add_up([sums])
         self._judging = time.perf_counter() - began

@@ -9,6 +9,8 @@ from ghosted_fast.errors import ArgumentError
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.families import num_layers
+from ghosted_fast.models.sharded import check_plain, check_shardable
+from ghosted_fast.options import Rank
 
 
 def check_pair(smaller: Any, dense: Any) -> None:
@@ -41,4 +43,29 @@ def check_same_dtype(smaller: Any, dense: Any) -> None:
         raise ArgumentError(
             f"expected both models in one dtype, got the smaller one in {found} and the dense one "
             f"in {expected}: load both in the same (dtype=, --dtype)"
+        )
+
+
+def check_sharding(smaller: Any, dense: Any, rank: Rank, shard: bool) -> None:
+    """Raise unless two models are whole on every rank, and can be shared out if asked for.
+
+    Args:
+        smaller: A model.
+        dense: The one that it comes from.
+        rank: Of the factors that are trained.
+        shard: Whether the ranks shall share the weights out.
+
+    Raises:
+        ArgumentError, UnsupportedModelError: See `check_plain` and `check_shardable`; or whole
+            weights are trained.
+    """
+    for model in (smaller, dense):
+        check_plain(model)
+        if shard:
+            check_shardable(model)
+    if shard and rank == "full":
+        raise ArgumentError(
+            'expected a number as the rank to share the weights out with, got "full": whole '
+            "weights in training are held by every rank; train factors, or leave shard=True "
+            "(--shard) away"
         )

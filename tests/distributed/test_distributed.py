@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import rank_programs
+from support.healed_models import visible
 from support.tiny_text import TEXT, save_tiny_model
 
 from ghosted_fast.cli.app import app
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.slow
 _WAIT_S = 300.0
 # What takes long to import; each rank is a fork of one process that has it.
 _IMPORTED = ["ghosted_fast.pipeline", "ghosted_fast.cli.app", "ghosted_fast.grid"]
-_IMPORTED += ["transformers.models.llama.modeling_llama"]
+_FAMILIES = ("llama", "gpt2", "mixtral")
+_IMPORTED += [f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES]
 
 
 def start(target: Callable[..., None], calls: list[tuple[Any, ...]], impatient: bool) -> None:
@@ -131,6 +133,74 @@ def test_healing_is_that_of_one_process(tmp_path: Path, size: int) -> None:
     change, wanted = (found[name] - before[name] for found in (first[0], expected))
     assert wanted.abs().max() > 1e-3 and relative_rms(change, wanted) < 1e-2
     assert sorted(item.name for item in (tmp_path / "ranks").iterdir()) == ["state0"]
+
+
+@pytest.mark.parametrize(
+    ("size", "family", "layer"),
+    [
+        (3, "llama", "model.layers.1.mlp.up_proj.weight"),
+        (4, "mixtral", "model.layers.1.self_attn.q_proj.weight"),
+        (2, "gpt2", "transformer.h.1.mlp.c_fc.weight"),
+    ],
+)
+def test_healing_of_sharded_weights_is_that_of_whole_ones(
+    tmp_path: Path, size: int, family: str, layer: str
+) -> None:
+    """To the bit that of as many ranks, and that of one process as near as theirs."""
+    for name in ("sharded", "whole", "single"):
+        (tmp_path / name).mkdir()
+    program, folder = rank_programs.sharded_healing, tmp_path / "sharded"
+    expected, curve, _ = program(family, tmp_path / "single", True)  # one rank shares nothing
+    whole, *_ = run_ranks(program, size, tmp_path / "whole", family, tmp_path / "whole", False)
+    for found in run_ranks(program, size, folder, family, folder, True):
+        assert found[1] == whole[1] == pytest.approx(curve, rel=1e-4) and curve[-1] < curve[0]
+        assert all(torch.equal(found[0][name], value) for name, value in whole[0].items())
+        held = found[2]
+        assert held["all"] / size <= held["kept"] <= 1.01 * held["all"] / size
+        assert 0 < held["most"] <= 1.01 * held["layer"] < 0.2 * held["all"]
+    assert whole[2]["kept"] == whole[2]["all"] == held["all"]
+    before = visible(tiny_model(family)).state_dict()[layer]
+    change, wanted = (weights[layer] - before for weights in (whole[0], expected))
+    assert wanted.abs().max() > 1e-3 and relative_rms(change, wanted) < 1e-2
+    saved = load_file(folder / "saved" / "model.safetensors")
+    one = load_file(tmp_path / "whole" / "saved" / "model.safetensors")
+    assert saved.keys() == one.keys()
+    assert all(torch.equal(saved[name], value) for name, value in one.items())
+
+
+def test_an_adapter_of_sharded_weights_is_that_of_whole_ones(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    for shard in (False, True):
+        folder = tmp_path / str(shard)
+        folder.mkdir()
+        program = rank_programs.sharded_healing
+        run_ranks(program, 2, folder, "llama", folder, shard, True)
+    one, other = (
+        load_file(tmp_path / str(shard) / "adapter" / "adapter_model.safetensors")
+        for shard in (False, True)
+    )
+    assert one.keys() == other.keys() and one
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+def test_an_error_in_a_pass_of_sharded_weights_is_an_error_of_all(tmp_path: Path) -> None:
+    first, second, third = run_ranks(rank_programs.sharded_poisoned, 3, tmp_path)
+    assert second == ("ValueError", "this layer is broken")
+    assert first == third == ("RankError", "rank 1 failed: ValueError: this layer is broken")
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("fsdp", "UnsupportedModelError", "whole weights on every rank, got a DTensor in "),
+        ("healed", "ArgumentError", "first (ghosted_fast.unshard_weights)"),
+    ],
+)
+def test_weights_that_are_spread_already_are_refused(
+    tmp_path: Path, what: str, error: str, message: str
+) -> None:
+    for name, text in run_ranks(rank_programs.healed_as_it_is, 2, tmp_path, what):
+        assert name == error and message in text
 
 
 def check_weights(folder: Path, expected_folder: Path) -> None:
@@ -240,12 +310,15 @@ def test_command_line_ends_when_a_process_dies(inputs: tuple[Path, Path], tmp_pa
     assert not list(output.parent.iterdir())
 
 
-def test_torchrun_heals_as_one_process_does(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [[], ["--shard"]])
+def test_torchrun_heals_as_one_process_does(
+    inputs: tuple[Path, Path], tmp_path: Path, shared: list[str]
+) -> None:
     ghosted = tmp_path / "ghosted"
     app(fit_command(inputs, ghosted), standalone_mode=False)
     command = ["heal", str(ghosted), "--dense", str(inputs[0]), "--calibration", str(inputs[1])]
     command += ["--tokens", "2k", "--sequence-length", "32", "--json", "--output"]
-    first, second = run_command([*command, str(tmp_path / "shared")], tmp_path)
+    first, second = run_command([*command, str(tmp_path / "shared"), *shared], tmp_path)
     assert first[0] == 0, first[2]
     assert json.loads(first[1])["healing"]["best_tokens"] > 0 and second[:2] == (0, "")
     app([*command, str(tmp_path / "single")], standalone_mode=False)

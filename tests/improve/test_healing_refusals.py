@@ -93,6 +93,10 @@ def test_what_cannot_be_healed_is_refused_before_the_work(monkeypatch: pytest.Mo
     packed.config.quantization_config = {"quant_method": "mxfp4"}
     with pytest.raises(UnsupportedModelError, match=r"quantized by mxfp4.*rank=0"):
         healed(packed, dense)
+    with pytest.raises(UnsupportedModelError, match="quantized by mxfp4: leave shard=True"):
+        heal(packed, dense, text(), HealOptions(rank=0), shard=True)
+    with pytest.raises(ArgumentError, match="expected a number as the rank to share the weights"):
+        heal(fitted(dense), dense, text(), HealOptions(rank="full"), shard=True)
     float8 = prune_model(dense, [1])
     weight = decoder_layers(float8)[0].mlp.up_proj.weight
     decoder_layers(float8)[0].mlp.up_proj.weight = nn.Parameter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -22,7 +23,10 @@ from ghosted_fast.cli.app import app
 from ghosted_fast.fit import walk
 from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.grid import run_grid
+from ghosted_fast.improve.healing import heal
 from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.ghost_linear import GhostLinear
+from ghosted_fast.models.sharded import unshard_weights
 from ghosted_fast.models.unloaded.files import HeldTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.options import GhostOptions, HealOptions, RunOptions
@@ -33,6 +37,7 @@ from ghosted_fast.statistics import interval
 from ghosted_fast.testing import random_tokens, tiny_model
 from ghosted_fast.text import folds
 from ghosted_fast.text.batches import Batch
+from support.healed_models import visible
 
 
 def be_a_rank(
@@ -131,6 +136,93 @@ def healing(folder: Path) -> tuple[dict[str, Tensor], list[float], bool]:
     assert report.healing is not None
     unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return smaller.state_dict(), [point.divergence for point in report.healing.curve], unchanged
+
+
+def sharded_healing(
+    family: str, folder: Path, shard: bool, apart: bool = False
+) -> tuple[dict[str, Tensor], list[float], dict[str, int]]:
+    """Heal with weights that the ranks share out, or not, and save; dense stays as it was.
+
+    Returns:
+        The healed weights, the judgements, and bytes: of the matrices of both models' layers
+        ("all"), of them and of parts of them at the end ("kept"), of the most that were whole in a
+        pass ("most"), and of one layer's ("layer").
+    """
+    dense = visible(tiny_model(family))
+    with distributed.ignoring_group():
+        smaller, _ = ghost_model(dense, text(24), removed=[2, 3], run=RunOptions(corrections=0))
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    bytes_: dict[str, int] = {"most": 0}
+    gather = distributed.gather_parts
+
+    def watched(parts: list[Tensor], wholes: list[Tensor]) -> None:
+        gather(parts, wholes)
+        bytes_["most"] = max(bytes_["most"], _storage_bytes(_matrices(smaller, dense)))
+
+    options = HealOptions(rank=3, tokens_per_step=480, held_out_tokens=300, learning_rate=5e-3)
+    adapter = folder / "adapter" if apart else None
+    with (
+        patch.object(folds, "_PASS_TOKENS", 100),
+        patch.object(distributed, "gather_parts", watched),
+    ):
+        facts = heal(smaller, dense, text(24), options, adapter=adapter, shard=shard)
+    parts = [
+        item for item in gc.get_objects() if type(item) is Tensor and item.dtype is torch.uint8
+    ]
+    matrices = _matrices(smaller, dense)
+    bytes_["kept"] = _storage_bytes([*matrices, *parts])
+    save_model(smaller, folder / "saved")
+    unshard_weights(dense)
+    bytes_["all"] = _storage_bytes(matrices)
+    bytes_["layer"] = sum(_storage_bytes([item]) for item in _matrices(dense)) // 6
+    after = dense.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    return smaller.state_dict(), [point.divergence for point in facts.curve], bytes_
+
+
+def _matrices(*models: Any) -> list[Tensor]:
+    """Return the matrices of the layers of models, but those of ghosts."""
+    layers = [layer for model in models for layer in decoder_layers(model)]
+    modules = [module for layer in layers for module in layer.modules()]
+    kept = [module for module in modules if not isinstance(module, GhostLinear)]
+    own = [item for module in kept for item in module.parameters(recurse=False)]
+    return [item for item in own if item.dim() > 1]
+
+
+def _storage_bytes(tensors: list[Tensor]) -> int:
+    storages = {item.untyped_storage()._cdata: item.untyped_storage() for item in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def sharded_poisoned() -> None:
+    """Fail in a layer on rank 1 alone, while the others wait for its part of the weights."""
+    dense = tiny_model("llama")
+    with distributed.ignoring_group():
+        smaller, _ = ghost_model(dense, text(24), removed=[2, 3], run=RunOptions(corrections=0))
+
+    def spoil(*_: Any) -> None:
+        raise ValueError("this layer is broken")
+
+    if distributed.index() == 1:
+        decoder_layers(dense)[2].mlp.register_forward_hook(spoil)
+    heal(smaller, dense, text(24), HealOptions(rank=3, held_out_tokens=300), shard=True)
+
+
+def healed_as_it_is(what: str) -> None:
+    """Heal models whose weights are spread over the ranks already, by torch or by a healing."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # takes seconds to import
+
+    dense = tiny_model("llama")
+    with distributed.ignoring_group():
+        smaller, _ = ghost_model(dense, text(24), removed=[2, 3], run=RunOptions(corrections=0))
+    options = HealOptions(rank=3, held_out_tokens=300)
+    if what == "fsdp":
+        for layer in decoder_layers(smaller):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (distributed.count(),)))
+    else:
+        heal(smaller, dense, text(24), options, shard=True)
+    heal(smaller, dense, text(24), options, shard=True)
 
 
 def poisoned() -> None:
