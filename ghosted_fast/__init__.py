@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ghosted_fast.models.loading import load_model as load_model
     from ghosted_fast.models.loading import load_processor as load_processor
     from ghosted_fast.models.quantized.loading import load_quantized as load_quantized
-    from ghosted_fast.models.sharded import unshard_weights as unshard_weights
+    from ghosted_fast.models.unloaded.sharded import unshard_weights as unshard_weights
     from ghosted_fast.ops import ghost_apply as ghost_apply
     from ghosted_fast.options import GhostOptions as GhostOptions
     from ghosted_fast.options import HealOptions as HealOptions
@@ -120,7 +120,7 @@ _HOMES = {
     "take_ghosts": "surgery.transfer",
     "throughput": "measure.speed",
     "token_batches": "text.loading",
-    "unshard_weights": "models.sharded",
+    "unshard_weights": "models.unloaded.sharded",
 }
 _RENAMED = {
     "compare_grid": "run_grid",

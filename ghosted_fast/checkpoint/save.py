@@ -19,7 +19,7 @@ from ghosted_fast.checkpoint.record import is_ghosted
 from ghosted_fast.errors import ArgumentError, GhostedFastError, OutputError
 from ghosted_fast.models.checked.usable import repair_generation
 from ghosted_fast.models.quantized.packing import packed_again
-from ghosted_fast.models.sharded import whole_on_first
+from ghosted_fast.models.unloaded.sharded import whole_on_first
 from ghosted_fast.text.files import first_line, is_readable_name
 
 # A file that every folder of such a kind has.

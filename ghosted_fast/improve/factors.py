@@ -23,7 +23,7 @@ from torch.nn import functional
 from ghosted_fast.errors import UnsupportedModelError
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.models.sharded import replacing
+from ghosted_fast.models.unloaded.sharded import replacing
 from ghosted_fast.options import Rank
 
 _FOLDABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -42,7 +42,7 @@ from ghosted_fast.models.checked.bos import tell_missing_bos
 from ghosted_fast.models.decoder import Decoder, evaluating
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.quantized.loading import quantization_of
-from ghosted_fast.models.sharded import shard_weights, turns_of
+from ghosted_fast.models.unloaded.sharded import shard_weights, turns_of, whole_on_first
 from ghosted_fast.options import HealOptions
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.fingerprints import model_digest, text_digest
@@ -144,8 +144,10 @@ def heal(
         facts = healing.run(None if state is None else Path(state), progress)
     if adapter is None and facts.best_tokens:
         trained.fold()
-    if adapter is not None and distributed.is_first():
-        save_adapter(smaller, trained, facts, Path(adapter))
+    if adapter is not None:
+        with whole_on_first(smaller):
+            if distributed.is_first():
+                save_adapter(smaller, trained, facts, Path(adapter))
     return facts
 
 

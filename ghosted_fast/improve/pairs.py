@@ -9,7 +9,7 @@ from ghosted_fast.errors import ArgumentError
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.families import num_layers
-from ghosted_fast.models.sharded import check_plain, check_shardable
+from ghosted_fast.models.unloaded.sharded import check_plain, check_shardable
 from ghosted_fast.options import Rank
 
 

@@ -26,9 +26,9 @@ from ghosted_fast.grid import run_grid
 from ghosted_fast.improve.healing import heal
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.models.sharded import unshard_weights
 from ghosted_fast.models.unloaded.files import HeldTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
+from ghosted_fast.models.unloaded.sharded import unshard_weights
 from ghosted_fast.options import GhostOptions, HealOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.selection.criteria import CRITERIA

@@ -1,1 +1,1 @@
-"""Models that stay in their files: opened without memory, read a piece at a time."""
+"""Models that are not in memory as a whole: left in their files, or shared out among the ranks."""
