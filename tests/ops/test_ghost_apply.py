@@ -113,6 +113,19 @@ def test_packed_values(backend: str, rows: int, dtype: torch.dtype, norm_eps: fl
         assert_accurate(y, exact, torch_expression(x, weight, None, norm_eps, bias))
 
 
+@pytest.mark.parametrize("types", TYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_values_of_long_rows(
+    backend: str, rows: int, types: tuple[torch.dtype, torch.dtype]
+) -> None:
+    size = 2083  # of int8 too longer than what is read as one stream, and odd
+    x, (weight, scale) = torch.randn(rows, size).to(types[0]), make_weight(size, types[1])
+    poison(x)
+    y = ghost_apply(x, weight, None, scale, backend=backend)
+    exact = exact_fp64(x, weight, scale=scale)
+    assert_accurate(y, exact, torch_expression(x, weight, scale, None, None))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_packing_is_an_order(dtype: torch.dtype) -> None:
     """Output 16 p + i meets input n k + j at [p, k, i, j], and what is beyond the weight is 0."""

@@ -370,6 +370,8 @@ int main() {
       check_apply(dtype, form, 7, 1059, true);
       check_apply(dtype, form, 13, 1059, true);
       check_apply(dtype, form, 40, 333, true);
+      // Rows so long that several of them are read at once.
+      for (int64_t rows : {1, 3, 4}) check_apply(dtype, form, rows, 2083, true);
     }
   }
   for (int64_t size : {1, 2, 7, 8, 9, 95, 97, 200}) {
