@@ -55,6 +55,7 @@ GRAM_FP32_GOALS = (Goal("torch fp32", 3.7, 4.2), Goal("oneDNN fp32", 1.8, 2.0), 
 TILES = {576: (2.2, 2.5), 2048: (3.2, 4.0), 4096: (4.0, 5.0)}
 TILES_CROSS = {576: (1.5, 2.0), 2048: (2.2, 2.6), 4096: (2.5, 3.0)}
 DECODE_ROWS = (1, 4, 16)
+PREFILL_ROWS = (48, 96, 512)
 
 
 def in_tiles(run: Mapping[str, Any]) -> bool:
@@ -96,7 +97,7 @@ def plans(operator: str, quick: bool) -> Iterator[Plan]:
                 yield from gram_update.plans(size, TOKENS, FP32, [("G", False)])
                 yield from gram_update.plans(size, TOKENS, FP16, [("G", False)])
         elif operator == "ghost_apply":
-            for rows in (*DECODE_ROWS, 512):
+            for rows in (*DECODE_ROWS, *PREFILL_ROWS):
                 yield from ghost_apply.plans(size, rows, BF16)
         elif operator == "ghost_solve":
             yield from ghost_solve.plans(size)
@@ -105,7 +106,7 @@ def plans(operator: str, quick: bool) -> Iterator[Plan]:
             yield from divergence.plans(words, *divergence.ROWS, BF16)
     if operator == "ghost_apply" and not quick:
         yield from ghost_apply.plans(sizes[0], 1, BF16, cached=True)
-        for rows in (*DECODE_ROWS, 512):
+        for rows in (*DECODE_ROWS, *PREFILL_ROWS):
             yield from ghost_apply.plans(sizes[0], rows, FP32)
 
 

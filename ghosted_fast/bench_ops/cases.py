@@ -19,6 +19,7 @@ class Variant:
         run: Computes it once; weights that come from memory in real use change from call to call.
         error: Computes it once, and returns its error to fp64 in units of what is allowed.
         is_ours: Whether it is this library's; the others are rivals.
+        backend: What computes it: a backend of ours, or "torch".
         copies: After how many calls the same weight comes again.
         num_bytes: Bytes that it must move at least, where that differs from the case's.
         by_calls: Whether it is timed by calls also where a CUDA graph of them could be made, in
@@ -29,6 +30,7 @@ class Variant:
     run: Callable[[], object]
     error: Callable[[], float]
     is_ours: bool = False
+    backend: str = "torch"
     copies: int = 1
     num_bytes: float | None = None
     by_calls: bool = False

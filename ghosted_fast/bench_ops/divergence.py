@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant
 from ghosted_fast.ops import divergence, local_divergence
-from ghosted_fast.ops.backends import BACKENDS
+from ghosted_fast.ops.backends import BACKENDS, served_by
 from ghosted_fast.ops.operands import DivergenceOperands
 from ghosted_fast.ops.reference import divergence_reference
 from ghosted_fast.testing import relative_rms
@@ -136,7 +136,8 @@ def _case(form: str, words: int, rows: int, dtype: torch.dtype, setting: Setting
             max(relative_rms(found, wanted) / bound for found, wanted, bound in triples) / allowed
         )
 
-    variants = [Variant(OURS, ours, lambda: error(ours, 1.0), is_ours=True)]
+    backend = served_by(OPERATOR, DivergenceOperands(dense, smaller), setting.backend)
+    variants = [Variant(OURS, ours, lambda: error(ours, 1.0), is_ours=True, backend=backend)]
     allowed = _RIVAL * max(1.0, words / WORDS[0])
     for name, run in _rivals(form, setting):
         rival = functools.partial(run, dense, smaller, moved)

@@ -4,7 +4,7 @@ On the processor ours has the weight as `GhostLinear` gives it, packed or as it 
 the faster; "not packed" or "packed" has the other one.
 
 Gate: error against fp64 at most twice the torch expression's, plus one rounding; rivals are allowed
-twice of that. For decoding the weights are rotated past the cache, as other layers' weights pass
+twice of that. Up to 96 rows the weights are rotated past the cache, as other layers' weights pass
 between two uses of a ghost; shapes marked "cached" have one weight that stays there. Rivals:
 `x + F.linear` and `torch.addmm` in the model's dtype, the former compiled too, and a forward hook
 that keeps an fp32 weight. Bytes: the weight once, x and y.
@@ -22,16 +22,18 @@ from torch.nn import functional
 from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant, flops_kind
 from ghosted_fast.bench_ops.rotation import InTurn
 from ghosted_fast.ops import ghost_apply, pack_weight
-from ghosted_fast.ops.backends import BACKENDS
+from ghosted_fast.ops.backends import BACKENDS, served_by
 from ghosted_fast.ops.compiled import extension
+from ghosted_fast.ops.crossings import is_faster_packed
 from ghosted_fast.ops.operands import GhostOperands
-from ghosted_fast.ops.packing import PACKED_DTYPES, is_faster_packed
+from ghosted_fast.ops.packing import PACKED_DTYPES
 from ghosted_fast.testing import relative_rms
 
 OPERATOR = "ghost_apply"
 ROWS = (1, 16, 512)
-# Up to so many rows a call reads its weight from memory; beyond, it makes no difference.
 DECODE_ROWS = 16
+# Up to so many rows the reading of the weight from memory counts; beyond, products do.
+MEMORY_ROWS = 96
 LINEAR, HOOK = "x + F.linear", "hook, fp32 weight"
 _EPS = 1e-6
 
@@ -56,7 +58,7 @@ def plans(width: int, rows: int, dtype: torch.dtype, cached: bool = False) -> It
 
 
 def _from_memory(rows: int, cached: bool) -> bool:
-    return rows <= DECODE_ROWS and not cached
+    return rows <= MEMORY_ROWS and not cached
 
 
 def _may_be_packed(dtype: torch.dtype, setting: Setting) -> bool:
@@ -129,28 +131,31 @@ def _case(width: int, rows: int, dtype: torch.dtype, cached: bool, setting: Sett
 
 
 def _ours(given: _Inputs, traffic: float, setting: Setting) -> Iterator[Variant]:
-    x, apply = given.x, functools.partial(ghost_apply, backend=setting.backend)
-    weight, allowed = given.weight.double(), given.allowed()
+    x, weight, allowed = given.x, given.weight.double(), given.allowed()
     integer = given.scale.double()[:, None] * given.integer.double()
 
     def variant(
         name: str,
-        run: Callable[[], Tensor],
-        exact: Tensor,
         turn: InTurn,
+        exact: Tensor,
+        *,
+        scale: Tensor | None = None,
+        norm_eps: float | None = None,
         num_bytes: float | None = None,
     ) -> Variant:
+        def run() -> Tensor:
+            return ghost_apply(x, turn(), None, scale, norm_eps=norm_eps, backend=setting.backend)
+
+        operands = GhostOperands(x, turn(), None, scale, norm_eps)
         return Variant(
             name,
             run,
             lambda: relative_rms(run(), exact) / allowed,
             is_ours=True,
+            backend=served_by(OPERATOR, operands, setting.backend),
             copies=turn.count,
             num_bytes=num_bytes,
         )
-
-    def with_weight(turn: InTurn) -> Callable[[], Tensor]:
-        return lambda: apply(x, turn())
 
     exact, best = given.exact(weight), given.plain
     others: dict[str, InTurn] = {}
@@ -160,20 +165,11 @@ def _ours(given: _Inputs, traffic: float, setting: Setting) -> Iterator[Variant]
         else:
             others[f"{OURS} packed"] = given.packed
     for name, turn in {OURS: best, **others}.items():
-        yield variant(name, with_weight(turn), exact, turn)
-    yield variant(
-        f"{OURS} normed",
-        lambda: apply(x, best(), norm_eps=_EPS),
-        given.exact(weight, _EPS),
-        best,
-    )
-    yield variant(
-        f"{OURS} int8",
-        lambda: apply(x, given.small(), None, given.scale),
-        given.exact(integer),
-        given.small,
-        traffic + given.integer.nbytes,
-    )
+        yield variant(name, turn, exact)
+    yield variant(f"{OURS} normed", best, given.exact(weight, _EPS), norm_eps=_EPS)
+    num_bytes = traffic + given.integer.nbytes
+    exact = given.exact(integer)
+    yield variant(f"{OURS} int8", given.small, exact, scale=given.scale, num_bytes=num_bytes)
 
 
 def _rivals(given: _Inputs, traffic: float, setting: Setting) -> Iterator[Variant]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant
 from ghosted_fast.ops import ghost_solve
-from ghosted_fast.ops.backends import BACKENDS
+from ghosted_fast.ops.backends import BACKENDS, served_by
 from ghosted_fast.ops.operands import SolveOperands
 from ghosted_fast.testing import relative_rms
 
@@ -64,11 +64,12 @@ def _case(width: int, setting: Setting) -> Case:
     def rival(name: str, solve: Callable[[], Tensor]) -> Variant:
         return Variant(name, solve, lambda: residual(solve()) / _RIVAL_BOUND)
 
+    backend = served_by(OPERATOR, SolveOperands(gram, cross, _DAMPING), setting.backend)
     return Case(
         num_bytes=3.0 * gram.nbytes,
         flops={"fp64": (1 / 3 + 2) * width**3},
         variants=[
-            Variant(OURS, ours, error, is_ours=True),
+            Variant(OURS, ours, error, is_ours=True, backend=backend),
             rival("torch LU", lambda: torch.linalg.solve(damped, cross)),
             rival(
                 "torch Cholesky",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant, flops_kind
 from ghosted_fast.ops import gram_update
-from ghosted_fast.ops.backends import BACKENDS
+from ghosted_fast.ops.backends import BACKENDS, served_by
 from ghosted_fast.ops.compiled import extension
 from ghosted_fast.ops.operands import GramOperands
 from ghosted_fast.ops.reference import gram_update_reference
@@ -113,7 +113,8 @@ def _case(
     outputs = None if wanted == "G" else y
     sums, exact = _zeros(width, wanted, device), _zeros(width, wanted, device)
     gram, cross = exact.get("gram"), exact.get("cross")
-    gram_update_reference(GramOperands(x, outputs, weight, norm_eps, normed, gram, cross))
+    operands = GramOperands(x, outputs, weight, norm_eps, normed, gram, cross)
+    gram_update_reference(operands)
     settings: dict[str, Any] = {"norm_eps": norm_eps, "delta": normed, "backend": setting.backend}
     settings["token_weight"] = weight
 
@@ -141,9 +142,16 @@ def _case(
             sums["cross"] += product(a, b.to(dtype))
 
     right = functools.partial(error, update, BOUND)
-    variants = [Variant(OURS, update, right, is_ours=True, by_calls=True)]
+    ours = functools.partial(
+        Variant,
+        run=update,
+        error=right,
+        is_ours=True,
+        backend=served_by(OPERATOR, operands, setting.backend),
+    )
+    variants = [ours(OURS, by_calls=True)]
     if device.type == "cuda":
-        variants.append(Variant(f"{OURS} in a graph", update, right, is_ours=True))
+        variants.append(ours(f"{OURS} in a graph"))
     for name, kind, product in _rivals(dtype, device, wide):
         run = functools.partial(rival, kind, product)
         gate = functools.partial(error, run, _RIVAL_BOUNDS[kind])

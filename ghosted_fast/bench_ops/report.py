@@ -10,10 +10,20 @@ from ghosted_fast.bench_ops.roofs import MEMORY
 from ghosted_fast.bench_ops.rows import Row, Run
 from ghosted_fast.timing.estimates import Estimate, ratio_text, speed_text
 
-COLUMNS = ["shape", "dtype", "variant", "ms", "GB/s", "GF/s", "% of roof", "to best rival"]
+COLUMNS = [
+    "shape",
+    "dtype",
+    "variant",
+    "run by",
+    "ms",
+    "GB/s",
+    "GF/s",
+    "% of roof",
+    "to best rival",
+]
 ONE_THREAD = "to one thread"
 # Columns, from the left, that hold words.
-WORDS = 3
+WORDS = 4
 # Half of an interval, on a logarithmic scale, from which on its ends are shown, and from which on
 # it says nothing: factors of 1.6 and of 100 between the ends.
 _WIDE, _UNKNOWN = 0.25, 2.3
@@ -43,6 +53,7 @@ def _cells(row: Row) -> list[str]:
         row.shape,
         row.dtype,
         row.variant + (" *" if row.note else ""),
+        row.backend,
         figure_text(row.ms),
         _known(row.gbps),
         _known(row.gflops),

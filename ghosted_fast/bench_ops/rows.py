@@ -17,7 +17,8 @@ class Row:
     """What was measured of one variant of one case.
 
     Attributes:
-        backend: What was to run it, of ours: "auto", or the one that was insisted on.
+        backend: What ran it: "native", "triton", "reference" or "torch". Ours, too, is torch's
+            where torch is known to be faster.
         error: Its error to fp64, in units of what is allowed.
         ms: Milliseconds of a call.
         num_bytes: Bytes that it must move at least.

@@ -166,7 +166,7 @@ def measure(
             dtype=plan.dtype_name,
             variant=variant.name,
             is_ours=variant.is_ours,
-            backend=setting.backend if variant.is_ours else "torch",
+            backend=variant.backend,
             threads=threads,
             error=errors[variant.name],
             flops=case.flops,

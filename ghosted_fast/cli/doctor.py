@@ -14,7 +14,7 @@ def doctor() -> Result:
     from ghosted_fast.models.families import known_families
     from ghosted_fast.ops import backend_status
     from ghosted_fast.ops.compiled import extension
-    from ghosted_fast.ops.packing import how_weights_are_read
+    from ghosted_fast.ops.crossings import cells_here
 
     backends = [
         {"name": name, "available": available, "description": description}
@@ -22,18 +22,18 @@ def doctor() -> Result:
     ]
     native = extension()
     build: dict[str, Any] = dict(native.build_info()) if native is not None else {}
+    ghosts = cells_here()
     data = {
         "machine": machine_facts(),
         "cpu_features": cpu_features(),
-        "weights_of_ghosts": how_weights_are_read(),
         "versions": package_versions(),
         "backends": backends,
+        "ghosts": [cell._asdict() for cell in ghosts],
         "build": build,
         "families": list(known_families()),
     }
     facts = {
         **machine_facts(),
-        "weights of ghosts": how_weights_are_read(),
         "processor features": " ".join(cpu_features()) or "none that matters",
         "families": ", ".join(known_families()),
     }
@@ -48,6 +48,9 @@ def doctor() -> Result:
         "",
         TextTable(["backend", "usable", "what it is, or why not"], status, numeric=False),
     ]
+    if ghosts:
+        columns = ["ghosts", "hidden size", "rows", "weight of a ghost", "a weight that lies, by"]
+        shown += ["", TextTable(columns, ghosts, numeric=False)]
     if build:
         shown += ["", _table(["build", ""], build)]
     return Result(data, shown)

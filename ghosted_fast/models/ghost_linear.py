@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ghosted_fast.errors import ArgumentError, CheckpointError
 from ghosted_fast.ops import ghost_apply
-from ghosted_fast.ops.packing import PACKED_DTYPES, is_faster_packed, pack_weight
+from ghosted_fast.ops.crossings import is_faster_packed
+from ghosted_fast.ops.packing import PACKED_DTYPES, pack_weight
 
 _INT8_LIMIT = 127.0
 # Words of a weight that are looked at for changes; less than a microsecond.

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ghosted_fast.ops._define import define
 from ghosted_fast.ops.backends import insist
+from ghosted_fast.ops.crossings import is_left_to_torch
 from ghosted_fast.ops.operands import GhostOperands
-from ghosted_fast.ops.reference import ghost_apply_expression
+from ghosted_fast.ops.reference import ghost_apply_expression, ghost_apply_product
 
 _operator = define(
     "ghost_apply",
@@ -69,6 +70,10 @@ def ghost_apply(
             return named
         operands.check()
         return ghost_apply_expression(operands)
+    others = (bias, scale, norm_eps, first_state, is_first)
+    if not torch.compiler.is_compiling() and is_left_to_torch(x, weight, others):
+        GhostOperands(x, weight).check()
+        return ghost_apply_product(x, weight)
     try:
         y: Tensor = _operator(x, weight, bias, scale, norm_eps, first_state, is_first)
         return y

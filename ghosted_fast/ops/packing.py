@@ -6,9 +6,6 @@ bf16 or one fp32. A kernel then reads one stream, whatever the number of rows th
 
 from __future__ import annotations
 
-import functools
-import math
-
 import torch
 from torch import Tensor
 
@@ -19,50 +16,6 @@ PANEL = 16
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
 _DWORD_BYTES = 4
 _HUGE_PAGE = 2 << 20
-
-
-# Where the processor is given a weight as it lies, by path and dtype: from which hidden size on,
-# and for how many rows at most. Everywhere else it is given the packed one. For 16 rows the tables
-# of `bench-ops` say which is faster. For more, paired calls beside other work on an Emerald Rapids,
-# at widths 2048 and 4096: 24 to 48 rows took 0.73 to 0.98 of the packed weight's time on one thread
-# and 0.82 to 1.01 on two; 64 rows 1.00 to 1.06, and 96 rows 1.16 to 1.28.
-AS_IT_LIES: dict[tuple[str, torch.dtype], tuple[int, int]] = {("amx", torch.bfloat16): (2048, 48)}
-
-
-@functools.cache
-def as_it_lies(dtype: torch.dtype) -> tuple[int, float]:
-    """Return from which hidden size on, and for how many rows at most, packing does not pay here.
-
-    Args:
-        dtype: Of the weight, bf16 or fp32.
-    """
-    module = extension()
-    return (0, math.inf) if module is None else AS_IT_LIES.get((module.cpu_path(), dtype), (0, 0))
-
-
-def is_faster_packed(dtype: torch.dtype, size: int, rows: int) -> bool:
-    """Return whether `ghost_apply` on this processor is faster with a packed weight.
-
-    Args:
-        dtype: Of the weight, bf16 or fp32.
-        size: The hidden size.
-        rows: How many hidden states there are.
-    """
-    least, most = as_it_lies(dtype)
-    return rows > most or size < least
-
-
-def how_weights_are_read() -> str:
-    """Return for people how ghosts read their weights on this processor."""
-    if extension() is None:
-        return "as they lie, by torch"
-    said = ["packed"]
-    for dtype in PACKED_DTYPES:
-        size, rows = as_it_lies(dtype)
-        if rows:
-            name = str(dtype).removeprefix("torch.")
-            said.append(f"in {name} from {size} wide on as they lie, for up to {rows} rows")
-    return "; ".join(said)
 
 
 def packed_shape(size: int, dtype: torch.dtype) -> list[int]:

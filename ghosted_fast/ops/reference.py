@@ -151,10 +151,11 @@ def ghost_apply_expression(operands: GhostOperands) -> Tensor:
 def ghost_apply_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x + x W^T of a plain ghost, as one product that x is added to before it is rounded.
 
-    On CUDA this is a single call of cuBLAS.
+    On CUDA this is a single call of cuBLAS. It is told where to write, which keeps the dtype under
+    autocast, as that of the compiled kernels.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return torch.addmm(rows, rows, weight.mT).view(x.shape)
+    return torch.addmm(rows, rows, weight.mT, out=torch.empty_like(rows)).view(x.shape)
 
 
 def ghost_solve_reference(operands: SolveOperands) -> tuple[Tensor, Tensor]:

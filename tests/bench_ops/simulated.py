@@ -57,7 +57,13 @@ class Machine:
         """Return what is no roof; the first is ours."""
         names = [name for name in self.seconds if name not in ("memory", "fp32")]
         return [
-            Variant(name, functools.partial(self.run, name), lambda: 0.25, name.startswith(OURS))
+            Variant(
+                name,
+                functools.partial(self.run, name),
+                lambda: 0.25,
+                is_ours=name.startswith(OURS),
+                backend="native" if name.startswith(OURS) else "torch",
+            )
             for name in names
         ]
 

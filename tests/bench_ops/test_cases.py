@@ -15,6 +15,7 @@ from ghosted_fast.bench_ops.cases import OURS, Case, Plan, Setting, Variant
 from ghosted_fast.bench_ops.rotation import InTurn, bytes_past_the_cache
 from ghosted_fast.errors import ArgumentError, BackendError, GateError
 from ghosted_fast.ops import packing
+from ghosted_fast.ops.backends import native
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.statistics import gram
 from ghosted_fast.statistics.interval import new_statistics, update_statistics
@@ -213,13 +214,13 @@ def test_on_cuda_every_product_of_parts_counts() -> None:
     assert gram_update._flops(64, 300, BF16, "G+C", True, 3) == {"bf16": (1 + 3 * 2) * work}
 
 
-def test_weights_of_decoding_leave_the_cache_and_those_of_prefill_need_not() -> None:
+def test_weights_of_few_rows_leave_the_cache_and_those_of_many_need_not() -> None:
     def copies(rows: int, cached: bool = False) -> set[int]:
         (plan,) = ghost_apply.plans(64, rows, FP32, cached)
         return {variant.copies for variant in plan.make(SMALL).variants if variant.copies > 1}
 
-    assert copies(1) == copies(16) == {5, 17}  # of 16 KiB in fp32, of 4 KiB in int8
-    assert copies(17) == copies(1, cached=True) == set()
+    assert copies(1) == copies(96) == {5, 17}  # of 16 KiB in fp32, of 4 KiB in int8
+    assert copies(97) == copies(1, cached=True) == set()
 
 
 @pytest.mark.parametrize(("total", "count"), [(1, 1), (4096, 1), (4097, 5), (5 * 4096, 5)])
@@ -247,6 +248,23 @@ def test_a_packed_weight_is_timed_where_ghosts_pack_it(monkeypatch: pytest.Monke
     assert packed not in names(SMALL)
 
 
+def test_each_variant_says_what_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(plan: Plan, setting: Setting = SMALL) -> dict[str, str]:
+        variants = plan.make(setting).variants
+        assert {item.backend for item in variants if not item.is_ours} == {"torch"}
+        return {item.name: item.backend for item in variants if item.is_ours}
+
+    is_there = packing.extension() is not None
+    for plan in all_plans():
+        assert set(named(plan).values()) == {"native" if is_there else "torch"}
+        reference = dataclasses.replace(SMALL, backend="reference")
+        assert set(named(plan, reference).values()) == {"reference"}
+    if is_there:
+        monkeypatch.setattr(native.crossings, "is_left_to_torch", lambda x, w, others: w.dim() == 2)
+        (plan,) = ghost_apply.plans(64, 3, BF16)
+        assert named(plan)[OURS] == "native" and named(plan)[f"{OURS} not packed"] == "torch"
+
+
 @pytest.mark.parametrize(
     ("setting", "error", "message"),
     [
@@ -266,8 +284,8 @@ def test_what_cannot_run_is_refused_before_the_work(
 
 
 def test_a_case_that_the_backend_does_not_serve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    native = runner.BACKENDS["reference"]
-    monkeypatch.setattr(native, "refusal", lambda operator, operands: f"no {operator}")
+    reference = runner.BACKENDS["reference"]
+    monkeypatch.setattr(reference, "refusal", lambda operator, operands: f"no {operator}")
     plans = [*ghost_solve.plans(64), *gram_update.plans(64, 8, BF16)]
     for plan in plans:
         with pytest.raises(

@@ -41,13 +41,13 @@ def test_a_table_for_each_operator(run: Run) -> None:
     ((title, columns, lines),) = report.tables(run)
     assert title == "ghost_apply, 1 thread"
     assert columns == report.COLUMNS
-    assert [line[:3] for line in lines] == [
-        ["d=8 rows=1", "float32", OURS],
-        ["", "", f"{OURS} int8"],
-        ["", "", "torch"],
-        ["", "", "other"],
+    assert [line[:4] for line in lines] == [
+        ["d=8 rows=1", "float32", OURS, "native"],
+        ["", "", f"{OURS} int8", "native"],
+        ["", "", "torch", "torch"],
+        ["", "", "other", "torch"],
     ]
-    ms, _, _, share, ratio = lines[0][3:]
+    ms, _, _, share, ratio = lines[0][4:]
     assert ms.startswith(("5.", "4.9"))
     assert " ± " in ms and " ± " in share and "x ± " in ratio
     assert lines[2][-1] == "-"
@@ -113,6 +113,7 @@ def test_csv_has_a_line_for_each_row_with_the_ends_of_intervals(run: Run) -> Non
     assert [line["variant"] for line in lines] == [row.variant for row in run.rows]
     for line, row in zip(lines, run.rows, strict=True):
         assert line["operator"] == "ghost_apply" and line["device"] == "cpu"
+        assert line["backend"] == ("native" if row.is_ours else "torch")
         assert float(line["ms"]) == row.ms.value
         assert float(line["ms_low"]) == row.ms.low and float(line["ms_high"]) == row.ms.high
         assert float(line["roof_share_low"]) == row.roof_share.low

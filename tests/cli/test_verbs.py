@@ -263,5 +263,13 @@ def test_doctor() -> None:
     assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert {item["name"] for item in found["backends"]} >= {"native", "reference"}
     assert "llama" in found["families"]
-    assert found["weights_of_ghosts"] in run("doctor")
-    assert "reference" in run("doctor")
+    shown = run("doctor")
+    assert "reference" in shown
+    for cell in found["ghosts"]:
+        assert {*cell} == {"dtype", "hidden_size", "rows", "weight", "lying"}
+        assert re.search(
+            r"^" + r" +".join(map(re.escape, cell.values())) + r"\s*$", shown, re.MULTILINE
+        )
+    is_there = next(item["available"] for item in found["backends"] if item["name"] == "native")
+    dtypes = [cell["dtype"] for cell in found["ghosts"]]
+    assert set(dtypes) == ({"bfloat16", "float16", "float32"} if is_there else set())

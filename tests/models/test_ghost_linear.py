@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.ops import compiled, packing
+from ghosted_fast.ops import compiled, crossings
+from ghosted_fast.ops.crossings import LYING, PACKED, Crossings
+from ghosted_fast.ops.packing import PACKED_DTYPES
 from ghosted_fast.testing import relative_rms
 
 SIZE = 32
@@ -140,40 +141,34 @@ def test_packed_weight_only_where_it_serves() -> None:
 @pytest.fixture
 def known_crossings() -> Iterator[None]:
     yield
-    packing.as_it_lies.cache_clear()
+    crossings._crossings_here.cache_clear()
 
 
 @pytest.mark.skipif(compiled.extension() is None, reason="only the compiled kernels read it")
-@pytest.mark.parametrize("dtype", packing.PACKED_DTYPES)
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
 def test_packed_weight_only_where_it_is_faster(
     known_crossings: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     extension = compiled.extension()
     assert extension is not None
 
-    def crossing(size: int) -> None:
-        monkeypatch.setattr(packing, "AS_IT_LIES", {(extension.cpu_path(), dtype): (size, 3)})
-        packing.as_it_lies.cache_clear()
+    def lies_from(size: int) -> None:
+        choices = ((PACKED, PACKED), (LYING, PACKED))
+        known = {(extension.cpu_path(), dtype): Crossings(choices, (3,), (size,))}
+        monkeypatch.setattr(crossings, "CROSSINGS", known)
+        crossings._crossings_here.cache_clear()
 
-    crossing(SIZE)
-    assert f"from {SIZE} wide on as they lie, for up to 3 rows" in packing.how_weights_are_read()
+    lies_from(SIZE)
     ghost, x = random_ghost(0).to(dtype).requires_grad_(False), hidden(dtype=dtype).flatten(0, 1)
     few, is_packed = ghost(x[:3]), [packed_of(ghost) is not None]
     many = ghost(x[:4])
     is_packed.append(packed_of(ghost) is not None)
     assert is_packed == [False, True]
     assert relative_rms(few, many[:3].double()) < (1e-6 if dtype == torch.float32 else 5e-3)
-    crossing(SIZE + 1)
+    lies_from(SIZE + 1)
     ghost.forget_packed()
     ghost(x[:3])
     assert packed_of(ghost) is not None
-
-
-def test_what_is_read_as_it_lies_is_a_path_and_a_dtype_that_is_packed() -> None:
-    sources = (Path(packing.__file__).parents[2] / "csrc" / "cpu" / "kernels").glob("path_*.cpp")
-    paths = {source.stem.removeprefix("path_") for source in sources}
-    for (path, dtype), (width, rows) in packing.AS_IT_LIES.items():
-        assert path in paths and dtype in packing.PACKED_DTYPES and width > 0 and rows > 0
 
 
 def test_gradients_reach_every_parameter() -> None:

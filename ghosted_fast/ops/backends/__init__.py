@@ -55,6 +55,23 @@ def insist(backend: str, operator: str, operands: Operands) -> Any:
     return chosen.run(operator, operands)
 
 
+def served_by(operator: str, operands: Operands, backend: str = "auto") -> str:
+    """Return what runs an operator on operands that were checked: a backend, or "torch".
+
+    Args:
+        operator: Its name.
+        operands: What it is called with.
+        backend: What the caller names: "auto", or a backend, which then runs it.
+    """
+    if backend != "auto":
+        return backend
+    if not native.absence_reason() and not native.refusal(operator, operands):
+        return "torch" if native.is_left_to_torch(operator, operands) else "native"
+    if triton.absence_reason() or triton.refusal(operator, operands):
+        return "torch"
+    return "torch" if triton.is_left_to_torch(operator, operands) else "triton"
+
+
 def kernels_absence_reason(operator: str, device_type: str) -> str:
     """Return why `backend="auto"` runs an operator by plain torch on a kind of device.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghosted_fast.ops import compiled
+from ghosted_fast.ops import compiled, crossings
 from ghosted_fast.ops.operands import Operands, needs_gradient
 
 CUDA_OPERATORS = ("gram_update",)
@@ -62,6 +62,12 @@ def unserved_rows(x: Tensor, y: Tensor | None) -> str:
         if rows.data_ptr() % _VECTOR_BYTES or (len(rows) > 1 and row_bytes % _VECTOR_BYTES):
             return f"expected rows of {name} that start at multiples of {_VECTOR_BYTES} bytes"
     return ""
+
+
+def is_left_to_torch(operator: str, operands: Operands) -> bool:
+    """Return whether torch is faster on the processor at what the compiled kernels serve too."""
+    x, weight, *others = operands
+    return operator == "ghost_apply" and crossings.is_left_to_torch(x, weight, others)
 
 
 def run(operator: str, operands: Operands) -> Any:
