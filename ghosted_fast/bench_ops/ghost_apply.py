@@ -166,6 +166,8 @@ def _ours(given: _Inputs, traffic: float, setting: Setting) -> Iterator[Variant]
             others[f"{OURS} packed"] = given.packed
     for name, turn in {OURS: best, **others}.items():
         yield variant(name, turn, exact)
+    if _may_be_packed(x.dtype, setting) and is_faster_packed(x.dtype, x.shape[1], len(x), False):
+        best = given.packed
     yield variant(f"{OURS} normed", best, given.exact(weight, _EPS), norm_eps=_EPS)
     num_bytes = traffic + given.integer.nbytes
     exact = given.exact(integer)

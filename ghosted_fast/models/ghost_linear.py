@@ -115,7 +115,7 @@ class GhostLinear(nn.Module):
         first_state = None if is_first is None else self.first_state
         return ghost_apply(
             x,
-            self._weight_for(x),
+            self._weight_for(x, first_state is None),
             self.bias,
             self.scale,
             norm_eps=self.norm_eps,
@@ -123,9 +123,10 @@ class GhostLinear(nn.Module):
             is_first=None if first_state is None else is_first,
         )
 
-    def _weight_for(self, x: Tensor) -> Tensor:
+    def _weight_for(self, x: Tensor, is_plain: bool) -> Tensor:
         """Return the weight, packed where that serves this call."""
         weight = self.weight
+        is_plain = is_plain and self.bias is None and self.norm_eps is None
         if (
             torch.compiler.is_compiling()
             or not weight.is_cpu
@@ -133,7 +134,9 @@ class GhostLinear(nn.Module):
             or weight.dtype != x.dtype
             or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
             or weight.is_inference()  # its changes are not counted
-            or not is_faster_packed(weight.dtype, self.hidden_size, x.numel() // self.hidden_size)
+            or not is_faster_packed(
+                weight.dtype, self.hidden_size, x.numel() // self.hidden_size, is_plain
+            )
         ):
             return weight
         packed = self._packed

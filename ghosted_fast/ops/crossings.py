@@ -58,10 +58,12 @@ class Crossings:
 
     def cells(self) -> Iterator[tuple[str, str, Choice]]:
         """Yield the ranges of hidden sizes and of rows, and what is fastest there."""
-        counts = _ranges([1, *(last + 1 for last in self.rows)])
+        firsts = [1, *(last + 1 for last in self.rows)]
         for size, line in zip(_ranges([1, *self.sizes]), self.choices, strict=True):
-            for count, choice in zip(counts, line, strict=True):
-                yield size, count, choice
+            kept = [i for i, choice in enumerate(line) if i == 0 or choice != line[i - 1]]
+            counts = _ranges([firsts[i] for i in kept])
+            for count, i in zip(counts, kept, strict=True):
+                yield size, count, line[i]
 
 
 def _ranges(firsts: Sequence[int]) -> list[str]:
@@ -141,16 +143,20 @@ def _is_handed_over(dtype: torch.dtype) -> bool:
     return any(choice.lying == "torch" for line in lines for choice in line)
 
 
-def is_faster_packed(dtype: torch.dtype, size: int, rows: int) -> bool:
+def is_faster_packed(dtype: torch.dtype, size: int, rows: int, is_plain: bool = True) -> bool:
     """Return whether `ghost_apply` on this processor is fastest with a packed weight.
 
     Args:
         dtype: Of the weight, bf16 or fp32.
         size: The hidden size.
         rows: How many hidden states there are.
+        is_plain: Whether the ghost is x and a weight; of others nothing is left to torch.
     """
     crossings = _crossings_here(dtype)
-    return crossings is not None and crossings.at(rows, size).weight == "packed"
+    if crossings is None:
+        return False
+    choice = crossings.at(rows, size)
+    return choice.weight == "packed" or (choice == TORCH and not is_plain)
 
 
 def is_left_to_torch(x: Tensor, weight: Tensor, others: Iterable[object]) -> bool:

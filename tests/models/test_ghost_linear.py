@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.ops import compiled, crossings
-from ghosted_fast.ops.crossings import LYING, PACKED, Crossings
+from ghosted_fast.ops.crossings import LYING, PACKED, TORCH, Crossings
 from ghosted_fast.ops.packing import PACKED_DTYPES
 from ghosted_fast.testing import relative_rms
 
@@ -142,6 +142,7 @@ def test_packed_weight_only_where_it_serves() -> None:
 def known_crossings() -> Iterator[None]:
     yield
     crossings._crossings_here.cache_clear()
+    crossings._is_handed_over.cache_clear()
 
 
 @pytest.mark.skipif(compiled.extension() is None, reason="only the compiled kernels read it")
@@ -169,6 +170,21 @@ def test_packed_weight_only_where_it_is_faster(
     ghost.forget_packed()
     ghost(x[:3])
     assert packed_of(ghost) is not None
+
+
+@pytest.mark.skipif(compiled.extension() is None, reason="only the compiled kernels read it")
+@pytest.mark.parametrize("options", FORMS)
+def test_a_ghost_that_is_left_to_torch_is_a_plain_one(
+    known_crossings: None, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    extension = compiled.extension()
+    assert extension is not None
+    known = {(extension.cpu_path(), torch.float32): Crossings(((TORCH,),))}
+    monkeypatch.setattr(crossings, "CROSSINGS", known)
+    crossings._crossings_here.cache_clear()
+    ghost, x = random_ghost(0, **options).requires_grad_(False), hidden()
+    assert relative_rms(ghost(x), ghost_formula(ghost, x, torch.zeros(2, 5).bool())) < 1e-6
+    assert (packed_of(ghost) is None) == (not options)
 
 
 def test_gradients_reach_every_parameter() -> None:
