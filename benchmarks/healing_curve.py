@@ -98,6 +98,8 @@ class Study:
             return
         smaller, seconds = self._start(start)
         record: dict[str, Any] = {**about, "start_seconds": seconds}
+        if machine_facts()["processor"] != self.found["machine"]["processor"]:
+            record["processor"] = machine_facts()["processor"]
         if tokens:
             smaller = share_copy(smaller)
             reset_peak_memory(torch.device("cpu"))

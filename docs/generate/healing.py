@@ -106,7 +106,16 @@ def _minutes(seconds: float) -> str:
 def _heading() -> str:
     found = study()
     machine, removed = found["machine"], found["removed"]
+    elsewhere: dict[str, set[int]] = {}
+    for point in found["points"]:
+        if "processor" in point:
+            elsewhere.setdefault(point["processor"], set()).add(point["tokens"])
+    others = "".join(
+        f" Rows of {' and '.join(f'{count:,}' for count in sorted(counts))} tokens: {processor}."
+        for processor, counts in elsewhere.items()
+    )
     return (
         f"SmolLM2-135M-Instruct in bf16 without layers {removed[0]}-{removed[-1]} of its 30: "
         f"perplexity relative to dense, {machine['threads']} threads of an {machine['processor']}."
+        f"{others}"
     )
