@@ -51,7 +51,7 @@ def train_on_text(
                 torch.zeros_like(value) if part is None else part
                 for part, value in zip(found, run.point, strict=True)
             ]
-            take_step(run, gradients, rate * learning_rate_share(run))
+            take_step(run, gradients, rate * learning_rate_share(run), trained.rate_shares)
             run.share = run.step / len(steps)
         trained.move_to(run.point)
     trained.fold()

@@ -74,8 +74,9 @@ class HealOptions:
         tokens: Tokens to learn from at most; None for all that there are.
         rank: Rank of the factors of each linear map; 0 trains the ghosts alone, "full" the ghosts
             and the whole weights of the maps, which takes 28 bytes of memory for each.
-        learning_rate: Of Adam's steps; > 0. It falls to nothing over the last three tenths. None
-            for 1e-3, or 2e-4 for whole weights.
+        learning_rate: Of Adam's steps; > 0. It falls to nothing over the last three tenths.
+            Models wider than 576 take the less of it the wider they are, so that it needs no tuning
+            over widths. None for 1e-3, or 2e-4 for whole weights.
         tokens_per_step: Tokens of each step.
         held_out_tokens: Tokens that the model is judged on.
         minutes: When to end at the latest, but for the first step; None for no limit.

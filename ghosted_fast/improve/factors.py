@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ghosted_fast.errors import UnsupportedModelError
-from ghosted_fast.models.families import decoder_layers
+from ghosted_fast.models.families import decoder_layers, hidden_size
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.unloaded.sharded import replacing
 from ghosted_fast.options import Rank
 
+# Up to this width of a model its matrices take the whole learning rate.
+_WIDTH = 576
 _FOLDABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -169,6 +171,25 @@ class Trained:
         """
         factors: list[MapFactors | GhostFactors] = [*self.factors, *self.ghost_factors]
         return [part for item in factors for part in (item.b, item.a)] + self._masters
+
+    @property
+    def rate_shares(self) -> list[float]:
+        """Which share of the learning rate each of `parameters` takes, in their order.
+
+        A step of Adam moves each entry of a matrix by the same amount, and the matrix's output by
+        that times the number of its inputs. So in a model wider than `_WIDTH` the steps of factors
+        and of whole weights fall with the width, and those of ghosts, whose weights are a
+        least-squares optimum already, with its square.
+
+        Source: Yang et al., "Tensor Programs V", arXiv 2203.03466, for Adam; the square:
+        measurement.
+        """
+        share = min(1.0, _WIDTH / hidden_size(self._model))
+        apart = 2 * (len(self.factors) + len(self.ghost_factors)) * [share]
+        whole = [
+            share**2 if isinstance(module, GhostLinear) else share for module, _ in self._whole
+        ]
+        return apart + whole
 
     @torch.no_grad()
     def move_to(self, point: Sequence[Tensor]) -> None:

@@ -236,7 +236,8 @@ class _Healing:
                 if not all(bool(torch.isfinite(part).all()) for part in gradients):
                     ended = self._nan_ends("a gradient", run)
                     break
-                take_step(run, gradients, self._options.step_size * learning_rate_share(run))
+                size = self._options.step_size * learning_rate_share(run)
+                take_step(run, gradients, size, self._trained.rate_shares)
                 bar.update(token_count(chosen))
                 self._stepping = time.perf_counter() - began - run.seconds
                 run.seconds += self._stepping

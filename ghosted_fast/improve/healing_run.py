@@ -58,22 +58,24 @@ class Run:
         return min(value for _, value in self.curve)
 
 
-def take_step(run: Run, gradients: Sequence[Tensor], size: float) -> None:
+def take_step(run: Run, gradients: Sequence[Tensor], size: float, shares: Sequence[float]) -> None:
     """Move the point by one step of Adam.
 
     Args:
         run: Its point and its running means change; the tensors of the old point do not.
         gradients: Of the mean divergence per token, like the point.
         size: The learning rate of this step.
+        shares: Of it, for each tensor of the point.
     """
     run.step += 1
     beta, gamma = _BETAS
     new = []
-    for index, (value, gradient) in enumerate(zip(run.point, gradients, strict=True)):
+    moved = zip(run.point, gradients, shares, strict=True)
+    for index, (value, gradient, share) in enumerate(moved):
         first = run.first[index].lerp_(gradient, 1.0 - beta) / (1.0 - beta**run.step)
         second = run.second[index].lerp_(gradient.square(), 1.0 - gamma)
         second = second / (1.0 - gamma**run.step)
-        new.append(value - size * first / (second.sqrt() + _TINY))
+        new.append(value - size * share * first / (second.sqrt() + _TINY))
     run.point = new
 
 

@@ -36,9 +36,9 @@ class Course:
             now[0] += self.seconds
             return [torch.zeros_like(part) for part in run._trained.parameters]
 
-        def step(run: Any, gradients: Any, size: float) -> None:
+        def step(run: Any, gradients: Any, size: float, shares: Any) -> None:
             self.sizes.append(size / RATE)
-            real(run, gradients, size)
+            real(run, gradients, size, shares)
 
         monkeypatch.setattr(healing._Healing, "_gradients", gradients)
         monkeypatch.setattr(healing._Healing, "_judge", lambda *_: 1.0)
