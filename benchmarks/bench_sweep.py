@@ -40,7 +40,8 @@ from ghosted_fast.models.unloaded.source import FolderSource
 from ghosted_fast.options import Count, GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.surgery.folder import prune_folder
-from ghosted_fast.swept.run import Asked, ghost_unloaded
+from ghosted_fast.swept.asked import Asked
+from ghosted_fast.swept.run import ghost_unloaded
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 from ghosted_fast.text.batches import iterate_batches
 
@@ -100,19 +101,23 @@ def make_checkpoint(folder: Path, shape: str, layers: int | None = None) -> None
 def check() -> None:
     """Raise GateError unless a sweep gives what the way in memory gives."""
     model, batches = tiny_model("llama"), [random_tokens(4, 48, seed=seed) for seed in range(5)]
-    run = RunOptions(corrections=0, score_tokens=64)
+    run = RunOptions(corrections=1, score_tokens=64)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         cut, report = ghost_model(open_unloaded(folder), batches, 2, run=run)
         smaller, expected = ghost_model(model, batches, 2, run=run)
         cut.save(Path(folder) / "cut")
         tensors = open_unloaded(Path(folder) / "cut").tensors
-    ghost = next(item for name, item in smaller.named_parameters() if name.endswith("ghost.weight"))
-    if report.removed != expected.removed or not any(n.endswith("ghost.weight") for n in tensors):
+        ghosts = {n: held.read() for n, held in tensors.items() if n.endswith("ghost.weight")}
+    expected_ghosts = {n: w for n, w in smaller.named_parameters() if n.endswith("ghost.weight")}
+    if report.removed != expected.removed or ghosts.keys() != expected_ghosts.keys() or not ghosts:
         raise GateError(f"the sweep chose {report.removed}, the way in memory {expected.removed}")
     errors = [item.held_out_error for item in (*report.ghosts, *expected.ghosts)]
-    if relative_rms(torch.tensor(errors[:1]), torch.tensor(errors[1:])) > 1e-5 or not ghost.numel():
+    if relative_rms(torch.tensor(errors[:1]), torch.tensor(errors[1:])) > 1e-5:
         raise GateError(f"the held-out errors differ: {errors}")
+    for name, weight in ghosts.items():
+        if relative_rms(weight, expected_ghosts[name]) > 1e-4:
+            raise GateError(f"{name} is another, once corrected, than that of the way in memory")
 
 
 def text_of(tokens: int, length: int, rows: int, vocabulary: int) -> list[torch.Tensor]:
@@ -153,7 +158,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
                 climb(sweep, sweep.source.decoder.num_layers, lambda _: None)
         else:
             run = RunOptions(
-                corrections=0,
+                corrections=arguments.corrections,
                 memory=allowed,
                 state=Path(arguments.folder) / "states",
                 score_tokens=arguments.score_tokens,
@@ -173,7 +178,8 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
 def in_new_process(arguments: argparse.Namespace, what: str, limit: str) -> dict[str, Any]:
     """Return what a piece of work took in a process of its own."""
     command = [sys.executable, __file__, "--work", what, "--limit", limit]
-    for name in ("folder", "tokens", "length", "rows", "remove", "threads", "score_tokens"):
+    names = ("folder", "tokens", "length", "rows", "remove", "threads", "score_tokens")
+    for name in (*names, "corrections"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -195,6 +201,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "weight_bytes": unloaded.nbytes,
         "tokens": arguments.tokens,
         "remove": arguments.remove,
+        "corrections": arguments.corrections,
         "threads": arguments.threads,
         "date": datetime.date.today().isoformat(),
         "machine": machine_facts(),
@@ -217,6 +224,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--remove", type=int, default=2)
+    parser.add_argument("--corrections", type=int, default=0)
     parser.add_argument("--score-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(

@@ -126,7 +126,8 @@ class RunOptions:
         score_tokens: Held-out tokens that candidates are scored on, see `select_layers`.
         beam: Sets of layers that race in the criterion "ghost-search".
         corrections: How many steps fitted ghosts take towards the dense model's predictions, an int
-            or "auto"; see `correct_ghosts`.
+            or "auto"; see `correct_ghosts`. In a sweep each usually reads the layers above the
+            first gap four times.
         heal: How the model is healed after the corrections; None for not at all. See `heal`.
         heal_state: File that the healing is kept in, so that it can go on after it was killed.
         memory_budget: Bytes that statistics may take; several passes are made where they would take

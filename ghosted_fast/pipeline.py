@@ -39,7 +39,8 @@ from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals
 from ghosted_fast.surgery.removable import check_removable
-from ghosted_fast.swept.run import Asked, ghost_unloaded, loaded_or_unloaded
+from ghosted_fast.swept.asked import Asked
+from ghosted_fast.swept.run import ghost_unloaded, loaded_or_unloaded
 from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.timing.spans import adding_time, recording
 

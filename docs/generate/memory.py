@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from docs.generate.markdown import table
+from ghosted_fast.fit.sweep.correcting import Correcting
 from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep, resident_bytes
+from ghosted_fast.improve.correction import (
+    DEFAULT_HELD_OUT_TOKENS,
+    DEFAULT_TOKENS,
+    MOST_CORRECTIONS,
+)
+from ghosted_fast.improve.swept import HEAD_READS, LAYER_READS
 from ghosted_fast.options import GhostOptions
+from ghosted_fast.text.folds import PASS_TOKENS
 
 TOKENS, LENGTH, ROWS, SCORED = 32768, 512, 8, 8192
 _ITEMSIZE = 2  # bf16
@@ -67,6 +75,16 @@ def planned(model: Model) -> tuple[int, SweepPlan]:
     """Return the memory that a model takes with its pass, and what a sweep takes."""
     options, shape, removed = GhostOptions(), model.shape(), model.removed
     count = model.num_layers - removed + 1
+    correcting = Correcting(
+        steps=MOST_CORRECTIONS,
+        ghosts=1,
+        layers=model.num_layers - removed,
+        tokens=DEFAULT_TOKENS,
+        judged=DEFAULT_HELD_OUT_TOKENS,
+        pass_tokens=PASS_TOKENS,
+        layer_reads=LAYER_READS,
+        head_reads=HEAD_READS,
+    )
     work = Work(
         tokens=TOKENS,
         batch_tokens=LENGTH * ROWS,
@@ -76,6 +94,7 @@ def planned(model: Model) -> tuple[int, SweepPlan]:
         length=removed,
         statistics=count + 1,
         boundaries=model.num_layers + 1,
+        correcting=correcting,
     )
     plan = plan_sweep(shape, work, options, memory=1 << 62, on_disk=True)
     return resident_bytes(shape, work, options), plan
@@ -87,9 +106,11 @@ def shapes() -> str:
     for model in MODELS:
         resident, plan = planned(model)
         weights = model.shape().all_bytes
-        sizes = (weights, resident, plan.memory_bytes, plan.disk_bytes, plan.read_bytes)
+        fit = plan.read_bytes - plan.corrections * plan.correction_bytes
+        read = (fit, plan.correction_bytes)
+        sizes = (weights, resident, plan.memory_bytes, plan.disk_bytes, *read)
         layers = f"{model.removed} of {model.num_layers}"
         rows.append([model.name, layers, *(f"{size / 1e9:.1f}" for size in sizes)])
     columns = ["shape", "layers removed", "weights, bf16", "memory, model loaded"]
-    columns += ["memory, swept", "disk for states", "read"]
+    columns += ["memory, swept", "disk for states", "read to fit", "read by a correction"]
     return table(columns, rows)

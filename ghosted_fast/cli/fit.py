@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ghosted_fast.models.unloaded.opening import Unloaded
     from ghosted_fast.options import HealOptions
-    from ghosted_fast.swept.run import Asked
+    from ghosted_fast.swept.asked import Asked
 
 
 def fit(
@@ -270,7 +270,7 @@ def _asked(
 ) -> Asked:
     """Return what is asked for, as the library takes it."""
     from ghosted_fast.options import RunOptions
-    from ghosted_fast.swept.run import Asked
+    from ghosted_fast.swept.asked import Asked
 
     run = RunOptions(
         beam=how_many.beam,

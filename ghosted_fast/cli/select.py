@@ -37,7 +37,8 @@ def select(
     from ghosted_fast.options import Count, RunOptions
     from ghosted_fast.pipeline import statistics_bytes_needed
     from ghosted_fast.selection.select import select_layers
-    from ghosted_fast.swept.run import Asked, select_unloaded
+    from ghosted_fast.swept.asked import Asked
+    from ghosted_fast.swept.run import select_unloaded
 
     count, options = Count(chosen.remove), ghosts.options()
     run = RunOptions(beam=chosen.beam, corrections=0, memory=model.memory, state=model.state)

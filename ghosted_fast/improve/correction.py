@@ -26,7 +26,6 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -35,15 +34,15 @@ from torch import Tensor
 from ghosted_fast import distributed
 from ghosted_fast.errors import check_above, check_at_least
 from ghosted_fast.facts import CorrectionFacts
-from ghosted_fast.improve.divergence import Divergence, States
+from ghosted_fast.improve.comparison import Comparison
+from ghosted_fast.improve.divergence import Divergence, LoadedComparison
 from ghosted_fast.improve.gradients import uses_gradients
 from ghosted_fast.improve.slopes import GhostSlope
-from ghosted_fast.ops import local_divergence
 from ghosted_fast.options import Corrections, check_corrections
 from ghosted_fast.statistics.solve import mean_diagonal, solve_equations
+from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.folds import (
     check_split,
-    in_passes,
     sequences_for,
     split_sequences,
     token_count,
@@ -57,9 +56,10 @@ MOST_CORRECTIONS = 8
 DEFAULT_DAMPING = 0.1
 DEFAULT_TOKENS = 8192
 DEFAULT_HELD_OUT_TOKENS = 4096
+# Held-out tokens below which "auto" makes none.
+FEWEST_FOR_AUTO = 2048
 # "auto" stops after a correction that lowers the held-out divergence by less than this share.
 _LEAST_GAIN = 0.003
-_FEWEST_FOR_AUTO = 2048
 # Size of the first trial: rms change of the ghosts' outputs relative to the outputs. Large beside
 # bf16 rounding. Where a few dimensions or tokens hold most of a state's energy, good steps are far
 # smaller, and a trial of this size says nothing about them: trials shorten until the step is no
@@ -129,7 +129,36 @@ def correct_ghosts(
     divergence = Divergence(ghosted, dense)
     text = distributed.same_text_everywhere(batches)
     train, judges = split_sequences(text, held_out_tokens, divergence.device)
-    found, needed = token_count(judges), min(held_out_tokens, _FEWEST_FOR_AUTO)
+    if not can_be_judged(corrections, train, judges, held_out_tokens):
+        return []
+    comparison = LoadedComparison(divergence, train, judges)
+    return take_steps(
+        comparison,
+        corrections,
+        damping=damping,
+        sequences=sequences_for(tokens, train),
+        progress=progress,
+    )
+
+
+def can_be_judged(
+    corrections: Corrections,
+    train: Sequence[Batch],
+    judges: Sequence[Batch],
+    held_out_tokens: int = DEFAULT_HELD_OUT_TOKENS,
+) -> bool:
+    """Return whether there is text to judge corrections by; warn where "auto" finds too little.
+
+    Args:
+        corrections: How many are to be made.
+        train: Sequences to learn from.
+        judges: Sequences to judge by.
+        held_out_tokens: Tokens that they were to hold.
+
+    Raises:
+        CalibrationError: There is too little text for a number of corrections.
+    """
+    found, needed = token_count(judges), min(held_out_tokens, FEWEST_FOR_AUTO)
     if corrections == "auto" and found < needed:
         _LOGGER.warning(
             "ghosts are not corrected: %d tokens of the text can be held out, and fewer than %d "
@@ -137,27 +166,55 @@ def correct_ghosts(
             found,
             needed,
         )
-        return []
+        return False
     check_split(train, judges)
-    held_out = divergence.held_out(in_passes(judges))
-    per_correction = sequences_for(tokens, train)
-    sequences = cycle(train)
-    most = MOST_CORRECTIONS if corrections == "auto" else corrections
-    facts: list[CorrectionFacts] = []
-    last: list[Tensor] | None = None
-    size = _TRIAL_CHANGE
-    for _ in progress_bar("correcting", progress, of=range(most)):
+    return True
+
+
+def most_steps(corrections: Corrections) -> int:
+    """Return how many corrections are made at most."""
+    return MOST_CORRECTIONS if corrections == "auto" else corrections
+
+
+def take_steps(
+    comparison: Comparison,
+    corrections: Corrections,
+    *,
+    sequences: int,
+    damping: float = DEFAULT_DAMPING,
+    progress: bool = False,
+) -> list[CorrectionFacts]:
+    """Move ghosts, in place, wherever the layers around them are; see `correct_ghosts`.
+
+    Args:
+        comparison: Of the model with the ghosts and the dense one.
+        corrections: How many steps to take.
+        sequences: Training sequences of each.
+        damping: Relative to the mean of G's diagonal.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        What each correction did, those of an earlier run that is gone on with included.
+    """
+    moved = comparison.moved
+    facts, last = comparison.kept()
+    rest = range(len(facts), most_steps(corrections))
+    for number in progress_bar("correcting", progress, of=rest):
+        if corrections == "auto" and facts and not _was_worth_it(facts[-1]):
+            break
         began = time.perf_counter()
+        places = range(number * sequences, (number + 1) * sequences)
         with span("gradients"):
-            slopes = divergence.gradients(in_passes(islice(sequences, per_correction)))
+            slopes = comparison.gradients([place % comparison.num_training for place in places])
         with span("solves"):
             directions = distributed.on_first(
-                partial(_directions, slopes, damping, last), divergence.device
+                partial(_directions, slopes, damping, last), moved.device
             )
         with span("trials"):
-            step, change, before, after = _best_step(divergence, held_out, slopes, directions, size)
-        if step is not None:
-            last, size = step, min(change, _TRIAL_CHANGE)
+            step, change, before, after = _best_step(
+                comparison, slopes, directions, _trial_size(facts)
+            )
+        last = last if step is None else step
         facts.append(
             CorrectionFacts(
                 before=before,
@@ -167,11 +224,21 @@ def correct_ghosts(
                 seconds=time.perf_counter() - began,
             )
         )
+        comparison.keep(facts, last)
         _LOGGER.info("held-out divergence %.5f -> %.5f", before, after)
-        if corrections == "auto" and before - after < _LEAST_GAIN * before:
-            break
-    divergence.synchronise()
+    moved.synchronise()
     return facts
+
+
+def _was_worth_it(fact: CorrectionFacts) -> bool:
+    """Return whether "auto" goes on after a correction."""
+    return fact.before - fact.after >= _LEAST_GAIN * fact.before
+
+
+def _trial_size(facts: Sequence[CorrectionFacts]) -> float:
+    """Return the relative change of the first trial after some corrections."""
+    taken = (fact.change for fact in reversed(facts) if fact.accepted)
+    return min(next(taken, _TRIAL_CHANGE), _TRIAL_CHANGE)
 
 
 def _descent(slopes: Sequence[GhostSlope], damping: float) -> list[Tensor]:
@@ -228,8 +295,7 @@ def _directions(
 
 
 def _best_step(
-    divergence: Divergence,
-    held_out: Sequence[States],
+    comparison: Comparison,
     slopes: Sequence[GhostSlope],
     directions: Sequence[Sequence[Tensor]],
     size: float,
@@ -237,8 +303,7 @@ def _best_step(
     """Move the ghosts by the best step in the span of some directions, if it is an improvement.
 
     Args:
-        divergence: Of the ghosts.
-        held_out: What the step is decided on.
+        comparison: What the step is decided on.
         slopes: What relative changes are measured with.
         directions: Each of a relative change of 1.
         size: Relative change of the first trial.
@@ -247,12 +312,13 @@ def _best_step(
         The step, or None; its relative change; and the held-out divergence before and after.
     """
     if not directions:
-        value = divergence.value(held_out)
+        value = comparison.value()
         return None, 0.0, value, value
-    point = divergence.parameters64()
+    moved = comparison.moved
+    point = moved.parameters64()
     for _ in range(_MOST_TRIALS):
         trials = [[size * part for part in direction] for direction in directions]
-        before, slope, curvature = _local_model(divergence, held_out, point, trials)
+        before, slope, curvature = comparison.local_model(point, trials)
         ridge = _RIDGE * curvature.diagonal().diag()
         amounts = -torch.linalg.lstsq(curvature + ridge, slope[:, None]).solution[:, 0]
         step = _combined(amounts, trials)
@@ -262,50 +328,12 @@ def _best_step(
         size = max(change, 0.1 * size)
     for share in _SHARES:
         shorter = [share * part for part in step]
-        divergence.set_parameters([old + part for old, part in zip(point, shorter, strict=True)])
-        after = divergence.value(held_out)
+        moved.set_parameters([old + part for old, part in zip(point, shorter, strict=True)])
+        after = comparison.value()
         if after < before - _KNOWN_TO:
             return shorter, share * change, before, after
-    divergence.set_parameters(point)
+    moved.set_parameters(point)
     return None, 0.0, before, before
-
-
-def _local_model(
-    divergence: Divergence,
-    held_out: Sequence[States],
-    point: Sequence[Tensor],
-    directions: Sequence[Sequence[Tensor]],
-) -> tuple[float, Tensor, Tensor]:
-    """Return the divergence, its slope [k] and its Gauss-Newton curvature [k, k], k directions.
-
-    The slope and the curvature are those of the line through the point and the direction's end:
-    differences of logits, not derivatives. The ghosts are left at the point.
-    """
-    count = len(directions)
-    slope = torch.zeros(count, dtype=torch.float64)
-    curvature = torch.zeros(count, count, dtype=torch.float64)
-    value = 0.0
-    for states in held_out:
-        dense, mask = divergence.dense_logits(states), states.batch.attention_mask
-        moved = []
-        for direction in directions:
-            divergence.set_parameters(
-                [old + change for old, change in zip(point, direction, strict=True)]
-            )
-            moved.append(divergence.logits(states))
-        divergence.set_parameters(point)
-        base = divergence.logits(states)
-        rows = [logits.flatten(0, 1) for logits in (dense, base, *moved)]
-        with span("local model"):
-            found = local_divergence(rows[0], rows[1], rows[2:], mask.flatten().bool())
-        value += float(found[0])
-        slope += found[1].cpu()
-        curvature += found[2].cpu()
-    counts = torch.tensor(
-        [value, token_count(states.batch for states in held_out)], dtype=torch.float64
-    )
-    distributed.add_up([slope, curvature, counts])
-    return float(counts[0] / counts[1]), slope / counts[1], curvature / counts[1]
 
 
 def _combined(amounts: Tensor, directions: Sequence[Sequence[Tensor]]) -> list[Tensor]:

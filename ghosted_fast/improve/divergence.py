@@ -21,17 +21,18 @@ from torch import Tensor, nn
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.record import removal_record
 from ghosted_fast.errors import ArgumentError
-from ghosted_fast.improve.gradients import check_gradients
+from ghosted_fast.improve.comparison import Comparison, MovedGhosts
+from ghosted_fast.improve.gradients import check_gradients, frozen
 from ghosted_fast.improve.pairs import check_pair
-from ghosted_fast.improve.slopes import GhostSlope
+from ghosted_fast.improve.slopes import GhostSlope, mapped_tokens
 from ghosted_fast.models.boundaries import starting_at, visit_boundaries
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import decoder_layers, num_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.ghosted_layers import ghosts_of
-from ghosted_fast.ops import divergence
+from ghosted_fast.ops import divergence, local_divergence
 from ghosted_fast.text.batches import Batch
-from ghosted_fast.text.folds import token_count
+from ghosted_fast.text.folds import in_passes, token_count
 from ghosted_fast.timing.spans import span
 
 # Bytes of dense logits that are kept for text that is looked at again and again.
@@ -56,17 +57,12 @@ class States:
     logits: Tensor | None = None
 
 
-class Divergence:
+class Divergence(MovedGhosts):
     """Compares a ghosted model with the dense model that it comes from.
 
     Args:
         ghosted: The model with ghosts.
         dense: The dense model, of the same vocabulary and dtype.
-
-    Attributes:
-        ghosts: The ghosts, in the order of the model's modules.
-        device: Where tokens go.
-        parameters: Weight, and bias where there is one, of each ghost in turn.
 
     Raises:
         ArgumentError: The first model has no ghost, or an int8 one, or does not come from the
@@ -76,15 +72,14 @@ class Divergence:
 
     def __init__(self, ghosted: Any, dense: Any) -> None:
         self._ghosted, self._dense = ghosted, dense
-        self.ghosts = [m for m in ghosted.modules() if isinstance(m, GhostLinear)]
-        if not self.ghosts:
+        ghosts = [m for m in ghosted.modules() if isinstance(m, GhostLinear)]
+        if not ghosts:
             raise ArgumentError("expected a model with ghosts, got one without: nothing to correct")
-        if any(ghost.quantization for ghost in self.ghosts):
+        if any(ghost.quantization for ghost in ghosts):
             raise ArgumentError(
                 "expected floating-point ghosts, got int8: quantize them afterwards"
             )
         check_gradients(ghosted)
-        self.device = self.ghosts[0].weight.device
         self._layers = num_layers(dense)
         self._vocabulary = int(text_config_of(dense.config).vocab_size)
         check_pair(ghosted, dense)
@@ -92,10 +87,7 @@ class Divergence:
         # Below the first removed layer both models are the same, and so is what they compute.
         placed = [index for index, _, _ in ghosts_of(decoder_layers(ghosted))]
         self._entry = min([*placed[:1], *removed[:1]]) if placed and removed else 0
-        self.parameters: list[Tensor] = []
-        for ghost in self.ghosts:
-            ghost.unshare()  # `set_parameters` writes into them
-            self.parameters += [ghost.weight] if ghost.bias is None else [ghost.weight, ghost.bias]
+        super().__init__(ghosts)
 
     def states(self, batch: Batch) -> States:
         """Run the dense model on a batch and keep what a comparison needs."""
@@ -167,32 +159,97 @@ class Divergence:
             outputs = [seen[ghost][1] for ghost in self.ghosts]
             with span("backward"):
                 gradients = torch.autograd.grad(logits, outputs, away)
-            attended = batch.attention_mask.bool()
             for ghost, slope, gradient in zip(self.ghosts, slopes, gradients, strict=True):
                 x, y = seen[ghost]
-                mapped = attended
-                if ghost.first_state is not None:  # the first token's output is a constant
-                    mapped = attended & ~batch.is_first
                 with span("sums"):
-                    slope.add(x, y.detach(), gradient, mapped)
+                    slope.add(x, y.detach(), gradient, mapped_tokens(ghost, batch))
         for slope in slopes:
             slope.add_ranks()
         return slopes
 
-    def parameters64(self) -> list[Tensor]:
-        """Return copies of the ghosts' parameters, fp64."""
-        return [parameter.detach().double() for parameter in self.parameters]
 
-    @torch.no_grad()
-    def set_parameters(self, point: Sequence[Tensor]) -> None:
-        """Set the ghosts' parameters, rounded to their dtype."""
-        for parameter, value in zip(self.parameters, point, strict=True):
-            parameter.copy_(value)
+class LoadedComparison(Comparison):
+    """Compares two models in memory.
 
-    def synchronise(self) -> None:
-        """Give all ranks the ghosts of rank 0, to the bit."""
-        if distributed.count() > 1:
-            self.set_parameters(distributed.from_first(self.parameters64(), self.device))
+    Args:
+        divergence: Of the two.
+        train: Sequences to learn from.
+        judges: Sequences to judge by.
+    """
+
+    def __init__(
+        self, divergence: Divergence, train: Sequence[Batch], judges: Sequence[Batch]
+    ) -> None:
+        super().__init__(divergence, len(train))
+        self._divergence, self._train = divergence, train
+        self._held_out = divergence.held_out(in_passes(judges))
+
+    def gradients(self, numbers: Sequence[int]) -> list[GhostSlope]:
+        """Return the sums of each ghost over some training sequences, of all ranks."""
+        return self._divergence.gradients(in_passes(self._train[number] for number in numbers))
+
+    def value(self) -> float:
+        """Return the mean divergence per attended held-out token, nats."""
+        return self._divergence.value(self._held_out)
+
+    def local_model(
+        self, point: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]
+    ) -> tuple[float, Tensor, Tensor]:
+        """Return the divergence, its slope and its curvature along some directions."""
+        return local_model(self._divergence, self._held_out, point, directions)
+
+
+def local_model(
+    divergence: Divergence,
+    held_out: Sequence[States],
+    point: Sequence[Tensor],
+    directions: Sequence[Sequence[Tensor]],
+) -> tuple[float, Tensor, Tensor]:
+    """Return the divergence, its slope and its curvature, see `Comparison.local_model`.
+
+    Args:
+        divergence: Of the ghosts.
+        held_out: The states of this rank's text.
+        point: Parameters of the ghosts, fp64.
+        directions: Changes of them.
+    """
+    count = len(directions)
+    slope = torch.zeros(count, dtype=torch.float64)
+    curvature = torch.zeros(count, count, dtype=torch.float64)
+    value = 0.0
+    for states in held_out:
+        dense, mask = divergence.dense_logits(states), states.batch.attention_mask
+        moved = []
+        for direction in directions:
+            divergence.set_parameters(
+                [old + change for old, change in zip(point, direction, strict=True)]
+            )
+            moved.append(divergence.logits(states))
+        divergence.set_parameters(point)
+        base = divergence.logits(states)
+        rows = [logits.flatten(0, 1) for logits in (dense, base, *moved)]
+        with span("local model"):
+            found = local_divergence(rows[0], rows[1], rows[2:], mask.flatten().bool())
+        value += float(found[0])
+        slope += found[1].cpu()
+        curvature += found[2].cpu()
+    return mean_over_ranks(value, slope, curvature, [states.batch for states in held_out])
+
+
+def mean_over_ranks(
+    value: float, slope: Tensor, curvature: Tensor, batches: Iterable[Batch]
+) -> tuple[float, Tensor, Tensor]:
+    """Return means per attended token, over all ranks, of sums over this rank's batches.
+
+    Args:
+        value: Sum of the divergence.
+        slope: That of its slope [k], fp64; it is used up, as the next one.
+        curvature: That of its curvature [k, k], fp64.
+        batches: What they are sums over.
+    """
+    counts = torch.tensor([value, token_count(batches)], dtype=torch.float64)
+    distributed.add_up([slope, curvature, counts])
+    return float(counts[0] / counts[1]), slope / counts[1], curvature / counts[1]
 
 
 def _run(model: Any, batch: Batch, boundary: int, hidden: Tensor | None) -> Tensor:
@@ -215,16 +272,11 @@ def _watched(
         seen[ghost] = (args[0].detach(), output)
         return output
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [ghost.register_forward_hook(hook) for ghost in ghosts]
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with frozen(model), torch.enable_grad():
             yield seen
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
 

@@ -7,6 +7,7 @@ head and what comes behind it) a few at a time, and their gradient comes back be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ghosted_fast.models.boundaries import starting_at, visit_boundaries
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.families import num_layers
-from ghosted_fast.ops import divergence
+from ghosted_fast.ops import divergence, local_divergence
 from ghosted_fast.text.batches import Batch
 
 # Logits held at once where rows of states go through a head.
@@ -87,3 +88,34 @@ def exit_divergence(
             (back,) = torch.autograd.grad(logits, chosen, away)
             gradient.view(-1, gradient.shape[-1])[rows] = back
     return found
+
+
+def exit_local_divergence(
+    end: Exit,
+    dense_states: Tensor,
+    states: Tensor,
+    moved: Sequence[Tensor],
+    counted: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum over tokens of KL(dense || smaller), and how it bends, see `local_divergence`.
+
+    Args:
+        end: What makes the predictions of all.
+        dense_states: States behind the dense model's last layer [batch, length, d].
+        states: Likewise of the smaller model.
+        moved: Likewise of the smaller model with changes, each of them.
+        counted: [batch, length] bool; the other tokens are not looked at.
+
+    Returns:
+        The divergence [], the slope [k] and the curvature [k, k], fp64, k changes.
+    """
+    flat = [item.flatten(0, 1) for item in (dense_states, states, *moved)]
+    count = len(moved)
+    sums = [torch.zeros([count] * axes, dtype=torch.float64) for axes in range(3)]
+    at_once = max(1, _SLICE_ELEMENTS // end.vocabulary)
+    for rows in counted.flatten().nonzero()[:, 0].split(at_once):
+        with torch.no_grad():
+            dense, smaller, *others = (end.logits(item[rows]) for item in flat)
+        for total, found in zip(sums, local_divergence(dense, smaller, others), strict=True):
+            total += found.cpu()
+    return sums[0], sums[1], sums[2]

@@ -40,6 +40,19 @@ def kernels_with_gradients(*models: Any) -> Iterator[None]:
             setattr(module, _REPACKS, True)
 
 
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Have autograd look at no parameter of a module, within the context."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 def uses_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of a ghosted and its dense model, run with kernels that know gradients."""
 
@@ -84,14 +97,16 @@ def check_gradients(model: Any) -> None:
         for name, module in decoder.layers.named_modules()
         if _holds_weights(module)
     ]
-    frozen = [item for item in model.parameters() if item.requires_grad]
     embedded = model.get_input_embeddings().register_forward_hook(
         lambda _, __, output: output.detach().requires_grad_()
     )
     try:
-        for item in frozen:
-            item.requires_grad_(False)
-        with kernels_with_gradients(model), evaluating(model), torch.enable_grad():
+        with (
+            frozen(model),
+            kernels_with_gradients(model),
+            evaluating(model),
+            torch.enable_grad(),
+        ):
             logits = model(plain_tokens(model), use_cache=False)[0]
             logits.float().square().mean().backward()
     except RuntimeError as error:
@@ -99,8 +114,6 @@ def check_gradients(model: Any) -> None:
     finally:
         for handle in (*handles, embedded):
             handle.remove()
-        for item in frozen:
-            item.requires_grad_(True)
     if broken:
         raise UnsupportedModelError(_refusal(kind, f"layer module {broken[0]} passes none back"))
 

@@ -15,6 +15,7 @@ from ghosted_fast.ops.reference import mirror_lower
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.statistics.gram import NormalEquations
 from ghosted_fast.statistics.token_weights import token_weights
+from ghosted_fast.text.batches import Batch
 
 _BY_INVERSE_ENERGY = GhostOptions(token_weight="inverse_energy")
 
@@ -125,3 +126,12 @@ class GhostSlope:
             self._weight_sum,
             self.num_tokens,
         )
+
+
+def mapped_tokens(ghost: GhostLinear, batch: Batch) -> Tensor:
+    """Return [batch, length] bool: the attended tokens whose output follows from the weight.
+
+    Of a ghost with a first state these are not the first ones.
+    """
+    attended = batch.attention_mask.bool()
+    return attended if ghost.first_state is None else attended & ~batch.is_first

@@ -70,6 +70,8 @@ def fit_gaps_swept(
         patches.append(replace(found, seconds=time.perf_counter() - began))
         if in_sequence and number + 1 < len(gaps):
             x_name = _go_on(sweep, Gap(*gap, found.ghost), gaps[number + 1][0], x_name)
+    if x_name is not None:
+        sweep.shelf.drop(x_name)
     return patches
 
 

@@ -13,7 +13,7 @@ from ghosted_fast.facts import IntervalScore
 from ghosted_fast.fit.candidates import Race
 from ghosted_fast.fit.collect import StatisticsListener
 from ghosted_fast.fit.ghosts import fit_on_training_folds
-from ghosted_fast.fit.sweep.climb import Riders, Row, Sweep, climb, show_stored
+from ghosted_fast.fit.sweep.climb import Riders, Row, Sweep, climb, rows_of, show_stored
 from ghosted_fast.measure.perplexity import predicted_positions, token_losses
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.ghost_linear import GhostLinear
@@ -123,15 +123,8 @@ def held_out_rows(
     Raises:
         CalibrationError: No sequence is held out.
     """
-    own = {turn.index: place for place, turn in enumerate(sweep.text.turns)}
-    device = sweep.source.decoder.device
     found = held_out_batches(batches, options, tokens)
-    places = held_out_places(batches, options, tokens)
-    # A batch without tokens is no rank's: its sequences have nothing to score.
-    return [
-        Row(number, batch.to(device), own.get(index), row)
-        for number, (batch, (index, row)) in enumerate(zip(found, places, strict=True))
-    ]
+    return rows_of(sweep, found, held_out_places(batches, options, tokens))
 
 
 def _candidate(sweep: Sweep, pair: Interval, options: GhostOptions) -> GhostLinear:

@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ghosted_fast import distributed
 from ghosted_fast.checkpoint.model_card import attach_report
 from ghosted_fast.checkpoint.save import check_room
-from ghosted_fast.errors import ArgumentError, GhostedFastError
+from ghosted_fast.errors import GhostedFastError
+from ghosted_fast.facts import CorrectionFacts
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
-from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep, resident_bytes
+from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, resident_bytes
 from ghosted_fast.fit.sweep.shelf import FolderShelf, MemoryShelf, Shelf
-from ghosted_fast.measure.system import free_memory
+from ghosted_fast.improve.correction import (
+    DEFAULT_HELD_OUT_TOKENS,
+    DEFAULT_TOKENS,
+    can_be_judged,
+    take_steps,
+)
+from ghosted_fast.improve.swept import HEAD_READS, LAYER_READS, SweptComparison, SweptSplit
 from ghosted_fast.models.checked.bos import tell_missing_bos
+from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.models.unloaded.opening import Unloaded, open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
-from ghosted_fast.options import Bound, Count, GhostOptions, HowMany, Layers, RunOptions
+from ghosted_fast.options import Count, Layers, RunOptions
 from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.recovery.collector import Patch
 from ghosted_fast.recovery.facts import fitted_facts
-from ghosted_fast.recovery.swept import check_swept_recovery, fit_gaps_swept
+from ghosted_fast.recovery.swept import fit_gaps_swept
 from ghosted_fast.reports.ghost_report import GhostReport
-from ghosted_fast.selection.criteria import CRITERIA
-from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
 from ghosted_fast.selection.criteria.request import Selection
-from ghosted_fast.selection.select import check_layer_count
-from ghosted_fast.selection.swept import check_swept, choose_swept
+from ghosted_fast.selection.swept import choose_swept
 from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.surgery.cut import removed_intervals
 from ghosted_fast.surgery.folder import (
@@ -43,93 +46,14 @@ from ghosted_fast.surgery.folder import (
     check_removable_unloaded,
     cut_folder,
 )
+from ghosted_fast.swept.asked import Asked, allowed_memory
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.fingerprints import stored_digest
+from ghosted_fast.text.folds import sequences_for
 from ghosted_fast.timing.spans import adding_time, recording
 
 _LOGGER = logging.getLogger(__name__)
-# Of what is free, for other programs.
-_SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked of a sweep.
-
-    Attributes:
-        wanted: How many layers go, or which.
-        criterion: What chooses them.
-        recovery: What takes their place.
-        options: How ghosts are fitted.
-        run: How much work is done.
-    """
-
-    wanted: HowMany
-    criterion: str
-    recovery: str
-    options: GhostOptions
-    run: RunOptions
-
-    def check(self) -> None:
-        """Raise, before any work, unless a sweep can do it.
-
-        Raises:
-            ArgumentError: It cannot; the message says what would do.
-        """
-        if isinstance(self.wanted, Bound):
-            raise ArgumentError(
-                f"expected a number of layers or removed for a model that is swept through layer "
-                f"by layer, got {self.wanted}, which needs many passes: give more memory"
-            )
-        if isinstance(self.wanted, Count):
-            check_swept(self.criterion)
-        check_swept_recovery(self.recovery)
-        if self.run.corrections not in ("auto", 0):
-            raise ArgumentError(
-                "expected no corrections for a model that is swept through layer by layer, got "
-                f"corrections={self.run.corrections!r}: they need gradients through all layers. "
-                "Give more memory, or correct_ghosts(smaller, model, batches) where both fit"
-            )
-        if self.run.heal is not None:
-            raise ArgumentError(
-                "expected heal=None for a model that is swept through layer by layer: healing "
-                "needs the smaller model in memory. Save it, and heal it where it fits"
-            )
-
-    def work(self, batches: list[Batch], shape: Shape) -> Work:
-        """Return how much there is to do, for a text and a model."""
-        scored = TOKENS_FOR_THE_BEST * self.run.score_tokens
-        chosen, gaps = None, 1
-        if isinstance(self.wanted, Count):
-            check_layer_count(self.wanted.layers, shape.num_layers)
-            chosen = self.wanted.layers if self.criterion == "ghost" else None
-            gaps = self._most_gaps(self.wanted.layers, shape.num_layers)
-        elif isinstance(self.wanted, Layers):
-            gaps = len(removed_intervals(self.wanted.removed, shape.num_layers))
-        in_sequence = RECOVERIES[self.recovery].sequential and self.options.sequential
-        return Work.of(batches, shape, chosen, scored, gaps, in_sequence)
-
-    def _most_gaps(self, layers: int, num_layers: int) -> int:
-        """Return how many gaps so many chosen layers may leave."""
-        method = CRITERIA[self.criterion]
-        return method.num_statistics(layers, num_layers) if method.published else layers
-
-    def plan(self, unloaded: Unloaded, batches: list[Batch]) -> SweepPlan:
-        """Return what the sweep takes.
-
-        Raises:
-            CalibrationError: Too little memory is allowed.
-        """
-        shape = Shape.of(unloaded)
-        work = self.work(batches, shape)
-        memory = allowed_memory(self.run)
-        return plan_sweep(shape, work, self.options, memory, self.run.state is not None)
-
-
-def allowed_memory(run: RunOptions) -> int:
-    """Return the bytes that all of a run may take."""
-    return run.memory or int(_SHARE * free_memory(torch.device("cpu")))
 
 
 def loaded_or_unloaded(model: str | Path | Unloaded, batches: CalibrationText, asked: Asked) -> Any:
@@ -209,26 +133,23 @@ def ghost_unloaded(
     Raises:
         ArgumentError: A sweep cannot do what is asked; or see `ghost_model`, as for the others.
     """
-    options = asked.options
-    if asked.run.corrections == "auto" and asked.recovery == "ghost":
-        _LOGGER.warning(
-            "ghosts are not corrected: that needs gradients through all layers, which a model that "
-            "is swept through does not have in memory"
-        )
     seconds = dict.fromkeys(("select", "calibrate", "solve", "correct", "heal"), 0.0)
     text = CalibrationText.of(batches)
-    with recording() as spans, _sweep(unloaded, text, asked) as sweep:
+    with recording() as spans, _sweep(unloaded, text, asked) as (sweep, plan):
         tell_missing_bos(unloaded.model, text.beginning)
         decoder = sweep.source.decoder
+        split = _split(sweep, text, asked, plan)
         if isinstance(asked.wanted, Layers):
             check_removable_unloaded(unloaded, asked.wanted.removed)
         with adding_time(seconds, "select"):
-            selection = _choose(sweep, text, asked)
+            selection = _choose(sweep, text, asked, to_top=split is not None)
         if not isinstance(asked.wanted, Layers):
             check_removable_unloaded(unloaded, selection.removed)
         gaps = removed_intervals(selection.removed, decoder.num_layers)
         with adding_time(seconds, "calibrate"):
             patches = _fit(sweep, asked, selection, gaps)
+        with adding_time(seconds, "correct"):
+            corrected = _correct(sweep, asked, gaps, patches, split, plan)
     seconds["solve"] = sum(patch.solve_seconds for patch in patches)
     seconds["calibrate"] -= seconds["solve"]
     report = GhostReport(
@@ -241,8 +162,9 @@ def ghost_unloaded(
         scores=selection.scores,
         seconds=seconds,
         spans=spans.to_dict(),
+        corrections=corrected,
     )
-    report = replace(report, **fitted_facts(gaps, patches, options, text))
+    report = replace(report, **fitted_facts(gaps, patches, asked.options, text))
     report = distributed.from_first(report)
     ghosts = [patch.ghost for patch in patches]
     cut = cut_folder(unloaded, selection.removed, ghosts, checked=True)
@@ -262,13 +184,18 @@ def select_unloaded(unloaded: Unloaded, batches: Iterable[Any], asked: Asked) ->
         ArgumentError: A sweep cannot do what is asked; or see `select_layers`.
     """
     text = CalibrationText.of(batches)
-    with distributed.failing_together(), _sweep(unloaded, text, asked) as sweep:
+    with distributed.failing_together(), _sweep(unloaded, text, asked) as (sweep, _):
         return _choose(sweep, text, asked)
 
 
 @contextmanager
-def _sweep(unloaded: Unloaded, text: CalibrationText, asked: Asked) -> Iterator[Sweep]:
-    """Yield a sweep of a text through a model, after all ranks were found to ask for the same."""
+def _sweep(
+    unloaded: Unloaded, text: CalibrationText, asked: Asked
+) -> Iterator[tuple[Sweep, SweepPlan]]:
+    """Yield a sweep of a text through a model, and what it takes.
+
+    All ranks were found to ask for the same by then.
+    """
     asked.check()
     plan = asked.plan(unloaded, text.hold())
     source = FolderSource(unloaded, plan.prefetch)
@@ -279,19 +206,49 @@ def _sweep(unloaded: Unloaded, text: CalibrationText, asked: Asked) -> Iterator[
     distributed.same_text_everywhere(text)
     device, dtype = source.decoder.device, source.decoder.dtype
     with _shelf(asked.run, plan, f"{checkpoint} {text.digest} {dtype} {quiet!r}") as shelf:
-        yield Sweep(source, SweptText.of(text.hold(), device), shelf, asked.run.progress)
+        yield Sweep(source, SweptText.of(text.hold(), device), shelf, asked.run.progress), plan
 
 
-def _choose(sweep: Sweep, text: CalibrationText, asked: Asked) -> Selection:
-    """Return the layers that are asked for, with the states around them on the shelf."""
+def _split(sweep: Sweep, text: CalibrationText, asked: Asked, plan: SweepPlan) -> SweptSplit | None:
+    """Return the text that ghosts are corrected by; None where they are not.
+
+    Raises:
+        CalibrationError: There is too little text for a number of corrections.
+    """
+    corrections = asked.run.corrections
+    if not asked.corrects:
+        return None
+    found = SweptSplit.of(sweep, text.hold(), DEFAULT_HELD_OUT_TOKENS)
+    train, judges = ([row.batch for row in rows] for rows in (found.train, found.judges))
+    if not can_be_judged(corrections, train, judges):
+        return None
+    if not min(distributed.gather(plan.corrections)):
+        _LOGGER.warning(
+            "ghosts are not corrected: %.1f GB of memory do not suffice for that, give more",
+            allowed_memory(asked.run) / 1e9,
+        )
+        return None
+    return found
+
+
+def _choose(sweep: Sweep, text: CalibrationText, asked: Asked, to_top: bool = False) -> Selection:
+    """Return the layers that are asked for, with the states around them on the shelf.
+
+    Args:
+        sweep: Of the text.
+        text: Calibration tokens.
+        asked: What is asked for.
+        to_top: Whether the states behind the last layer are wanted too.
+    """
     wanted = asked.wanted
     if isinstance(wanted, Count):
         return choose_swept(sweep, text, wanted.layers, asked.criterion, asked.options, asked.run)
     assert isinstance(wanted, Layers)
     removed = sorted(wanted.removed)
     if asked.recovery != "none":
-        gaps = removed_intervals(removed, sweep.source.decoder.num_layers)
-        ends = {boundary for gap in gaps for boundary in gap}
+        count = sweep.source.decoder.num_layers
+        gaps = removed_intervals(removed, count)
+        ends = {boundary for gap in gaps for boundary in gap} | ({count} if to_top else set())
         top = max(ends)
         climb(sweep, top, lambda _: None, last_use=lambda b: top if b in ends else b)
     return Selection(removed, [], asked.criterion)
@@ -305,6 +262,32 @@ def _fit(sweep: Sweep, asked: Asked, selection: Selection, gaps: list[Interval])
         work = partial(method.of_statistics, decoder, known, asked.options)
         return [distributed.on_first(work, decoder.device)]
     return fit_gaps_swept(sweep, asked.recovery, gaps, asked.options)
+
+
+def _correct(
+    sweep: Sweep,
+    asked: Asked,
+    gaps: Sequence[Interval],
+    patches: Sequence[Patch],
+    split: SweptSplit | None,
+    plan: SweepPlan,
+) -> list[CorrectionFacts]:
+    """Correct the ghosts, in place, and return what was done; nothing without text for it."""
+    if split is None:
+        return []
+    filled = [Gap(*gap, patch.ghost) for gap, patch in zip(gaps, patches, strict=True)]
+    comparison = SweptComparison(sweep, filled, split)
+    _LOGGER.warning(
+        "each correction reads some %.1f GB: the layers above the first gap %d times, the head %d "
+        "times",
+        plan.correction_bytes / 1e9,
+        LAYER_READS,
+        HEAD_READS,
+    )
+    sequences = sequences_for(DEFAULT_TOKENS, [row.batch for row in split.train])
+    return take_steps(
+        comparison, asked.run.corrections, sequences=sequences, progress=asked.run.progress
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from ghosted_fast.options import GhostOptions
 from ghosted_fast.text.batches import Batch, iterate_batches
 
 # Tokens per pass: enough to keep two cores busy, few beside the logits' memory.
-_PASS_TOKENS = 1024
+PASS_TOKENS = 1024
 _FEWEST_HELD_OUT = 128
 
 
@@ -86,7 +86,7 @@ def in_passes(sequences: Iterable[Batch]) -> Iterator[Batch]:
     group: list[Batch] = []
     for sequence in sequences:
         length = sequence.input_ids.shape[1]
-        full = (len(group) + 1) * length > _PASS_TOKENS
+        full = (len(group) + 1) * length > PASS_TOKENS
         if group and (full or group[0].input_ids.shape[1] != length):
             yield _joined(group)
             group = []
@@ -129,15 +129,26 @@ def held_out_places(
     batches: Sequence[Batch], options: GhostOptions, score_tokens: int
 ) -> list[tuple[int, int]]:
     """Return where the sequences of `held_out_batches` are: the batch and the row in it."""
-    places: list[tuple[int, int]] = []
+    return split_places(batches, score_tokens, options)[1]
+
+
+def split_places(
+    batches: Sequence[Batch], held_out_tokens: int, options: GhostOptions | None = None
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return where the sequences of `split_sequences` are: the batch and the row in it."""
+    options = options or GhostOptions()
+    train: list[tuple[int, int]] = []
+    held_out: list[tuple[int, int]] = []
     sequences = tokens = 0
     for index, batch in enumerate(batches):
         for row, count in enumerate(batch.attention_mask.sum(1).tolist()):
-            if is_held_out(sequences, options) and tokens < score_tokens:
-                places.append((index, row))
+            if not is_held_out(sequences, options):
+                train.append((index, row))
+            elif tokens < held_out_tokens:
+                held_out.append((index, row))
                 tokens += int(count)
             sequences += 1
-    return places
+    return train, held_out
 
 
 def training_batches(batches: Sequence[Batch], options: GhostOptions) -> list[Batch]:

@@ -93,7 +93,7 @@ def test_select_sweeps_too(given: tuple[object, ...], little: tuple[object, ...]
     ("more", "status", "message"),
     [
         (("--criterion", "taylor"), 1, "which needs all layers at once"),
-        (("--corrections", 2), 1, "they need gradients through all layers"),
+        (("--corrections", 2), 1, "make no corrections (corrections=0, --corrections 0)"),
         (("--heal", "1k"), 1, "expected heal=None"),
         (("--evaluation", "{text}"), 2, "expected no text to measure on"),
         (("--calibration", "self"), 2, "got 'self'"),

@@ -94,6 +94,18 @@ def test_a_sweep_chooses_and_fits_as_that_of_one_process(
             assert relative_rms(mine, one) <= 1e-6
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_sweep_corrects_as_that_of_one_process(tmp_path: Path, size: int) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    _, _, (before,) = rank_programs.swept(tmp_path / "dense", None)
+    _, _, (alone,) = rank_programs.swept(tmp_path / "dense", None, 2)
+    results = run_ranks(rank_programs.swept, size, tmp_path, tmp_path / "dense", tmp_path / "s", 2)
+    assert relative_rms(before, alone) > 1e-3
+    for _, _, (mine,) in results:
+        assert torch.equal(mine, results[0][2][0]), "all ranks hold the same bits"
+        assert relative_rms(mine, alone) <= 1e-5
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_criterion_chooses_as_one_process_does(tmp_path: Path, size: int) -> None:
     expected = rank_programs.choices()

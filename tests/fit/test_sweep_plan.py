@@ -10,12 +10,19 @@ import torch
 from support.swept_models import ask_for_a_tied_head, saved
 
 from ghosted_fast.errors import CalibrationError
-from ghosted_fast.fit.sweep.plan import Shape, Work, plan_sweep, resident_bytes
+from ghosted_fast.fit.sweep.correcting import Correcting, held_out_tokens, tokens_of
+from ghosted_fast.fit.sweep.plan import (
+    PROGRAM_BYTES,
+    Shape,
+    Work,
+    plan_sweep,
+    resident_bytes,
+)
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.testing import random_tokens
-from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.batches import Batch, iterate_batches
 
 OPTIONS = GhostOptions()
 BIG = Shape(
@@ -112,6 +119,49 @@ def test_states_that_are_kept_between_gaps_are_counted() -> None:
     assert more == 1 << 31, "what does not fit begins at the bottom again"
     one, three = (plan_sweep(BIG, work, OPTIONS, 7 * 10**9) for work in (one, three))
     assert three.disk_bytes - one.disk_bytes == 3 * 10 * state
+
+
+def test_corrections_are_counted() -> None:
+    correcting = Correcting(
+        steps=8, ghosts=1, layers=24, tokens=8192, judged=4096, pass_tokens=1024,
+        layer_reads=4, head_reads=3,
+    )  # fmt: skip
+    work = replace(WORK, correcting=correcting)
+    plain, plan = (plan_sweep(BIG, item, OPTIONS, 7 * 10**9) for item in (WORK, work))
+    state, square = 4096 * 2, 4096 * 4096
+    # What enters each layer, the ghost's output, and gradients below and above a layer; the steps.
+    assert plan.disk_bytes - plain.disk_bytes == 8192 * 27 * state + 3 * square * (2 + 8)
+    layer = (BIG.all_bytes - BIG.beside[0]) // 32
+    assert min(layer, BIG.layer_bytes) == BIG.layer_bytes
+    each = 4 * 24 * BIG.layer_bytes + 4 * 1_050_000_000
+    assert plan.correction_bytes == each
+    assert plan.read_bytes - plain.read_bytes == 8 * each
+    assert (plain.corrections, plan.corrections) == (0, 8)
+    assert plan.resident_bytes == plain.resident_bytes
+    # Two layers, twelve matrices, and three times what a pass takes where nothing is kept.
+    vectors = 4 + BIG.layer_parameters / square
+    most = 2 * BIG.layer_bytes + 12 * 8 * square + 3 * int(1024 * state * vectors)
+    assert plan.memory_bytes >= PROGRAM_BYTES + most
+    assert plan.memory_bytes < 5 * 10**9
+    assert 1.5 < plan.operations / plain.operations < 4
+    two = replace(work, correcting=replace(correcting, ghosts=2))
+    more = plan_sweep(BIG, two, OPTIONS, 7 * 10**9)
+    assert more.memory_bytes > plan.memory_bytes and more.disk_bytes > plan.disk_bytes
+    with pytest.raises(CalibrationError, match="make no corrections"):
+        plan_sweep(BIG, work, OPTIONS, plain.memory_bytes - 1)
+
+
+def test_tokens_of_steps_and_of_judges() -> None:
+    mask = torch.ones(4, 48, dtype=torch.int64)
+    mask[:, :24] = 0
+    padded = list(iterate_batches([{"input_ids": random_tokens(4, 48), "attention_mask": mask}]))
+    assert tokens_of(padded, 48) == 2 * 48
+    assert tokens_of(padded, 10**6) == 4 * 48
+    assert held_out_tokens(padded) == 24
+    empty = torch.empty(9, 32, dtype=torch.int64, device="meta")
+    assert tokens_of([Batch(empty, empty)], 100) == 4 * 32
+    assert held_out_tokens([Batch(empty, empty)]) == 2 * 32
+    assert tokens_of([], 10) == held_out_tokens([]) == 0
 
 
 def test_work_is_counted() -> None:

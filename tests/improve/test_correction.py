@@ -12,7 +12,7 @@ import torch
 from ghosted_fast.errors import ArgumentError, CalibrationError
 from ghosted_fast.improve import correction
 from ghosted_fast.improve.correction import correct_ghosts
-from ghosted_fast.improve.divergence import Divergence
+from ghosted_fast.improve.divergence import Divergence, LoadedComparison, local_model
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.structure import share_copy
 from ghosted_fast.options import GhostOptions, RunOptions
@@ -133,7 +133,7 @@ def test_local_model_is_that_of_the_logits() -> None:
         [torch.randn(p.shape, generator=generator).double() * 0.02 for p in point] for _ in range(2)
     ]
     states = [divergence.states(batch)]
-    value, slope, curvature = correction._local_model(divergence, states, point, directions)
+    value, slope, curvature = local_model(divergence, states, point, directions)
     attended = batch.attention_mask.bool()
 
     def logits(model: Any) -> torch.Tensor:
@@ -237,13 +237,13 @@ def test_same_text_same_bits_and_bf16() -> None:
 def test_step_that_makes_it_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_model("llama")
     ghosted = fitted(dense, [2, 3])
-    old, real = weights(ghosted), correction._local_model
+    old, real = weights(ghosted), LoadedComparison.local_model
 
     def uphill(*arguments: Any) -> Any:
         value, slope, curvature = real(*arguments)
         return value, -20.0 * slope, curvature
 
-    monkeypatch.setattr(correction, "_local_model", uphill)
+    monkeypatch.setattr(LoadedComparison, "local_model", uphill)
     facts = correct_ghosts(ghosted, dense, text(), 2)
     assert [fact.accepted for fact in facts] == [False, False]
     assert all(fact.after == fact.before and fact.change == 0.0 for fact in facts)

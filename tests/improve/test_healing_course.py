@@ -130,7 +130,7 @@ def test_it_is_judged_against_the_dense_model_which_reads_once(
         return real(self, batch, gradients)
 
     monkeypatch.setattr(Exit, "states", states)
-    monkeypatch.setattr(folds, "_PASS_TOKENS", 200)  # several passes to judge
+    monkeypatch.setattr(folds, "PASS_TOKENS", 200)  # several passes to judge
     before = held_out_divergence(dense, smaller)
     facts = healed(smaller, dense, padded_text(), held_out_tokens=600)
     assert facts.before == pytest.approx(before, rel=1e-4)

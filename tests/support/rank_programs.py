@@ -115,9 +115,11 @@ def checkpoints(folder: Path) -> None:
     save_model(patched, folder / f"patched{rank}")
 
 
-def swept(dense: Path, states: Path | None) -> tuple[list[int], list[float], list[Tensor]]:
+def swept(
+    dense: Path, states: Path | None, corrections: int = 0
+) -> tuple[list[int], list[float], list[Tensor]]:
     """Return what a sweep through a folder chooses, with all scores, and its ghost."""
-    run = RunOptions(corrections=0, score_tokens=200, state=states)
+    run = RunOptions(corrections=corrections, score_tokens=200, state=states)
     cut, report = ghost_model(open_unloaded(dense), text(9), 2, run=run)
     pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
     ghosts = [piece.tensor for piece in pieces if isinstance(piece, HeldTensor)]
@@ -131,7 +133,7 @@ def healing(folder: Path) -> tuple[dict[str, Tensor], list[float], bool]:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     options = HealOptions(rank=3, tokens_per_step=480, held_out_tokens=300, learning_rate=5e-3)
     run = RunOptions(corrections=0, heal=options, heal_state=folder / f"state{rank}")
-    with patch.object(folds, "_PASS_TOKENS", 100):
+    with patch.object(folds, "PASS_TOKENS", 100):
         smaller, report = ghost_model(model, text(24), removed=[2, 3], run=run)
     assert report.healing is not None
     unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -35,7 +35,7 @@ from ghosted_fast.models.unloaded.source import FolderSource
 from ghosted_fast.options import Count, Layers
 from ghosted_fast.selection.select import select_layers
 from ghosted_fast.surgery.folder import FolderCut
-from ghosted_fast.swept.run import Asked
+from ghosted_fast.swept.asked import Asked
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms
 from ghosted_fast.text.batches import iterate_batches
 
@@ -163,7 +163,6 @@ def test_each_layer_is_read_once_to_choose_and_to_fit(
         ({"removed": [1], "recovery": "prunecomp"}, "recovery other than 'prunecomp'"),
         ({"remove": gf.PerplexityBound(0.1)}, "which needs many passes: give more memory"),
         ({"remove": gf.SpeedBound(1.2)}, "which needs many passes: give more memory"),
-        ({"removed": [1], "run": gf.RunOptions(corrections=2)}, "need gradients through all"),
         ({"removed": [1], "run": gf.RunOptions(heal=gf.HealOptions())}, "expected heal=None"),
     ],
 )
@@ -240,12 +239,6 @@ def test_what_cannot_be_left_in_its_files_is_loaded(tmp_path: Path) -> None:
         open_unloaded(tmp_path)
     smaller, _ = gf.ghost_model(tmp_path, text(), removed=[2], run=RUN)
     assert smaller.config.ghost["removed"] == [2]
-
-
-def test_uncorrected_ghosts_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    saved(tmp_path, "llama")
-    gf.ghost_model(open_unloaded(tmp_path), text(), removed=[2])
-    assert "ghosts are not corrected: that needs gradients" in caplog.text
 
 
 def test_states_are_kept_where_they_are_asked_for_and_gone_in_the_end(tmp_path: Path) -> None:

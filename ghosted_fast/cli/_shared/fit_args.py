@@ -160,7 +160,8 @@ class ImproveArgs:
             parser=values.parse_corrections,
             metavar="NUMBER",
             help="Steps of the fitted ghosts towards the dense model's predictions: a number, or "
-            "'auto': as many as help.",
+            "'auto': as many as help. Where a model is swept through, each reads its upper layers "
+            "about four times.",
         ),
     ] = "auto"
     heal: Annotated[

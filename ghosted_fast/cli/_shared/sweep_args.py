@@ -18,7 +18,7 @@ from ghosted_fast.cli._shared.verb import usage_error
 if TYPE_CHECKING:
     from ghosted_fast.fit.sweep.plan import SweepPlan
     from ghosted_fast.models.unloaded.opening import Unloaded
-    from ghosted_fast.swept.run import Asked
+    from ghosted_fast.swept.asked import Asked
     from ghosted_fast.text.batches import Batch
 
 
@@ -144,8 +144,9 @@ def dry_run(
 def sweep_line(plan: SweepPlan, seconds: float) -> str:
     """Return what a sweep takes, for people."""
     about = f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"
+    with_corrections = f", with {plan.corrections} corrections" if plan.corrections else ""
     return (
         f"swept through layer by layer: {plan.memory_bytes / 1e9:.1f} GB of memory, "
         f"{plan.disk_bytes / 1e9:.1f} GB of disk, {plan.read_bytes / 1e9:.1f} GB of reads, about "
-        f"{about} on this machine"
+        f"{about} on this machine{with_corrections}"
     )

@@ -64,10 +64,10 @@ class SweptText:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One held-out sequence, and where it is in the text.
+    """One sequence, and where it is in the text.
 
     Attributes:
-        number: Its number among the held-out sequences.
+        number: Its number among those that were asked for.
         batch: Its tokens.
         place: Which of this rank's batches has it; None if another rank's has.
         row: Which row of that batch.
@@ -148,6 +148,25 @@ class Sweep:
     def state(self, boundary: int, place: int) -> Tensor:
         """Return the dense model's states of a batch at a boundary."""
         return self.shelf.get(boundary_name(boundary), place)
+
+
+def rows_of(
+    sweep: Sweep, sequences: Iterable[Batch], places: Iterable[tuple[int, int]]
+) -> list[Row]:
+    """Return some sequences of the text of a sweep, with where they are.
+
+    Args:
+        sweep: Of the text.
+        sequences: Of one row each.
+        places: The batch of each, by its number in the whole text, and the row in it.
+    """
+    # A batch without tokens is no rank's: its sequences have nothing to learn from.
+    own = {turn.index: place for place, turn in enumerate(sweep.text.turns)}
+    device = sweep.source.decoder.device
+    return [
+        Row(number, batch.to(device), own.get(index), row)
+        for number, (batch, (index, row)) in enumerate(zip(sequences, places, strict=True))
+    ]
 
 
 def climb(

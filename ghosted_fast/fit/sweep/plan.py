@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from ghosted_fast.errors import CalibrationError
 from ghosted_fast.fit.below import most_kept
+from ghosted_fast.fit.sweep.correcting import Correcting
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.unloaded.files import StoredTensor
@@ -27,6 +28,12 @@ _SOLVE_MATRICES = 8
 # Lists of the text's states behind ghosts below a gap: what entered the last gap, and what enters
 # and leaves a layer on the way to the next.
 _LISTS_BELOW = 3
+# What to do where memory does not suffice: without corrections, and with them.
+_LESS = "use fewer folds, smaller batches or shorter sequences"
+_WHAT_TO_DO = (
+    f"allow more, or {_LESS}",
+    f"allow more, make no corrections (corrections=0, --corrections 0), or {_LESS}",
+)
 # Vectors of width d in one layer that a token has at once, at most.
 _MOST_VECTORS = 24
 
@@ -105,6 +112,7 @@ class Work:
         statistics: How many intervals' statistics are gathered.
         boundaries: How many boundaries' states are kept.
         in_sequence: How many gaps are fitted one after the other, each on what those below it give.
+        correcting: How the ghosts are corrected; None for not at all.
     """
 
     tokens: int
@@ -116,6 +124,7 @@ class Work:
     statistics: int
     boundaries: int
     in_sequence: int = 1
+    correcting: Correcting | None = None
 
     @classmethod
     def of(
@@ -160,10 +169,12 @@ class SweepPlan:
     Attributes:
         memory_bytes: The most memory at any time.
         disk_bytes: States in files; 0 where they fit in memory.
-        read_bytes: What is read of the checkpoint.
+        read_bytes: What is read of the checkpoint, at most, if each correction takes a usual step.
         resident_bytes: What the model and its pass would take in memory.
         prefetch: Whether the next layer is read while one computes.
         operations: Multiplications and additions.
+        corrections: How many corrections that is with, at most.
+        correction_bytes: What each of them reads of the checkpoint.
     """
 
     memory_bytes: int
@@ -172,6 +183,8 @@ class SweepPlan:
     resident_bytes: int
     prefetch: bool
     operations: float
+    corrections: int = 0
+    correction_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
@@ -199,6 +212,10 @@ def plan_sweep(
     stored += work.held_out_tokens * state * (work.candidates + 1)
     if work.in_sequence > 1:
         stored += _LISTS_BELOW * work.tokens * state
+    steps = each = 0
+    if work.correcting is not None:
+        stored += work.correcting.stored_bytes(shape)
+        steps, each = work.correcting.steps, work.correcting.read_bytes(shape)
     best: SweepPlan | None = None
     for prefetch, in_memory in ((True, True), (True, False), (False, False)):
         if in_memory and on_disk:
@@ -207,10 +224,12 @@ def plan_sweep(
         best = SweepPlan(
             memory_bytes=needed,
             disk_bytes=0 if in_memory else stored,
-            read_bytes=shape.all_bytes - shape.beside[0] + sum(shape.beside),
+            read_bytes=shape.all_bytes - shape.beside[0] + sum(shape.beside) + steps * each,
             resident_bytes=resident_bytes(shape, work, options),
             prefetch=prefetch,
             operations=_operations(shape, work),
+            corrections=steps,
+            correction_bytes=each,
         )
         if needed <= memory:
             return best
@@ -219,7 +238,7 @@ def plan_sweep(
         f"expected at least {best.memory_bytes / 1e9:.1f} GB of memory to sweep through this model "
         f"(its largest layer has {shape.layer_bytes / 1e9:.1f} GB, the statistics of one interval "
         f"{interval_bytes(shape.hidden_size, options) / 1e9:.1f} GB), got {memory / 1e9:.1f} GB: "
-        "allow more, or use fewer folds, smaller batches or shorter sequences"
+        f"{_WHAT_TO_DO[work.correcting is not None]}"
     )
 
 
@@ -242,12 +261,15 @@ def _most_memory(shape: Shape, work: Work, options: GhostOptions, prefetch: bool
     coming = shape.layer_bytes if prefetch else 0
     logits = work.row_tokens * shape.vocabulary * shape.itemsize if work.candidates else 0
     bottom, top = shape.beside
-    phases = (
+    phases = [
         bottom + _activations(shape, work),
         shape.layer_bytes + coming + _activations(shape, work),
         coming + interval_bytes(shape.hidden_size, options) + _solve_bytes(shape),
         top + 2 * logits if work.candidates else 0,
-    )
+    ]
+    if work.correcting is not None:
+        inside = _activations(shape, replace(work, batch_tokens=work.correcting.pass_tokens))
+        phases.append(work.correcting.memory_bytes(shape, shape.layer_bytes + coming, inside))
     return PROGRAM_BYTES + max(phases)
 
 
@@ -269,7 +291,10 @@ def _operations(shape: Shape, work: Work) -> float:
     sums = 4.0 * square * work.tokens * work.statistics
     solves = 20.0 * square * shape.hidden_size * work.statistics
     head = 2.0 * shape.vocabulary * shape.hidden_size * work.held_out_tokens * work.candidates
-    return layers + sums + solves + head
+    found = layers + sums + solves + head
+    if work.correcting is not None:
+        found += work.correcting.steps * work.correcting.operations(shape)
+    return found
 
 
 def operations_per_second(dtype: torch.dtype, width: int) -> float:

@@ -19,7 +19,17 @@ _SUFFIX = ".states"
 
 
 class Shelf(ABC):
-    """Lists of states by name."""
+    """Lists of states by name.
+
+    Attributes:
+        goes_on: Whether a run that was stopped will find what was kept.
+        facts: What was kept last beside the lists.
+    """
+
+    goes_on = False
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
 
     @abstractmethod
     def add(self, name: str, states: Tensor) -> None:
@@ -34,7 +44,11 @@ class Shelf(ABC):
         """Forget a list, if there is one."""
 
     def keep(self, facts: dict[str, Any]) -> None:  # noqa: B027 - memory keeps nothing
-        """Keep the lists as they are now for a run that goes on, and some facts beside them."""
+        """Keep the lists as they are now for a run that goes on, and facts beside them.
+
+        Args:
+            facts: They are added to those that were kept before, or take their places.
+        """
 
     def kept(self) -> dict[str, Any] | None:
         """Return the facts that were kept last, with the lists as they were then."""
@@ -45,6 +59,7 @@ class MemoryShelf(Shelf):
     """Keeps the tensors themselves."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._lists: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, states: Tensor) -> None:
@@ -73,8 +88,11 @@ class FolderShelf(Shelf):
     """
 
     def __init__(self, folder: Path, digest: str = "") -> None:
+        super().__init__()
         self._folder, self._digest = folder, digest
+        self.goes_on = bool(digest)
         self._lists: dict[str, list[StoredTensor]] = {}
+        self._kept: frozenset[str] = frozenset()
         folder.mkdir(parents=True, exist_ok=True)
         self._record = folder / _RECORD
         others = [p.name for p in folder.iterdir() if p.suffix != _SUFFIX and p != self._record]
@@ -107,18 +125,19 @@ class FolderShelf(Shelf):
     def drop(self, name: str) -> None:
         """Forget a list, if there is one; of one that was kept the file stays until it is not."""
         self._lists.pop(name, None)
-        if not self._digest:
+        if name not in self._kept:
             (self._folder / f"{name}{_SUFFIX}").unlink(missing_ok=True)
 
     def keep(self, facts: dict[str, Any]) -> None:
-        """Keep the lists as they are now for a run that goes on, and some facts beside them."""
-        if not self._digest:
+        """Keep the lists as they are now for a run that goes on, and facts beside them."""
+        if not self.goes_on:
             return
+        self.facts = self.facts | facts
         lists = {
             name: [[item.offset, list(item.shape), str(item.dtype)[6:]] for item in held]
             for name, held in self._lists.items()
         }
-        record = {"digest": self._digest, "facts": facts, "lists": lists}
+        record = {"digest": self._digest, "facts": self.facts, "lists": lists}
         write_atomically(self._record, json.dumps(record))
         self._tidy()
 
@@ -137,8 +156,8 @@ class FolderShelf(Shelf):
             for name, held in record["lists"].items()
         }
         self._tidy()
-        facts: dict[str, Any] = record["facts"]
-        return facts
+        self.facts = record["facts"]
+        return self.facts
 
     def clear(self) -> None:
         """Remove all files, and the folder if nothing else is in it."""
@@ -149,7 +168,8 @@ class FolderShelf(Shelf):
             self._folder.rmdir()
 
     def _tidy(self) -> None:
-        """Remove the files of lists that are no more."""
+        """Remove the files of lists that are no more; those that are, are the kept ones."""
+        self._kept = frozenset(self._lists)
         for path in self._folder.glob(f"*{_SUFFIX}"):
             if path.stem not in self._lists:
                 path.unlink()

@@ -344,7 +344,7 @@ def _recorded(decoder: Decoder, batch: Batch) -> tuple[Tensor, Calls]:
     try:
         for index in running:
             layers[index] = recorders[index]
-        with torch.inference_mode():
+        with torch.no_grad():  # what layers are called with autograd may look at later
             base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     except _AllRecorded:
         pass

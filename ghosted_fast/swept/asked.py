@@ -1,0 +1,143 @@
+"""What is asked of a sweep: whether it can be done, and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ghosted_fast.errors import ArgumentError, CalibrationError
+from ghosted_fast.fit.sweep.correcting import Correcting, held_out_tokens, tokens_of
+from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep
+from ghosted_fast.improve.correction import (
+    DEFAULT_HELD_OUT_TOKENS,
+    DEFAULT_TOKENS,
+    FEWEST_FOR_AUTO,
+    most_steps,
+)
+from ghosted_fast.improve.swept import HEAD_READS, LAYER_READS
+from ghosted_fast.measure.system import free_memory
+from ghosted_fast.models.unloaded.opening import Unloaded
+from ghosted_fast.options import Bound, Count, GhostOptions, HowMany, Layers, RunOptions
+from ghosted_fast.recovery import RECOVERIES
+from ghosted_fast.recovery.swept import check_swept_recovery
+from ghosted_fast.selection.criteria import CRITERIA
+from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
+from ghosted_fast.selection.select import check_layer_count
+from ghosted_fast.selection.swept import check_swept
+from ghosted_fast.surgery.cut import removed_intervals
+from ghosted_fast.text.batches import Batch
+from ghosted_fast.text.folds import PASS_TOKENS
+
+# Of what is free, for other programs.
+_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a sweep.
+
+    Attributes:
+        wanted: How many layers go, or which.
+        criterion: What chooses them.
+        recovery: What takes their place.
+        options: How ghosts are fitted.
+        run: How much work is done.
+    """
+
+    wanted: HowMany
+    criterion: str
+    recovery: str
+    options: GhostOptions
+    run: RunOptions
+
+    def check(self) -> None:
+        """Raise, before any work, unless a sweep can do it.
+
+        Raises:
+            ArgumentError: It cannot; the message says what would do.
+        """
+        if isinstance(self.wanted, Bound):
+            raise ArgumentError(
+                f"expected a number of layers or removed for a model that is swept through layer "
+                f"by layer, got {self.wanted}, which needs many passes: give more memory"
+            )
+        if isinstance(self.wanted, Count):
+            check_swept(self.criterion)
+        check_swept_recovery(self.recovery)
+        if self.run.heal is not None:
+            raise ArgumentError(
+                "expected heal=None for a model that is swept through layer by layer: healing "
+                "needs the smaller model in memory. Save it, and heal it where it fits"
+            )
+
+    def work(self, batches: list[Batch], shape: Shape) -> Work:
+        """Return how much there is to do, for a text and a model."""
+        scored = TOKENS_FOR_THE_BEST * self.run.score_tokens
+        chosen, gaps = None, 1
+        if isinstance(self.wanted, Count):
+            check_layer_count(self.wanted.layers, shape.num_layers)
+            chosen = self.wanted.layers if self.criterion == "ghost" else None
+            gaps = self._most_gaps(self.wanted.layers, shape.num_layers)
+        elif isinstance(self.wanted, Layers):
+            gaps = len(removed_intervals(self.wanted.removed, shape.num_layers))
+        in_sequence = RECOVERIES[self.recovery].sequential and self.options.sequential
+        work = Work.of(batches, shape, chosen, scored, gaps, in_sequence)
+        ghosts = gaps if chosen is None else 1
+        return replace(work, correcting=self._correcting(batches, shape, ghosts))
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the ghosts are corrected, as far as that has sense."""
+        return RECOVERIES[self.recovery].improvable and self.run.corrections != 0
+
+    def _correcting(self, batches: Sequence[Batch], shape: Shape, ghosts: int) -> Correcting | None:
+        """Return how much corrections have to do, None if none are made."""
+        corrections = self.run.corrections
+        if not self.corrects or isinstance(self.wanted, Bound):
+            return None
+        if corrections == "auto" and held_out_tokens(batches) < FEWEST_FOR_AUTO:
+            return None
+        if isinstance(self.wanted, Count):
+            layers = shape.num_layers - self.wanted.layers
+        else:
+            above = range(min(self.wanted.removed, default=0), shape.num_layers)
+            layers = len(set(above) - set(self.wanted.removed))
+        longest = max((batch.input_ids.shape[1] for batch in batches), default=0)
+        return Correcting(
+            steps=most_steps(corrections),
+            ghosts=ghosts,
+            layers=layers,
+            tokens=tokens_of(batches, DEFAULT_TOKENS),
+            judged=tokens_of(batches, DEFAULT_HELD_OUT_TOKENS),
+            pass_tokens=max(PASS_TOKENS, longest),
+            layer_reads=LAYER_READS,
+            head_reads=HEAD_READS,
+        )
+
+    def _most_gaps(self, layers: int, num_layers: int) -> int:
+        """Return how many gaps so many chosen layers may leave."""
+        method = CRITERIA[self.criterion]
+        return method.num_statistics(layers, num_layers) if method.published else layers
+
+    def plan(self, unloaded: Unloaded, batches: list[Batch]) -> SweepPlan:
+        """Return what the sweep takes; of "auto" corrections, without them where they do not fit.
+
+        Raises:
+            CalibrationError: Too little memory is allowed.
+        """
+        shape = Shape.of(unloaded)
+        work = self.work(batches, shape)
+        memory, on_disk = allowed_memory(self.run), self.run.state is not None
+        try:
+            return plan_sweep(shape, work, self.options, memory, on_disk)
+        except CalibrationError:
+            if work.correcting is None or self.run.corrections != "auto":
+                raise
+            return plan_sweep(shape, replace(work, correcting=None), self.options, memory, on_disk)
+
+
+def allowed_memory(run: RunOptions) -> int:
+    """Return the bytes that all of a run may take."""
+    return run.memory or int(_SHARE * free_memory(torch.device("cpu")))
