@@ -59,7 +59,9 @@ def test_many_rows_of_a_plain_ghost_are_one_product(monkeypatch: pytest.MonkeyPa
         assert not _tuning.is_bound_by_products(key, others, 2048)
     x, weight = torch.randn(2, 40, 64).to(BF16), torch.randn(64, 64).to(BF16) / 8
     products, launches, torchs = [], [], torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *args: products.append(args) or torchs(*args))
+    monkeypatch.setattr(
+        torch, "addmm", lambda *args, **to: products.append(args) or torchs(*args, **to)
+    )
     monkeypatch.setattr(triton, "run", lambda *args: launches.append(args) or x)
     apply_on_cuda(GhostOperands(x, weight))
     assert (len(products), len(launches)) == (0, 1)  # 80 rows
@@ -107,7 +109,7 @@ def test_from_how_many_rows_on_cublas_has_a_ghost(
     monkeypatch.setattr(kernels, "architecture", lambda device: key)
     monkeypatch.setattr(triton, "_DEVICE_TYPE", "meta")
     asked: list[str] = []
-    product = lambda bias, *_: asked.append("cuBLAS") or bias  # noqa: E731
+    product = lambda bias, *_, **to: asked.append("cuBLAS") or bias  # noqa: E731
     monkeypatch.setattr(torch, "addmm", product)
     monkeypatch.setattr(triton, "run", lambda *args: asked.append("Triton"))
     weight = torch.empty(4096, 4096, dtype=BF16, device="meta")
@@ -136,7 +138,9 @@ def test_under_torch_compile_each_call_chooses(monkeypatch: pytest.MonkeyPatch) 
     many = lambda table, rows, size: rows >= 100  # noqa: E731
     monkeypatch.setattr(kernels, "is_bound_by_products", many)
     products, graphs, torchs = [], [], torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *args: products.append(args) or torchs(*args))
+    monkeypatch.setattr(
+        torch, "addmm", lambda *args, **to: products.append(args) or torchs(*args, **to)
+    )
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
         graphs.append(graph)
