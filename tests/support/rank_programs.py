@@ -164,7 +164,7 @@ def sharded_healing(
     options = HealOptions(rank=3, tokens_per_step=480, held_out_tokens=300, learning_rate=5e-3)
     adapter = folder / "adapter" if apart else None
     with (
-        patch.object(folds, "_PASS_TOKENS", 100),
+        patch.object(folds, "PASS_TOKENS", 100),
         patch.object(distributed, "gather_parts", watched),
     ):
         facts = heal(smaller, dense, text(24), options, adapter=adapter, shard=shard)
