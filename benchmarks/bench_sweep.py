@@ -189,8 +189,8 @@ def in_new_process(arguments: argparse.Namespace, what: str, limit: str) -> dict
     return facts
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each piece of work."""
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row for each piece of work, as soon as it is done."""
     check()
     dense = Path(arguments.folder) / "dense"
     make_checkpoint(dense, arguments.shape, arguments.layers)
@@ -203,16 +203,13 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "remove": arguments.remove,
         "corrections": arguments.corrections,
         "threads": arguments.threads,
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine_facts(),
     }
     assert meta_tensors(unloaded.tensors)
     limits = {"bare": arguments.memory, "fit": arguments.memory, "cut": arguments.cut_memory}
-    works = {what: limits[what] for what in arguments.works}
-    rows = []
-    for what, limit in works.items():
-        rows.append({"work": what, **in_new_process(arguments, what, limit), **about})
-    return rows
+    for what in arguments.works:
+        yield {"work": what, **in_new_process(arguments, what, limits[what]), **about}
 
 
 def parsed() -> argparse.Namespace:
@@ -246,9 +243,8 @@ def main() -> None:
         sys.stdout.write(json.dumps(work(arguments)) + "\n")
         return
     console = Console()
-    rows = measure(arguments)
-    append_rows(arguments.output, rows)
-    for row in rows:
+    for row in measure(arguments):
+        append_rows(arguments.output, [row])
         peak, allowed, weights = (
             row[name] / 1e9 for name in ("peak_bytes", "limit_bytes", "weight_bytes")
         )

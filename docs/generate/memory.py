@@ -1,10 +1,11 @@
-"""What a sweep takes for well-known shapes of models, computed as a dry run computes it."""
+"""What a sweep takes: computed for well-known shapes, as a dry run does, and measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from docs.generate.markdown import table
+from docs.generate.markdown import by_machine, table
 from ghosted_fast.fit.sweep.correcting import Correcting
 from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep, resident_bytes
 from ghosted_fast.improve.correction import (
@@ -114,3 +115,41 @@ def shapes() -> str:
     columns = ["shape", "layers removed", "weights, bf16", "memory, model loaded"]
     columns += ["memory, swept", "disk for states", "read to fit", "read by a correction"]
     return table(columns, rows)
+
+
+_WORKS = {
+    "bare": "the text through all layers",
+    "fit": "choosing the layers, fitting the ghost, writing the folder",
+    "cut": "cutting the folder, no ghost",
+}
+
+
+def measured() -> str:
+    """Return what sweeps took, each in a process that the operating system gave no more to."""
+    return by_machine(lambda machine: machine.newest("sweep"), _measured_of)
+
+
+def _measured_of(found: list[dict[str, Any]]) -> str:
+    of_shapes = dict.fromkeys(row["shape"] for row in found)
+    return "\n".join(
+        _measured_shape([row for row in found if row["shape"] == shape]) for shape in of_shapes
+    )
+
+
+def _measured_shape(found: list[dict[str, Any]]) -> str:
+    first = found[0]
+    bare = next((row["seconds"] for row in found if row["work"] == "bare"), None)
+    rows = []
+    for row in found:
+        sizes = (row["peak_bytes"], row["limit_bytes"])
+        ratio = f"{row['seconds'] / bare:.2f}x" if bare and row["work"] == "fit" else ""
+        rows.append([_WORKS[row["work"]], *(f"{size / 1e9:.1f}" for size in sizes)])
+        rows[-1] += [f"{row['seconds'] / 60:.1f}", ratio]
+    heading = (
+        f"Llama of the {first['shape']} shape, {first['layers']} layers, random weights in bf16, "
+        f"{first['weight_bytes'] / 1e9:.1f} GB of files; {first['tokens']:,} tokens, "
+        f"{first['remove']} layers removed, {first['corrections']} corrections; "
+        f"{first['threads']} threads, {first['date'][:10]}.\n\n"
+    )
+    columns = ["what a process did", "peak memory, GB", "limit", "minutes", "over the bare text"]
+    return heading + table(columns, rows, 1)

@@ -70,7 +70,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/import.md": {"against-hooks": operators.against_hooks},
     "docs/cli.md": {"verbs": program.verbs},
-    "docs/memory.md": {"shapes": memory.shapes},
+    "docs/memory.md": {"shapes": memory.shapes, "measured": memory.measured},
     "docs/families.md": {"families": program.families, "swept": sweep.swept},
 }
 GPU_PAGE, GPU_PROGRAM = "docs/gpu-roofline.md", "benchmarks/gpu_roofline.py"

@@ -116,16 +116,16 @@ class Machine:
         """Return the rows of the newest run of a benchmark; none if it did not run here.
 
         Args:
-            benchmark: An operator, `calibration`, `generate`, `timing` or `fit`. Of `generate`, the
-                newest run of each dtype.
+            benchmark: An operator, `calibration`, `generate`, `timing`, `sweep` or `fit`. Of
+                `generate`, the newest run of each dtype, of `sweep` of each shape.
         """
         path = self.folder / f"{benchmark}.jsonl"
         if not path.exists():
             return []
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        apart = benchmark == "generate"
-        newest = {row["dtype"] if apart else "": row["date"] for row in rows}
-        return [row for row in rows if row["date"] == newest[row["dtype"] if apart else ""]]
+        apart = {"generate": "dtype", "sweep": "shape"}.get(benchmark, "")
+        newest = {row.get(apart): row["date"] for row in rows}
+        return [row for row in rows if row["date"] == newest[row.get(apart)]]
 
 
 def machines(has: Callable[[Machine], list[dict[str, Any]]]) -> list[Machine]:
