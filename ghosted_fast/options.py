@@ -75,8 +75,8 @@ class HealOptions:
         rank: Rank of the factors of each linear map; 0 trains the ghosts alone, "full" the ghosts
             and the whole weights of the maps, which takes 28 bytes of memory for each.
         learning_rate: Of Adam's steps; > 0. It falls to nothing over the last three tenths.
-            Models wider than 576 take the less of it the wider they are, so that it needs no tuning
-            over widths. None for 1e-3, or 2e-4 for whole weights.
+            Models wider than 576 take 576/width of it, their ghosts the square of that. None for
+            1e-3, or 2e-4 for whole weights.
         tokens_per_step: Tokens of each step.
         held_out_tokens: Tokens that the model is judged on.
         minutes: When to end at the latest, but for the first step; None for no limit.

@@ -13,7 +13,6 @@ from ghosted_fast.improve.correction import (
     DEFAULT_TOKENS,
     MOST_CORRECTIONS,
 )
-from ghosted_fast.improve.swept import HEAD_READS, LAYER_READS
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.text.folds import PASS_TOKENS
 
@@ -83,8 +82,6 @@ def planned(model: Model) -> tuple[int, SweepPlan]:
         tokens=DEFAULT_TOKENS,
         judged=DEFAULT_HELD_OUT_TOKENS,
         pass_tokens=PASS_TOKENS,
-        layer_reads=LAYER_READS,
-        head_reads=HEAD_READS,
     )
     work = Work(
         tokens=TOKENS,

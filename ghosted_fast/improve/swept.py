@@ -34,9 +34,6 @@ from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.folds import in_passes, split_places, split_sequences, token_count
 from ghosted_fast.timing.spans import span
 
-# How often a correction whose first trial and whole step are good reads the layers above the first
-# gap (up and down, the trials, the step), and the head.
-LAYER_READS, HEAD_READS = 4, 3
 _FACTS = "corrections"
 
 

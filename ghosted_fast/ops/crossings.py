@@ -79,14 +79,15 @@ _BF16, _FP16, _FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # By path of the processor and dtype. What is not named was not measured, or has no crossing.
 #
-# On an Emerald Rapids, of which two cores were shared, torch 2.13: calls of each in turn, by the
-# time of their thread. Sizes: 576, 1024, 2048, and for bf16 4096. Weights came from memory up to 96
-# rows. The compiled kernel over the best torch expression, packed and as it lies, at d = 576 / 1024
-# / 2048 in fp32: 1 row 1.07, 1.06 / 0.93, 1.13 / 0.77, 1.06; 8 rows 1.60, 1.26 / - / 2.52, 2.67; 16
-# rows 1.61, 0.88 / 1.96, 1.36 / 1.80, 1.26; 128 rows 0.97, 0.89 / 1.02, 0.93 / -; 512 rows 0.89,
-# 0.87 / 0.90, 0.90 / 0.80, 0.79. On two threads 1 row of d = 576 was the faster one as it lies. In
-# fp16: 48 rows 1.13 / - / 0.98, 96 or 128 rows 1.07 / 1.02 / 0.95, 512 rows 0.95 / 0.94 / 0.90. In
-# bf16 the compiled kernel was the faster one everywhere, with the lead of either form as below.
+# On two shared cores of a Xeon with AMX (family 6, model 167), torch 2.13: calls of each in turn,
+# by the time of their thread. Sizes: 576, 1024, 2048. Weights came from memory up to 96 rows. The
+# compiled kernel over the best torch expression, packed and as it lies, at d = 576 / 1024 / 2048 in
+# fp32: 1 row 1.07, 1.06 / 0.93, 1.13 / 0.77, 1.06; 8 rows 1.60, 1.26 / - / 2.52, 2.67; 16 rows
+# 1.61, 0.88 / 1.96, 1.36 / 1.80, 1.26; 128 rows 0.97, 0.89 / 1.02, 0.93 / -; 512 rows 0.89, 0.87 /
+# 0.90, 0.90 / 0.80, 0.79. In fp16: 48 rows 1.13 / - / 0.98, 96 or 128 rows 1.07 / 1.02 / 0.95, 512
+# rows 0.95 / 0.94 / 0.90. In bf16 neither form was slower than torch beyond the noise. That of bf16
+# which is the faster one, up to d = 4096, and that of 1 row of d = 576 in fp32 on two threads, were
+# measured on an Emerald Rapids.
 CROSSINGS: Mapping[tuple[str, torch.dtype], Crossings] = {
     ("amx", _BF16): Crossings(
         rows=(48,),

@@ -16,7 +16,6 @@ from ghosted_fast.improve.correction import (
     FEWEST_FOR_AUTO,
     most_steps,
 )
-from ghosted_fast.improve.swept import HEAD_READS, LAYER_READS
 from ghosted_fast.measure.system import free_memory
 from ghosted_fast.models.unloaded.opening import Unloaded
 from ghosted_fast.options import Bound, Count, GhostOptions, HowMany, Layers, RunOptions
@@ -112,8 +111,6 @@ class Asked:
             tokens=tokens_of(batches, DEFAULT_TOKENS),
             judged=tokens_of(batches, DEFAULT_HELD_OUT_TOKENS),
             pass_tokens=max(PASS_TOKENS, longest),
-            layer_reads=LAYER_READS,
-            head_reads=HEAD_READS,
         )
 
     def _most_gaps(self, layers: int, num_layers: int) -> int:

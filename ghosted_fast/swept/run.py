@@ -17,6 +17,7 @@ from ghosted_fast.checkpoint.save import check_room
 from ghosted_fast.errors import GhostedFastError
 from ghosted_fast.facts import CorrectionFacts
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
+from ghosted_fast.fit.sweep.correcting import HEAD_READS, LAYER_READS
 from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, resident_bytes
 from ghosted_fast.fit.sweep.shelf import FolderShelf, MemoryShelf, Shelf
 from ghosted_fast.improve.correction import (
@@ -25,7 +26,7 @@ from ghosted_fast.improve.correction import (
     can_be_judged,
     take_steps,
 )
-from ghosted_fast.improve.swept import HEAD_READS, LAYER_READS, SweptComparison, SweptSplit
+from ghosted_fast.improve.swept import SweptComparison, SweptSplit
 from ghosted_fast.models.checked.bos import tell_missing_bos
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.loading import load_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -50,3 +51,25 @@ def test_a_limit_that_is_too_low_is_reported(
     monkeypatch.setattr(bench, "check", lambda: None)
     with pytest.raises(GateError, match="fit under 1MB failed"):
         bench.main()
+
+
+def test_a_row_is_written_as_soon_as_its_work_is_done(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "rows.jsonl"
+    arguments = ["--shape", "tiny", "--works", "bare", "fit", "--folder", str(tmp_path)]
+    arguments += ["--output", str(output), "--corrections", "3"]
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "bench_sweep.py"), *arguments])
+    monkeypatch.setattr(bench, "check", lambda: None)
+
+    def worked(_: object, what: str, limit: str) -> dict[str, float]:
+        if what == "fit":
+            raise GateError(f"no memory in {limit}")
+        return {"seconds": 2.0, "peak_bytes": 3e9, "limit_bytes": 7e9}
+
+    monkeypatch.setattr(bench, "in_new_process", worked)
+    with pytest.raises(GateError, match="no memory in 7GB"):
+        bench.main()
+    (row,) = map(json.loads, output.read_text().splitlines())
+    assert (row["work"], row["seconds"], row["shape"]) == ("bare", 2.0, "tiny")
+    assert row["corrections"] == 3 and row["layers"] == 8

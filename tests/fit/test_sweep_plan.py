@@ -123,9 +123,8 @@ def test_states_that_are_kept_between_gaps_are_counted() -> None:
 
 def test_corrections_are_counted() -> None:
     correcting = Correcting(
-        steps=8, ghosts=1, layers=24, tokens=8192, judged=4096, pass_tokens=1024,
-        layer_reads=4, head_reads=3,
-    )  # fmt: skip
+        steps=8, ghosts=1, layers=24, tokens=8192, judged=4096, pass_tokens=1024
+    )
     work = replace(WORK, correcting=correcting)
     plain, plan = (plan_sweep(BIG, item, OPTIONS, 7 * 10**9) for item in (WORK, work))
     state, square = 4096 * 2, 4096 * 4096
@@ -149,6 +148,19 @@ def test_corrections_are_counted() -> None:
     assert more.memory_bytes > plan.memory_bytes and more.disk_bytes > plan.disk_bytes
     with pytest.raises(CalibrationError, match="make no corrections"):
         plan_sweep(BIG, work, OPTIONS, plain.memory_bytes - 1)
+
+
+def test_a_solve_of_a_correction_is_counted() -> None:
+    """In a model of small layers and few words it is what takes the most."""
+    small = replace(BIG, layer_bytes=1, layer_parameters=1, vocabulary=10, beside=(1, 1))
+    correcting = Correcting(steps=1, ghosts=1, layers=1, tokens=8, judged=8, pass_tokens=8)
+    few = {"tokens": 8, "batch_tokens": 8, "row_tokens": 8, "held_out_tokens": 8, "candidates": 0}
+    work = replace(WORK, **few, statistics=0, correcting=correcting)
+    square, two_folds = 8 * 4096 * 4096, GhostOptions(folds=2)
+    with_it = plan_sweep(small, work, two_folds, 7 * 10**9)
+    assert with_it.memory_bytes >= PROGRAM_BYTES + (12 + 8) * square
+    without = replace(work, correcting=None)
+    assert plan_sweep(small, without, two_folds, 7 * 10**9).memory_bytes < with_it.memory_bytes
 
 
 def test_tokens_of_steps_and_of_judges() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.healed_models import fitted
+from support.healed_models import fitted, healed
 
-from ghosted_fast.improve import factors
+from ghosted_fast.improve import factors, healing
 from ghosted_fast.improve.factors import Trained
 from ghosted_fast.improve.healing_run import Run, take_step
 from ghosted_fast.testing import tiny_model
@@ -51,3 +51,20 @@ def test_a_step_takes_the_shares() -> None:
     take_step(run, [torch.full((2, 3), 5.0), torch.full((4,), -1e-3)], 0.1, [0.5, 2.0])
     assert torch.allclose(run.point[0], torch.full((2, 3), -0.05))
     assert torch.allclose(run.point[1], torch.full((4,), 0.2))
+
+
+def test_a_healing_takes_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "_WIDTH", WIDTH // 2)
+    dense = tiny_model("llama")
+    smaller, taken = fitted(dense), []
+    expected = Trained(fitted(dense), 4, seed=0).rate_shares
+    assert set(expected) == {0.5, 0.25}
+    real = healing.take_step
+
+    def step(run: Any, gradients: Any, size: float, shares: Any) -> None:
+        taken.append(shares)
+        real(run, gradients, size, shares)
+
+    monkeypatch.setattr(healing, "take_step", step)
+    healed(smaller, dense, tokens=800)
+    assert taken and all(shares == expected for shares in taken)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText
 from ghosted_fast.fit.sweep.shelf import MemoryShelf, Shelf
+from ghosted_fast.models.unloaded.files import HeldTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
 from ghosted_fast.testing import random_tokens, tiny_model
@@ -34,6 +38,35 @@ def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32, layers:
     model.save_pretrained(folder, max_shard_size="60KB")
     tiny_tokenizer().save_pretrained(folder)
     return model
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would, but for what is open."""
+
+
+@contextlib.contextmanager
+def killed_at_write(number: int) -> Iterator[list[int]]:
+    """End what runs inside at a write of states or of the record, which is left half done.
+
+    Yields:
+        The number of the write, once it was met.
+    """
+    left, original = number, HeldTensor.chunks
+    met: list[int] = []
+
+    def half_written(tensor: HeldTensor) -> Iterator[Any]:
+        nonlocal left
+        left -= 1
+        for chunk in original(tensor):
+            if not left:
+                met.append(number)
+                yield chunk[: len(chunk) // 2]
+                raise Killed
+            yield chunk
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(HeldTensor, "chunks", half_written)
+        yield met
 
 
 def as_pickles(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import random
@@ -10,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.swept_models import as_pickles, saved, text
+from support.swept_models import as_pickles, killed_at_write, saved, text
 from transformers import AutoModelForCausalLM
 
 import ghosted_fast as gf
@@ -29,7 +27,7 @@ from ghosted_fast.errors import (
 )
 from ghosted_fast.fit.sweep.plan import Shape
 from ghosted_fast.models.unloaded import opening
-from ghosted_fast.models.unloaded.files import HeldTensor, StoredTensor
+from ghosted_fast.models.unloaded.files import StoredTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
 from ghosted_fast.options import Count, Layers
@@ -266,30 +264,17 @@ def test_a_run_that_is_stopped_20_times_ends_with_the_same_bits(tmp_path: Path) 
     saved(tmp_path / "dense", "llama")
     run = gf.RunOptions(corrections=0, score_tokens=64, state=tmp_path / "state")
     stops = random.Random(0)
-    original = HeldTensor.chunks
-
-    class Killed(BaseException):
-        pass
 
     def ghosted() -> FolderCut:
         smaller, _ = gf.ghost_model(open_unloaded(tmp_path / "dense"), text(), remove=2, run=run)
         return smaller
 
+    killed = 0
     for _ in range(20):
-        left = stops.randrange(1, 60)
-
-        def half_written(tensor: HeldTensor) -> Iterator[Any]:
-            nonlocal left
-            left -= 1
-            for chunk in original(tensor):
-                if not left:
-                    yield chunk[: len(chunk) // 2]
-                    raise Killed
-                yield chunk
-
-        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(HeldTensor, "chunks", half_written)
+        with killed_at_write(stops.randrange(1, 60)) as met:
             ghosted()
+        killed += len(met)
+    assert killed > 10
     mine = ghosted()
     plain, _ = gf.ghost_model(open_unloaded(tmp_path / "dense"), text(), remove=2, run=RUN)
     assert_same_weights(mine, plain, tmp_path)

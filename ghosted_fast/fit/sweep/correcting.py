@@ -14,10 +14,11 @@ from ghosted_fast.text.folds import is_held_out
 if TYPE_CHECKING:
     from ghosted_fast.fit.sweep.plan import Shape
 
+# How often a correction whose first trial and whole step are good reads the layers above the first
+# gap (up and down, the trials, the step), and the head.
+LAYER_READS, HEAD_READS = 4, 3
 # Matrices [d, d] in fp64 that a correction holds for each ghost: sums, directions, trials, points.
 _MATRICES = 12
-# Those that a solve holds beside them.
-_SOLVE_MATRICES = 8
 # Files of what a correction has come to: two are kept while one is written.
 _FILES = 3
 # Directions that are tried side by side, and the point itself.
@@ -44,8 +45,6 @@ class Correcting:
         tokens: Tokens that a step learns from, padding included.
         judged: Those that it is judged by.
         pass_tokens: Those of the largest pass.
-        layer_reads: How often a usual step reads those layers.
-        head_reads: Likewise of the head.
     """
 
     steps: int
@@ -54,8 +53,6 @@ class Correcting:
     tokens: int
     judged: int
     pass_tokens: int
-    layer_reads: int
-    head_reads: int
 
     def stored_bytes(self, shape: Shape) -> int:
         """Return the bytes of states, gradients and kept steps on the shelf."""
@@ -65,13 +62,14 @@ class Correcting:
         step = self.ghosts * shape.hidden_size**2 * (shape.itemsize + 8)
         return max(learning, trying) * state + _FILES * step
 
-    def memory_bytes(self, shape: Shape, layers: int, inside: int) -> int:
+    def memory_bytes(self, shape: Shape, layers: int, inside: int, solve: int) -> int:
         """Return the most memory at any time, without the program and the shelf.
 
         Args:
             shape: That of the model.
             layers: Bytes of the layers that are held at once.
             inside: Bytes that a pass takes inside a layer that only computes.
+            solve: Bytes that a solve takes beside its equations.
         """
         matrix = 8 * shape.hidden_size**2
         slice_of_all = min(
@@ -80,7 +78,7 @@ class Correcting:
         logits = _SLICES * slice_of_all * shape.itemsize
         bottom, top = shape.beside
         return self.ghosts * _MATRICES * matrix + max(
-            layers + _KEPT_FOR_GRADIENT * inside, top + logits, bottom, _SOLVE_MATRICES * matrix
+            layers + _KEPT_FOR_GRADIENT * inside, top + logits, bottom, solve
         )
 
     def read_bytes(self, shape: Shape) -> int:
@@ -88,7 +86,7 @@ class Correcting:
         bottom, top = shape.beside
         # A layer that is merged or cast takes more in memory than in the files.
         layer = min(shape.layer_bytes, (shape.all_bytes - max(bottom, top)) // shape.num_layers)
-        return self.layer_reads * self.layers * layer + self.head_reads * top + bottom
+        return LAYER_READS * self.layers * layer + HEAD_READS * top + bottom
 
     def operations(self, shape: Shape) -> float:
         """Return how many multiplications and additions a step does, about."""

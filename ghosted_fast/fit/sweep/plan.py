@@ -269,7 +269,8 @@ def _most_memory(shape: Shape, work: Work, options: GhostOptions, prefetch: bool
     ]
     if work.correcting is not None:
         inside = _activations(shape, replace(work, batch_tokens=work.correcting.pass_tokens))
-        phases.append(work.correcting.memory_bytes(shape, shape.layer_bytes + coming, inside))
+        layers, solve = shape.layer_bytes + coming, _solve_bytes(shape)
+        phases.append(work.correcting.memory_bytes(shape, layers, inside, solve))
     return PROGRAM_BYTES + max(phases)
 
 
