@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from support import rank_programs
 from support.healed_models import fitted, healed, same, visible, weights
 from support.quantized_models import wide_llama
+from support.started_ranks import run_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -117,3 +120,17 @@ def test_what_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'ghosted_fast\[peft\]'"):
         healed(smaller, dense, adapter=tmp_path / "adapter")
+
+
+def test_an_adapter_of_sharded_weights_is_that_of_whole_ones(tmp_path: Path) -> None:
+    for shard in (False, True):
+        folder = tmp_path / str(shard)
+        folder.mkdir()
+        program = rank_programs.sharded_healing
+        run_ranks(program, 2, folder, "llama", folder, shard, True)
+    one, other = (
+        load_file(tmp_path / str(shard) / "adapter" / "adapter_model.safetensors")
+        for shard in (False, True)
+    )
+    assert one.keys() == other.keys() and one
+    assert all(torch.equal(other[name], value) for name, value in one.items())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from support import rank_programs
 from support.healed_models import visible
+from support.started_ranks import WAIT_S, run_ranks, start
 from support.tiny_text import TEXT, save_tiny_model
 
 from ghosted_fast.cli.app import app
@@ -23,45 +22,6 @@ from ghosted_fast.errors import CalibrationError
 from ghosted_fast.testing import relative_rms, tiny_model
 
 pytestmark = pytest.mark.slow
-
-_WAIT_S = 300.0
-# What takes long to import; each rank is a fork of one process that has it.
-_IMPORTED = ["ghosted_fast.pipeline", "ghosted_fast.cli.app", "ghosted_fast.grid"]
-_FAMILIES = ("llama", "gpt2", "mixtral")
-_IMPORTED += [f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES]
-
-
-def start(target: Callable[..., None], calls: list[tuple[Any, ...]], impatient: bool) -> None:
-    """Run a function in processes that are forked where all is imported, and wait for them.
-
-    Or wait for the first of them only, and kill the others.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED)
-    processes = [context.Process(target=target, args=call, daemon=True) for call in calls]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(_WAIT_S)
-        if impatient:
-            for other in processes[1:]:
-                other.kill()
-        assert process.exitcode is not None, "a rank hangs"
-
-
-def run_ranks(
-    program: Callable[..., Any],
-    size: int,
-    folder: Path,
-    *arguments: Any,
-    timeout_s: float = 120.0,
-    impatient: bool = False,
-) -> list[Any]:
-    """Return what each rank's program returned, or its error, as (name, message)."""
-    calls = [(program, rank, size, folder, timeout_s, arguments) for rank in range(size)]
-    start(rank_programs.be_a_rank, calls, impatient)
-    files = [folder / f"result{rank}" for rank in range(size)]
-    return [torch.load(file)[0] if file.exists() else None for file in files]
 
 
 @pytest.mark.parametrize(
@@ -180,21 +140,6 @@ def test_healing_of_sharded_weights_is_that_of_whole_ones(
     assert all(torch.equal(saved[name], value) for name, value in one.items())
 
 
-def test_an_adapter_of_sharded_weights_is_that_of_whole_ones(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    for shard in (False, True):
-        folder = tmp_path / str(shard)
-        folder.mkdir()
-        program = rank_programs.sharded_healing
-        run_ranks(program, 2, folder, "llama", folder, shard, True)
-    one, other = (
-        load_file(tmp_path / str(shard) / "adapter" / "adapter_model.safetensors")
-        for shard in (False, True)
-    )
-    assert one.keys() == other.keys() and one
-    assert all(torch.equal(other[name], value) for name, value in one.items())
-
-
 def test_an_error_in_a_pass_of_sharded_weights_is_an_error_of_all(tmp_path: Path) -> None:
     first, second, third = run_ranks(rank_programs.sharded_poisoned, 3, tmp_path)
     assert second == ("ValueError", "this layer is broken")
@@ -293,7 +238,7 @@ def test_torchrun_gives_the_checkpoint_of_one_process(
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = fit_command(inputs, tmp_path / "shared")
     finished = subprocess.run([*launch, "-m", "ghosted_fast", *command], capture_output=True,
-                              text=True, timeout=_WAIT_S)  # fmt: skip
+                              text=True, timeout=WAIT_S)  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.count("Loading weights: 100%") <= 1
     assert json.loads(finished.stdout)["models"][2]["name"] == "ghosted"
