@@ -127,6 +127,15 @@ def test_values_of_long_rows(
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_only_a_large_packed_weight_takes_pages_of_its_own(dtype: torch.dtype) -> None:
+    """Of 2 MiB each, of which thousands of small ghosts would take gigabytes."""
+    small, large = (pack_weight(make_weight(size, dtype)[0]) for size in (64, 512))
+    assert small.untyped_storage().nbytes() == 64 * 64 * dtype.itemsize
+    assert large.nbytes >= 256 << 10 and large.data_ptr() % (2 << 20) == 0
+    assert large.untyped_storage().nbytes() >= 2 << 20
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_packing_is_an_order(dtype: torch.dtype) -> None:
     """Output 16 p + i meets input n k + j at [p, k, i, j], and what is beyond the weight is 0."""
     numbers = 4 // dtype.itemsize
