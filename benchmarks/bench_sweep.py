@@ -3,7 +3,7 @@
 A checkpoint of a known shape with random weights is written, a few megabytes at a time. New
 processes then work on it, each under a limit on its memory (RLIMIT_DATA: the kernel refuses what
 goes beyond), and say their peak and their time. Gate first: on a small model what a sweep gives is
-compared with what the way in memory gives.
+compared with what the way in memory gives. The work `compare` takes SmolLM2 both ways, in rounds.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _passes import in_rounds
 from _results import append_rows, machine_folder
 from _shapes import SHAPES, llama_config
 from rich.console import Console
 
+from ghosted_fast.assets.downloads import fetch_demo_assets
 from ghosted_fast.cli._shared.values import parse_bytes
 from ghosted_fast.errors import GateError
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
 from ghosted_fast.fit.sweep.plan import PROGRAM_BYTES
 from ghosted_fast.fit.sweep.shelf import FolderShelf
 from ghosted_fast.measure.system import machine_facts
+from ghosted_fast.models.loading import load_model
 from ghosted_fast.models.unloaded.files import Piece, bytes_of, write_tensors
 from ghosted_fast.models.unloaded.opening import meta_tensors, open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
@@ -44,7 +47,13 @@ from ghosted_fast.swept.asked import Asked
 from ghosted_fast.swept.run import ghost_unloaded
 from ghosted_fast.testing import random_tokens, relative_rms, tiny_model
 from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.loading import load_texts, token_batches
+from ghosted_fast.timing.estimates import Estimate, ratio_text
 
+COMPARED = "SmolLM2-135M"
+# Layers that SmolLM2 loses.
+_COMPARED_REMOVED = 5
+_PRECISION = 0.01
 _BLOCK = 1_000_003
 _SHARD_LAYERS = 8
 
@@ -192,6 +201,11 @@ def in_new_process(arguments: argparse.Namespace, what: str, limit: str) -> dict
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each piece of work, as soon as it is done."""
     check()
+    if "compare" in arguments.works:
+        yield compare(arguments)
+    works = [what for what in arguments.works if what != "compare"]
+    if not works:
+        return
     dense = Path(arguments.folder) / "dense"
     make_checkpoint(dense, arguments.shape, arguments.layers)
     unloaded = open_unloaded(dense)
@@ -208,8 +222,45 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
     assert meta_tensors(unloaded.tensors)
     limits = {"bare": arguments.memory, "fit": arguments.memory, "cut": arguments.cut_memory}
-    for what in arguments.works:
+    for what in works:
         yield {"work": what, **in_new_process(arguments, what, limits[what]), **about}
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return a row with the time of a sweep over that of the way in memory, SmolLM2 in bf16.
+
+    Raises:
+        GateError: They chose other layers.
+    """
+    torch.set_num_threads(arguments.threads)
+    assets = fetch_demo_assets()
+    dense, tokenizer = load_model(assets.model, dtype="bfloat16")
+    texts = load_texts(assets.calibration)
+    batches = token_batches(tokenizer, texts, arguments.tokens, arguments.length, arguments.rows)
+    run = RunOptions(corrections=0, score_tokens=arguments.score_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        dense.save_pretrained(folder)
+        works = {
+            "loaded": lambda: ghost_model(dense, batches, _COMPARED_REMOVED, run=run)[1],
+            "swept": lambda: ghost_model(
+                open_unloaded(folder), batches, _COMPARED_REMOVED, run=run
+            )[1],
+        }
+        found = {way: work().removed for way, work in works.items()}
+        if found["loaded"] != found["swept"]:
+            raise GateError(f"the two ways chose other layers: {found}")
+        rounds = in_rounds(works, dense.device, arguments.seconds, _PRECISION)
+    return {
+        "work": "compare",
+        "shape": COMPARED,
+        "ratio": rounds.speedup("loaded", over="swept").to_dict(),
+        "seconds": rounds.seconds("swept").value,
+        "tokens": arguments.tokens,
+        "remove": _COMPARED_REMOVED,
+        "threads": arguments.threads,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine_facts(),
+    }
 
 
 def parsed() -> argparse.Namespace:
@@ -228,13 +279,28 @@ def parsed() -> argparse.Namespace:
         "--memory", default="7GB", help="limit of the fit; '+160MB' for so much above the program"
     )
     parser.add_argument("--cut-memory", default="1.5GB", help="limit of the cut")
-    parser.add_argument("--works", nargs="+", choices=("bare", "fit", "cut"),
+    parser.add_argument("--works", nargs="+", choices=("bare", "fit", "cut", "compare"),
                         default=["bare", "fit", "cut"])  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=600.0, help="of the comparison, at most")
     parser.add_argument("--folder", default="build/bench_sweep")
     parser.add_argument("--output", type=Path, default=machine_folder() / "sweep.jsonl")
     parser.add_argument("--work", choices=("bare", "fit", "cut"), help=argparse.SUPPRESS)
     parser.add_argument("--limit", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def described(row: dict[str, Any]) -> str:
+    """Return a row in words."""
+    if row["work"] == "compare":
+        ratio = ratio_text(Estimate(**row["ratio"]))
+        return f"{row['shape']}: {row['seconds']:.1f} s swept, {ratio} of the time in memory"
+    peak, allowed, weights = (
+        row[name] / 1e9 for name in ("peak_bytes", "limit_bytes", "weight_bytes")
+    )
+    return (
+        f"{row['work']}: peak {peak:.2f} GB of {allowed:.2f} allowed, {row['seconds']:.0f} s; "
+        f"weights {weights:.2f} GB"
+    )
 
 
 def main() -> None:
@@ -245,13 +311,7 @@ def main() -> None:
     console = Console()
     for row in measure(arguments):
         append_rows(arguments.output, [row])
-        peak, allowed, weights = (
-            row[name] / 1e9 for name in ("peak_bytes", "limit_bytes", "weight_bytes")
-        )
-        console.print(
-            f"{row['work']}: peak {peak:.2f} GB of {allowed:.2f} allowed, {row['seconds']:.0f} s; "
-            f"weights {weights:.2f} GB"
-        )
+        console.print(described(row))
 
 
 if __name__ == "__main__":

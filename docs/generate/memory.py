@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from docs.generate.markdown import by_machine, table
+from docs.generate.markdown import by_machine, measured_ratio, table
 from ghosted_fast.fit.sweep.correcting import Correcting
 from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep, resident_bytes
 from ghosted_fast.improve.correction import (
@@ -135,6 +135,13 @@ def _measured_of(found: list[dict[str, Any]]) -> str:
 
 def _measured_shape(found: list[dict[str, Any]]) -> str:
     first = found[0]
+    if first["work"] == "compare":
+        return (
+            f"{first['shape']} in bf16, {first['tokens']:,} tokens, {first['remove']} layers "
+            f"chosen and their ghost fitted, no corrections: {first['seconds']:.0f} s swept, "
+            f"{measured_ratio(first['ratio'])} of the time in memory; {first['threads']} threads, "
+            f"{first['date'][:10]}.\n"
+        )
     bare = next((row["seconds"] for row in found if row["work"] == "bare"), None)
     rows = []
     for row in found:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from support.benchmark_module import BENCHMARKS, load_benchmark
 from transformers import AutoModelForCausalLM
 
 from ghosted_fast.errors import GateError
+from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.timing.estimates import Estimate
 
 
 @pytest.fixture
@@ -73,3 +76,47 @@ def test_a_row_is_written_as_soon_as_its_work_is_done(
     (row,) = map(json.loads, output.read_text().splitlines())
     assert (row["work"], row["seconds"], row["shape"]) == ("bare", 2.0, "tiny")
     assert row["corrections"] == 3 and row["layers"] == 8
+
+
+def test_a_sweep_is_compared_with_the_way_in_memory(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = tiny_model("llama"), []
+    monkeypatch.setattr(bench, "load_model", lambda *_, **__: (model, None))
+    monkeypatch.setattr(
+        bench, "fetch_demo_assets", lambda: SimpleNamespace(model="", calibration="")
+    )
+    monkeypatch.setattr(bench, "load_texts", lambda _: [])
+    batches = [random_tokens(4, 48, seed=seed) for seed in range(5)]
+    monkeypatch.setattr(bench, "token_batches", lambda *_: batches)
+    monkeypatch.setattr(bench, "_COMPARED_REMOVED", 2)
+
+    def timed(works: dict[str, Callable[[], object]], *_: object) -> SimpleNamespace:
+        seen.extend(works)
+        return SimpleNamespace(
+            speedup=lambda name, over: Estimate(
+                *((2.0, 1.9, 2.1) if over == "swept" else (0,) * 3), 9
+            ),
+            seconds=lambda name: Estimate(3.0, 2.9, 3.1, 9),
+        )
+
+    monkeypatch.setattr(bench, "in_rounds", timed)
+    output = tmp_path / "rows.jsonl"
+    arguments = ["--works", "compare", "--output", str(output), "--score-tokens", "64"]
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "bench_sweep.py"), *arguments])
+    bench.main()
+    (row,) = map(json.loads, output.read_text().splitlines())
+    assert seen == ["loaded", "swept"]
+    assert (row["work"], row["ratio"]["value"], row["seconds"]) == ("compare", 2.0, 3.0)
+    assert bench.described(row).startswith("SmolLM2-135M: 3.0 s swept, 2.0x ± 0.1")
+
+    original = bench.ghost_model
+
+    def other(model: object, batches: object, remove: int, **asked: object) -> object:
+        return original(model, batches, remove + hasattr(model, "config"), **asked)
+
+    monkeypatch.setattr(bench, "ghost_model", other)
+    monkeypatch.setattr(bench, "check", lambda: None)
+    with pytest.raises(GateError, match="chose other layers"):
+        bench.main()
+    assert len(output.read_text().splitlines()) == 1

@@ -49,3 +49,12 @@ def test_the_newest_run_of_each_shape_is_shown(
     text = measured(tmp_path, monkeypatch, old, row("fit"), row("fit", "70b", layers=2))
     assert text.count("Llama of the 8b shape") == text.count("Llama of the 70b shape") == 1
     assert "the text through all layers" not in text and "x |" not in text
+
+
+def test_a_sweep_beside_the_way_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratio = {"value": 0.9, "low": 0.88, "high": 0.92, "samples": 12}
+    compared = row("compare", "SmolLM2-135M", ratio=ratio, seconds=61.0, remove=5)
+    text = measured(tmp_path, monkeypatch, row("bare"), compared)
+    assert "SmolLM2-135M in bf16, 32,768 tokens, 5 layers" in text
+    assert "61 s swept, 0.90x ± 0.02 of the time in memory; 2 threads, 2026-01-02." in text
+    assert text.count("Llama of the") == 1
