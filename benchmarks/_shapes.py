@@ -22,6 +22,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 8,
         "vocab_size": 1000,
     },
+    # The width of the 70b shape, in layers of 300 MB.
+    "wide": {
+        "hidden_size": 8192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 256,
+    },
     "8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,

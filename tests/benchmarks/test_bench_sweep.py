@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from support.benchmark_module import BENCHMARKS, load_benchmark
 from transformers import AutoModelForCausalLM
 
 from ghosted_fast.errors import GateError
+from ghosted_fast.fit.sweep.plan import PROGRAM_BYTES
 from ghosted_fast.testing import random_tokens, tiny_model
 from ghosted_fast.timing.estimates import Estimate
 
@@ -120,3 +123,38 @@ def test_a_sweep_is_compared_with_the_way_in_memory(
     with pytest.raises(GateError, match="chose other layers"):
         bench.main()
     assert len(output.read_text().splitlines()) == 1
+
+
+def rows_of(bench: ModuleType, folder: Path, *asked: str) -> list[dict[str, Any]]:
+    output = folder / "rows.jsonl"
+    places = ["--folder", str(folder / "work"), "--output", str(output)]
+    command = [sys.executable, str(BENCHMARKS / "bench_sweep.py"), *asked, *places]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory as Linux does")
+def test_layers_are_chosen_fitted_and_cut_in_half_of_the_weights(
+    bench: ModuleType, tmp_path: Path
+) -> None:
+    asked = ("--shape", "ci", "--tokens", "4096", "--works", "fit", "cut")
+    limits = ("--memory", "+160MB", "--cut-memory", "+30MB")
+    fit, cut = rows_of(bench, tmp_path, *asked, *limits)
+    assert len(fit["removed"]) == 2 and fit["weight_bytes"] > 330e6
+    assert fit["planned_bytes"] <= 160e6 + PROGRAM_BYTES
+    for work, kept in ((fit, 38), (cut, 38)):
+        config = json.loads((tmp_path / "work" / work["work"] / "config.json").read_text())
+        assert config["num_hidden_layers"] == kept
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory as Linux does")
+def test_two_layers_of_the_width_of_a_70b_are_swept_as_planned(
+    bench: ModuleType, tmp_path: Path
+) -> None:
+    asked = ("--shape", "wide", "--tokens", "1024", "--remove", "1", "--works", "fit")
+    (fit,) = rows_of(bench, tmp_path, *asked, "--memory", "+4GB")
+    assert fit["planned_bytes"] <= 4e9 + PROGRAM_BYTES
+    assert len(fit["removed"]) == 1

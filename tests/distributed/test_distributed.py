@@ -54,6 +54,33 @@ def test_a_sweep_chooses_and_fits_as_that_of_one_process(
             assert relative_rms(mine, one) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    ("boundary", "ahead", "removed"),
+    [(1, 0, None), (4, 1, None), (6, 0, None), (3, 1, [2, 3])],
+)
+def test_a_sweep_goes_on_whichever_rank_was_ahead(
+    tmp_path: Path, boundary: int, ahead: int, removed: list[int] | None
+) -> None:
+    dense, states = tmp_path / "dense", tmp_path / "states"
+    tiny_model("llama").save_pretrained(dense)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    expected = run_ranks(rank_programs.swept, 2, tmp_path / "a", dense, None, 0, removed)
+    stopped = (dense, states, boundary, ahead, removed)
+    run_ranks(rank_programs.swept_until, 2, tmp_path / "b", *stopped)
+    record = states / f"rank{ahead}" / "sweep.json"
+    assert json.loads(record.read_text())["facts"]["boundary"] == boundary
+    record = states / f"rank{1 - ahead}" / "sweep.json"
+    assert record.exists() == (boundary > 1)
+    assert boundary == 1 or json.loads(record.read_text())["facts"]["boundary"] == boundary - 1
+    found = run_ranks(rank_programs.swept, 2, tmp_path / "c", dense, states, 0, removed)
+    for (layers, scores, ghosts), (its_layers, its_scores, its_ghosts) in zip(
+        found, expected, strict=True
+    ):
+        assert (layers, scores) == (its_layers, its_scores)
+        assert all(map(torch.equal, ghosts, its_ghosts)) and len(ghosts) == 1
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_sweep_corrects_as_that_of_one_process(tmp_path: Path, size: int) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "dense")

@@ -22,6 +22,7 @@ from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.cli.app import app
 from ghosted_fast.fit import walk
 from ghosted_fast.fit.collect import collect_statistics
+from ghosted_fast.fit.sweep.shelf import FolderShelf
 from ghosted_fast.grid import run_grid
 from ghosted_fast.improve.healing import heal
 from ghosted_fast.models.families import decoder_layers
@@ -116,14 +117,36 @@ def checkpoints(folder: Path) -> None:
 
 
 def swept(
-    dense: Path, states: Path | None, corrections: int = 0
+    dense: Path, states: Path | None, corrections: int = 0, removed: list[int] | None = None
 ) -> tuple[list[int], list[float], list[Tensor]]:
-    """Return what a sweep through a folder chooses, with all scores, and its ghost."""
+    """Return what a sweep through a folder chooses, with all scores, and its ghost.
+
+    Or what it puts in the place of layers that are given.
+    """
     run = RunOptions(corrections=corrections, score_tokens=200, state=states)
-    cut, report = ghost_model(open_unloaded(dense), text(9), 2, run=run)
+    remove = 2 if removed is None else None
+    cut, report = ghost_model(open_unloaded(dense), text(9), remove, removed=removed, run=run)
     pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
     ghosts = [piece.tensor for piece in pieces if isinstance(piece, HeldTensor)]
     return report.removed, [item.score for item in report.scores], ghosts
+
+
+def swept_until(
+    dense: Path, states: Path, boundary: int, ahead: int, removed: list[int] | None
+) -> None:
+    """Sweep until the ranks keep a boundary; then all stop, and one alone has kept it."""
+    original = FolderShelf.keep
+
+    def keep(shelf: FolderShelf, facts: dict[str, Any]) -> None:
+        if facts["boundary"] < boundary:
+            original(shelf, facts)
+            return
+        if distributed.index() == ahead:
+            original(shelf, facts)
+        os._exit(0)
+
+    with patch.object(FolderShelf, "keep", keep):
+        swept(dense, states, 0, removed)
 
 
 def healing(folder: Path) -> tuple[dict[str, Tensor], list[float], bool]:

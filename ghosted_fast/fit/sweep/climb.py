@@ -179,7 +179,7 @@ def climb(
     """Take the text, and the riders, from the embedding up to a boundary; each layer is read once.
 
     Where the shelf keeps the states of a run that was stopped, it goes on at the last boundary that
-    was done.
+    was done, by all ranks: one may have been stopped between two that another has kept.
 
     Args:
         sweep: The sweep.
@@ -189,31 +189,64 @@ def climb(
         riders: Candidates, which join in `reached`.
         last_use: The last boundary at which the states of one are looked at; by default all stay.
     """
-    begun = sweep.shelf.kept()
-    first = 0 if begun is None else int(begun["boundary"])
-    if begun is not None and riders is not None:
-        riders.riding = [(start, stop) for start, stop in begun["riding"]]
+    first = _begun(sweep, riders)
+    # What ranks hold is one boundary apart at most, so the states of one more must stay.
+    shared = sweep.shelf.goes_on and distributed.count() > 1
     weights = _weights(sweep, top, riders)
     with (
         progress_bar("sweeping", sweep.progress, of=sum(weights), share=True) as bar,
         torch.inference_mode(),
     ):
-        _embed(sweep, riders, states_too=begun is None)
-        if begun is None:
+        _embed(sweep, riders, states_too=first is None)
+        if first is None:
             reached(0)
-        bar.update(sum(weights[:first]))
-        for index in range(first, top):
+        bar.update(sum(weights[: first or 0]))
+        for index in range(first or 0, top):
             _through(sweep, index, index + 1 if index + 1 < top else None, riders)
-            if riders is not None:
-                riders.leave(index + 1)
-            if last_use is not None:
-                for boundary in range(index + 1):
-                    if last_use(boundary) <= index:
-                        sweep.shelf.drop(boundary_name(boundary))
+            _leave(sweep, index - 1 if shared else index, riders, last_use)
             reached(index + 1)
+            if shared:
+                distributed.gather(None)  # none keeps a boundary that another has yet to reach
             riding = [] if riders is None else riders.riding
             sweep.shelf.keep({"boundary": index + 1, "riding": riding})
             bar.update(weights[index])
+        _leave(sweep, top - 1, riders, last_use)
+
+
+def _begun(sweep: Sweep, riders: Riders | None) -> int | None:
+    """Return the boundary that an earlier run had come to, None where there is none to go on from.
+
+    The riders are those that rode there.
+    """
+    kept = sweep.shelf.kept()
+    own = -1 if kept is None else int(kept["boundary"])
+    found = distributed.gather(own) if sweep.shelf.goes_on else [own]
+    first = min(found)
+    if kept is None:
+        return None
+    if first < 0 or max(found) > first + 1:
+        sweep.shelf.forget()
+        return None
+    riding = [(start, stop) for start, stop in kept["riding"]]
+    if own > first:  # another rank was stopped before it kept the last
+        sweep.shelf.drop(boundary_name(own))
+        for pair in riding:
+            sweep.shelf.drop(_rider_name(pair, own))
+    if riders is not None:
+        riders.riding = [pair for pair in riding if pair[1] <= first]
+    return first
+
+
+def _leave(
+    sweep: Sweep, index: int, riders: Riders | None, last_use: Callable[[int], int] | None
+) -> None:
+    """Forget the states that no one looks at above a boundary."""
+    if riders is not None and index >= 0:
+        riders.leave(index + 1)
+    if last_use is not None:
+        for boundary in range(index + 1):
+            if last_use(boundary) <= index:
+                sweep.shelf.drop(boundary_name(boundary))
 
 
 def _embed(sweep: Sweep, riders: Riders | None, states_too: bool) -> None:

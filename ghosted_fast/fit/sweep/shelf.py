@@ -54,6 +54,9 @@ class Shelf(ABC):
         """Return the facts that were kept last, with the lists as they were then."""
         return None
 
+    def forget(self) -> None:  # noqa: B027 - memory keeps nothing
+        """Forget what was kept, and the lists with it."""
+
 
 class MemoryShelf(Shelf):
     """Keeps the tensors themselves."""
@@ -159,11 +162,15 @@ class FolderShelf(Shelf):
         self.facts = record["facts"]
         return self.facts
 
+    def forget(self) -> None:
+        """Forget what was kept, and the lists with it."""
+        self._record.unlink(missing_ok=True)
+        self._lists, self.facts = {}, {}
+        self._tidy()
+
     def clear(self) -> None:
         """Remove all files, and the folder if nothing else is in it."""
-        self._lists = {}
-        self._tidy()
-        self._record.unlink(missing_ok=True)
+        self.forget()
         if not any(self._folder.iterdir()):
             self._folder.rmdir()
 
