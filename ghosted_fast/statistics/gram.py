@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,6 +85,10 @@ class NormalEquations:
             self.num_tokens - other.num_tokens,
         )
 
+    @cached_property
+    def _mirrored(self) -> Tensor:
+        return mirror_lower(self.gram)
+
     def error(self, solution: Tensor, bias: Tensor | None = None) -> float:
         """Return sum w |delta - M f - b|^2 over these tokens, in closed form.
 
@@ -102,7 +107,7 @@ class NormalEquations:
 
         Source: tr(M G M^T) - 2 tr(M C), with the terms of the bias added.
         """
-        product = mirror_lower(self.gram) @ solution
+        product = self._mirrored @ solution
         change = float(product.sub_(self.cross, alpha=2.0).mul_(solution).sum())
         if bias is not None:
             change += float(

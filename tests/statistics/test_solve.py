@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ghosted_fast.errors import ArgumentError, CalibrationError
+from ghosted_fast.statistics import solve
 from ghosted_fast.statistics.gram import GramAccumulator, mirror_lower
 from ghosted_fast.statistics.solve import DAMPING_PATH, mean_diagonal, solve_ghost
 from ghosted_fast.testing import relative_rms
@@ -96,6 +97,23 @@ def test_damping_chosen_on_mixtures_is_as_good_as_the_best(tokens: int, bias: bo
     )
     assert chosen.held_out_error <= 1.002 * min(errors)
     assert max(errors) > 1.05 * min(errors)  # or any choice would pass
+
+
+@pytest.mark.parametrize("lowest", range(len(DAMPING_PATH)))
+def test_the_path_is_looked_at_downhill_from_its_middle(lowest: int) -> None:
+    looked_at: list[float] = []
+
+    def change(relative: float) -> float:
+        looked_at.append(relative)
+        return abs(DAMPING_PATH.index(relative) - lowest) - 10.0
+
+    assert solve._lowest(change) == DAMPING_PATH[lowest]
+    middle = len(DAMPING_PATH) // 2
+    assert len(looked_at) == len(set(looked_at)) <= 3 + abs(lowest - middle)
+
+
+def test_a_flat_path_gives_its_smallest_damping() -> None:
+    assert solve._lowest(lambda _: 1.0) == DAMPING_PATH[0]
 
 
 def test_a_sketch_keeps_the_change_of_error_on_average() -> None:
