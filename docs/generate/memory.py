@@ -127,10 +127,10 @@ def measured() -> str:
 
 
 def _measured_of(found: list[dict[str, Any]]) -> str:
-    of_shapes = dict.fromkeys(row["shape"] for row in found)
-    return "\n".join(
-        _measured_shape([row for row in found if row["shape"] == shape]) for shape in of_shapes
-    )
+    of_shapes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in found:
+        of_shapes.setdefault((row["shape"], row.get("layers")), []).append(row)
+    return "\n".join(map(_measured_shape, of_shapes.values()))
 
 
 def _measured_shape(found: list[dict[str, Any]]) -> str:

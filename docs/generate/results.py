@@ -117,15 +117,19 @@ class Machine:
 
         Args:
             benchmark: An operator, `calibration`, `generate`, `timing`, `sweep` or `fit`. Of
-                `generate`, the newest run of each dtype, of `sweep` of each shape.
+                `generate`, the newest run of each dtype, of `sweep` of each shape and depth.
         """
         path = self.folder / f"{benchmark}.jsonl"
         if not path.exists():
             return []
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        apart = {"generate": "dtype", "sweep": "shape"}.get(benchmark, "")
-        newest = {row.get(apart): row["date"] for row in rows}
-        return [row for row in rows if row["date"] == newest[row.get(apart)]]
+        fields = {"generate": ("dtype",), "sweep": ("shape", "layers")}.get(benchmark, ())
+
+        def apart(row: dict[str, Any]) -> tuple[Any, ...]:
+            return tuple(row.get(field) for field in fields)
+
+        newest = {apart(row): row["date"] for row in rows}
+        return [row for row in rows if row["date"] == newest[apart(row)]]
 
 
 def machines(has: Callable[[Machine], list[dict[str, Any]]]) -> list[Machine]:

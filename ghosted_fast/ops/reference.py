@@ -35,7 +35,7 @@ def _first_bad_row(rows: Tensor, keep: Tensor) -> int | None:
 
 def mirror_lower(matrix: Tensor) -> Tensor:
     """Return the symmetric matrix [d, d] of which only the lower triangle is given."""
-    return matrix.tril() + matrix.tril(-1).mT
+    return matrix.tril().add_(matrix.tril(-1).mT)
 
 
 def _tokens_to_add(operands: GramOperands) -> Tensor:

@@ -47,6 +47,10 @@ def test_the_newest_run_of_each_shape_is_shown(
 ) -> None:
     old = row("bare", seconds=60.0, date="2025-01-01T00:00:00+00:00")
     text = measured(tmp_path, monkeypatch, old, row("fit"), row("fit", "70b", layers=2))
+    deep, shallow = row("bare"), row("bare", layers=8, date="2027-01-01T00:00:00+00:00")
+    (tmp_path / "again").mkdir()
+    both = measured(tmp_path / "again", monkeypatch, deep, shallow)
+    assert "8b shape, 32 layers" in both and "8b shape, 8 layers" in both
     assert text.count("Llama of the 8b shape") == text.count("Llama of the 70b shape") == 1
     assert "the text through all layers" not in text and "x |" not in text
 
