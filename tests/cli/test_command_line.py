@@ -103,6 +103,11 @@ def test_entry_point_and_version() -> None:
             "'--corrections': expected --recovery ghost with --corrections, got 'none'",
         ),
         ((*SELECT, "--remove=1", "--beam=0"), "--beam"),
+        (
+            (*SELECT, "--remove=1", "--temperatures=0.7,1"),
+            "'--temperatures': expected --calibration self with it, got",
+        ),
+        ((*SELECT, "--remove=1", "--temperatures=1,0"), "temperatures above 0 such as '0.7,1,1.3'"),
         ((*FIT, "--removed=1"), "--output"),
         ((*FIT, "--output=o", "--removed=4-2"), "'4-2': write '2-4'"),
         (

@@ -153,6 +153,19 @@ def test_what_the_model_writes_is_mixed_in(model_folder: Path, tmp_path: Path) -
     assert torch.equal(read, torch.cat(mix_texts(tokenizer, sources, 512, shares, 32, seed=3)))
 
 
+def test_it_is_written_at_several_temperatures(model_folder: Path) -> None:
+    model, tokenizer = load_model(model_folder)
+    found = {}
+    for given in (None, (0.5, 2.0)):
+        text: Any = LearnedTextArgs(
+            calibration=["self"], temperatures=given, sequence_length=32, seed=3
+        )
+        found[given] = torch.cat(text.read(model, tokenizer, 256, progress=False))
+        own = generate_texts(model, tokenizer, 256, temperatures=given or (1.0,), seed=3)
+        assert torch.equal(found[given], torch.cat(token_batches(tokenizer, own, 256, 32)))
+    assert not torch.equal(found[None], found[0.5, 2.0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["heal", "grid"])
 def test_other_verbs_take_mixtures(

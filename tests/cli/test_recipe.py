@@ -56,6 +56,10 @@ def written(path: Path, model: Path, text: Path, **options: object) -> Path:
         pytest.param(("--remove", 1, "--features", "raw", "--seed", 3), marks=pytest.mark.slow),
         pytest.param(("--max-perplexity-increase", "400%"), marks=pytest.mark.slow),
         pytest.param(("--removed", "2", "--calibration", "self"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--removed", "2", "--calibration", "self", "--temperatures", "0.5,2"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("--removed", "2", "--recovery", "replaceme"), marks=pytest.mark.slow),
     ],
     ids=lambda asked: " ".join(map(str, asked)),

@@ -219,9 +219,25 @@ class LearnedTextArgs(TextArgs):
             "those that are given: 'web.jsonl:70%' and 'self:30%'.",
         ),
     ]
+    temperatures: Annotated[
+        tuple[float, ...] | None,
+        typer.Option(
+            "--temperatures",
+            parser=values.parse_temperatures,
+            metavar="NUMBERS",
+            help="Temperatures at which the model writes 'self', as many texts at each: "
+            "'0.7,1,1.3'. 1 if not given.",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         values.parse_mixture(self.calibration)
+        if self.temperatures is not None and not self.from_model:
+            raise usage_error(
+                f"expected --calibration self with it, got {' and '.join(self.shares)}, which the "
+                "model does not write",
+                "--temperatures",
+            )
 
     @property
     def shares(self) -> dict[str, float]:
@@ -263,7 +279,10 @@ class LearnedTextArgs(TextArgs):
         from ghosted_fast.text.mixture import Texts, mix_texts
 
         def own(wanted: int) -> Iterable[str]:
-            return generate_texts(dense, tokenizer, wanted, seed=self.seed, progress=progress)
+            how: dict[str, Any] = {"seed": self.seed, "progress": progress}
+            if self.temperatures is not None:
+                how["temperatures"] = self.temperatures
+            return generate_texts(dense, tokenizer, wanted, **how)
 
         shares = self.shares
         if len(shares) == 1:

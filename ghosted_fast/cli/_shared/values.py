@@ -178,6 +178,16 @@ def parse_increase(text: str) -> float:
     return share / 100.0 if text.strip().endswith("%") else share
 
 
+def parse_temperatures(text: str) -> tuple[float, ...]:
+    """Return the temperatures that a text such as '0.7,1,1.3' names.
+
+    Raises:
+        typer.BadParameter: One is not above 0, or it is no such text.
+    """
+    expected = "temperatures above 0 such as '0.7,1,1.3'"
+    return tuple(_number_above(0.0, part.strip(), text, expected) for part in text.split(","))
+
+
 def parse_precision(text: str) -> float:
     """Return the share that a text such as '2%' or '0.02' names.
 
