@@ -27,6 +27,7 @@ from ghosted_fast.grid import Grid, GridPlan, corrected, healed, run_grid
 from ghosted_fast.grid.state import GridState
 from ghosted_fast.grid.summary import summaries
 from ghosted_fast.grid.table import BEST_PUBLISHED, marked
+from ghosted_fast.grid.variants import WITH_OPERATOR
 from ghosted_fast.measure.perplexity import perplexity
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.options import Corrections, RunOptions
@@ -46,6 +47,12 @@ OURS = replace(corrected(), criteria=("ghost",))
 HEALED = [
     replace(healed(HEALED_TOKENS, name), criteria=("ghost",))
     for name in ("ghost", "ghost-paper", "none")
+]
+# What others put in, with the corrections that ours has.
+RIVALS = [
+    replace(corrected(recovery=name), criteria=("ghost",))
+    for name in WITH_OPERATOR
+    if name != "ghost"
 ]
 CRITERIA = ("ghost", "streamline", "shortgpt", "sleb", "taylor", "angular")
 EVALUATION_TOKENS = 5120
@@ -251,16 +258,18 @@ def _lead(grids: Sequence[Grid]) -> str:
     return _table(columns, lines)
 
 
-def _healed_summary(grid: Grid) -> str:
+def _variants_summary(grid: Grid, names: Sequence[str]) -> str:
+    """Return the rows of some recoveries, each with its corrections, in our choice of layers."""
     lines = []
     for row in grid.rows:
-        if row["recovery"] in ("ghost", OURS.name, *(variant.name for variant in HEALED)):
+        if row["criterion"] == "ghost" and row["recovery"] in names and not row["refused"]:
             values = [f"{1 + row['excess'][text]:.3f}x" for text in grid.texts]
             seconds = f"{row['seconds']['recover']:.0f}"
-            lines.append(
-                [str(row["remove"]), row["recovery"], str(row["corrections"]), *values, seconds]
-            )
-    return _table(["removed", "recovery", "corrections", *grid.texts, "seconds"], lines)
+            cost = [seconds, f"{row['peak_memory'] / 1e9:.1f} GB"]
+            what = [str(row["remove"]), row["recovery"], str(row["corrections"])]
+            lines.append([*what, *values, *cost])
+    columns = ["removed", "recovery", "corrections", *grid.texts, "seconds", "peak memory"]
+    return _table(columns, lines)
 
 
 def _more_summary(found: dict[str, Any], grid: Grid) -> str:
@@ -292,8 +301,15 @@ def main() -> None:
         "--model", choices=[study.folder for study in STUDIES], nargs="*", help="only these models"
     )
     parser.add_argument("--no-healing", action="store_true", help="leave out the healed rows")
+    parser.add_argument(
+        "--correct-rivals",
+        action="store_true",
+        help="also give what others put into our gaps the corrections that our ghosts have",
+    )
     arguments = parser.parse_args()
     output, assets = arguments.output, fetch_demo_assets()
+    rivals = RIVALS if arguments.correct_rivals else []
+    compared = [*RECOVERIES, OURS, *rivals]
     files = {"Wikipedia": assets.evaluation, "stories": fetch_stories()}
     sections: list[str] = []
     grids: list[tuple[Study, Grid]] = []
@@ -304,7 +320,7 @@ def main() -> None:
         texts = {name: _batches(tokenizer, path, EVALUATION_TOKENS) for name, path in files.items()}
         calibration = _batches(tokenizer, assets.calibration, CALIBRATION_TOKENS)
         run = _grids(study, model, calibration, texts, output)
-        grid = run(study.counts, criteria=CRITERIA, recoveries=[*RECOVERIES, OURS])
+        grid = run(study.counts, criteria=CRITERIA, recoveries=compared)
         grids.append((study, grid))
         facts = {
             "model": model_digest(model),
@@ -313,11 +329,15 @@ def main() -> None:
         with GridState(output / study.folder / "more", facts) as state:
             found = _more(study, model, tokenizer, calibration, texts, grid, state)
         parts = [f"## {study.name}: other gaps and texts\n", _more_summary(found, grid)]
+        if rivals:
+            names = [OURS.name, *(name for item in rivals for name in (item.recovery, item.name))]
+            parts.append(_variants_summary(grid, names))
         if study.healed and not arguments.no_healing:
-            recoveries = [*RECOVERIES, OURS, *HEALED]
+            recoveries = [*compared, *HEALED]
             healed_grid = run(study.healed, criteria=("ghost",), recoveries=recoveries)
-            parts.append(_healed_summary(healed_grid))
-            run(study.counts, criteria=CRITERIA, recoveries=[*RECOVERIES, OURS])  # the page
+            names = ["ghost", OURS.name, *(variant.name for variant in HEALED)]
+            parts.append(_variants_summary(healed_grid, names))
+            run(study.counts, criteria=CRITERIA, recoveries=compared)  # the page
         sections.append("\n".join(parts))
     lead = ["## Excess perplexity of ours, geometric mean\n", _lead([grid for _, grid in grids])]
     summary = "\n".join([_grids_summary(grids), *lead, *sections])
