@@ -79,17 +79,18 @@ def _adapt(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: l
     ]
 
 
-def _copy_images(app: Sphinx, error: Exception | None) -> None:
-    """Copy the pictures, which pages name in HTML, where Sphinx does not look."""
+def _copy_files(app: Sphinx, error: Exception | None) -> None:
+    """Copy the pictures and the page of all results, which pages name in HTML, unseen by Sphinx."""
     if error is None:
-        images = Path(str(app.srcdir)) / "images"
-        shutil.copytree(images, Path(str(app.outdir)) / "images", dirs_exist_ok=True)
+        source, target = Path(str(app.srcdir)), Path(str(app.outdir))
+        shutil.copytree(source / "images", target / "images", dirs_exist_ok=True)
+        shutil.copy(source / "explore.html", target)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directive and the table of contents."""
     app.add_directive("public-names", PublicNames)
     app.connect("autodoc-process-docstring", _adapt, priority=400)
-    app.connect("build-finished", _copy_images)
+    app.connect("build-finished", _copy_files)
     app.connect("source-read", _add_table_of_contents)
     return {"parallel_read_safe": True}

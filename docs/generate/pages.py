@@ -11,6 +11,7 @@ from pathlib import Path
 from docs.generate import (
     behaviour,
     engines,
+    explorer,
     healing,
     memory,
     operators,
@@ -99,7 +100,8 @@ def gpu_page() -> str:
 def files() -> dict[str, str]:
     """Return the text of every file that the program writes, by its path in the repository."""
     images = {f"{IMAGES}/{name}": content.decode() for name, content in pictures().items()}
-    return {**{name: page(name) for name in BLOCKS}, GPU_PAGE: gpu_page(), **images}
+    pages = {GPU_PAGE: gpu_page(), explorer.PAGE: explorer.explore_page()}
+    return {**{name: page(name) for name in BLOCKS}, **pages, **images}
 
 
 def outdated() -> list[str]:
