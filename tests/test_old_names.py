@@ -39,7 +39,7 @@ def test_arguments(function: Any, old: dict[str, Any], new: str) -> None:
 
 
 def test_values_and_functions() -> None:
-    with pytest.raises(ArgumentError, match=r"features to be one of normed, raw, got 'hidden'"):
+    with pytest.raises(ArgumentError, match=r"be one of normed, raw, auto, got 'hidden'"):
         gf.GhostOptions(features="hidden")  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="has no 'compare_grid': it is 'run_grid' now"):
         _ = gf.compare_grid  # type: ignore[attr-defined]

@@ -28,7 +28,7 @@ def fitted_facts(
             GhostFacts(
                 start=start,
                 stop=stop,
-                features=options.features,
+                features="raw" if patch.ghost.norm_eps is None else "normed",
                 bias=options.bias,
                 first_state=patch.ghost.first_state is not None,
                 fit_error=solution.fit_error,

@@ -98,6 +98,10 @@ class NormalEquations:
         """
         return max(self.energy + self.error_change(solution, bias), 0.0)
 
+    def error_share(self, solution: Tensor, bias: Tensor | None = None) -> float:
+        """Return `error` as a share of that of leaving the ghost out; 0 where there is none."""
+        return self.error(solution, bias) / self.energy if self.energy > 0.0 else 0.0
+
     def error_change(self, solution: Tensor, bias: Tensor | None = None) -> float:
         """Return what a ghost adds to the error of leaving it out; below zero where it helps.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,6 +80,7 @@ class IntervalStatistics:
         start: First removed layer.
         stop: The layer that the ghost's output enters.
         gram: Sums over the tokens; without the first of each sequence if `first` is given.
+        raw: With features="auto", those of raw features; `gram` has those of normed ones.
         first: The first tokens, where they are kept apart.
         energy_floor: For "capped" weights, the energy up to which tokens count alike; known from
             the first sequence on, 0 if that has none.
@@ -89,6 +91,22 @@ class IntervalStatistics:
     gram: GramAccumulator
     first: FirstTokens | None
     energy_floor: float | None = None
+    raw: GramAccumulator | None = None
+
+    @property
+    def grams(self) -> list[GramAccumulator]:
+        """The sums of each form of features, normed ones first."""
+        return [self.gram] if self.raw is None else [self.gram, self.raw]
+
+    def forms(self) -> list[IntervalStatistics]:
+        """Return the statistics of each form of features; they share the first tokens."""
+        return [replace(self, gram=gram, raw=None) for gram in self.grams]
+
+    def settle(self, norm_eps: float | None) -> None:
+        """Keep one form of features alone, by its epsilon: None for raw ones."""
+        if self.raw is not None and norm_eps is None:
+            self.gram = self.raw
+        self.raw = None
 
     def split(self) -> tuple[NormalEquations, NormalEquations]:
         """Return the equations of all folds but the last, and those of the last."""
@@ -103,12 +121,13 @@ class IntervalStatistics:
         """
         if distributed.count() == 1:
             return
+        sums = [item for gram in self.grams for item in gram.sums]
         if self.first is None:
-            distributed.add_up(self.gram.sums)
+            distributed.add_up(sums)
             return
         first = self.first
         count, (x, y, present) = torch.tensor([first.count]), first.placed(num_sequences)
-        distributed.add_up([*self.gram.sums, first.y_sum, count, x, y, present])
+        distributed.add_up([*sums, first.y_sum, count, x, y, present])
         kept = present.nonzero()[:, 0]
         first.count = int(count)
         first.x, first.y, first.sequences = [x[kept]], [y[kept]], [kept]
@@ -122,7 +141,8 @@ def interval_bytes(size: int, options: GhostOptions) -> int:
         options: How the ghosts are fitted.
     """
     first = 0 if options.first_state == "off" else _MAX_FIRST_TOKENS * 2 * 4 * size + 8 * size
-    return statistics_bytes(size, options.folds) + first
+    forms = 2 if options.features == "auto" else 1
+    return forms * statistics_bytes(size, options.folds) + first
 
 
 def new_statistics(
@@ -144,8 +164,10 @@ def new_statistics(
     first = None
     if options.first_state != "off":
         first = FirstTokens(torch.zeros(size, dtype=torch.float64, device=device), options.folds)
-    eps = norm_eps if options.features == "normed" else None
-    return IntervalStatistics(*interval, GramAccumulator(size, options.folds, eps, device), first)
+    make = partial(GramAccumulator, size, options.folds, device=device)
+    gram = make(norm_eps=None if options.features == "raw" else norm_eps)
+    raw = make() if options.features == "auto" else None
+    return IntervalStatistics(*interval, gram, first, raw=raw)
 
 
 def lacks_floor(item: IntervalStatistics, options: GhostOptions) -> bool:
@@ -167,19 +189,21 @@ def update_statistics(item: IntervalStatistics, sample: Sample, options: GhostOp
     x, y, batch = sample.x, sample.y, sample.batch
     if lacks_floor(item, options):
         item.energy_floor = energy_floor(batch, y)
-    weight = token_weights(x, y, options, item.gram.norm_eps, item.energy_floor)
-    weight = weight * batch.attention_mask
+    counts = batch.attention_mask
     if item.first is not None:
         is_first = batch.is_first
-        weight = weight.masked_fill(is_first, 0.0)
+        counts = counts.masked_fill(is_first, 0)
         row, column = is_first.nonzero(as_tuple=True)
         x_first, y_first = x[row, column], y[row, column]
         if not bool(torch.isfinite(x_first).all() & torch.isfinite(y_first).all()):
             raise sample.non_finite("the first token of a sequence is not finite")
         item.first.add(x_first, y_first, row + sample.sequences)
-    for first in range(min(options.folds, len(x))):
-        rows, fold = slice(first, None, options.folds), (sample.sequences + first) % options.folds
-        try:
-            item.gram.update(x[rows], y[rows], weight[rows], fold=fold)
-        except NonFiniteError as error:
-            raise sample.non_finite(str(error)) from error
+    for gram in item.grams:
+        weight = token_weights(x, y, options, gram.norm_eps, item.energy_floor) * counts
+        for first in range(min(options.folds, len(x))):
+            rows = slice(first, None, options.folds)
+            fold = (sample.sequences + first) % options.folds
+            try:
+                gram.update(x[rows], y[rows], weight[rows], fold=fold)
+            except NonFiniteError as error:
+                raise sample.non_finite(str(error)) from error

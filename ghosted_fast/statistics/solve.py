@@ -103,7 +103,7 @@ def solve_ghost(
     return GhostSolution(
         weight=solution.mT.contiguous(),
         bias=offset,
-        fit_error=_ratio(total.error(solution, offset), total.energy),
+        fit_error=total.error_share(solution, offset),
         held_out_error=held_out,
         num_tokens=total.num_tokens,
         **facts,

@@ -79,14 +79,15 @@ def text(batches: int) -> list[Batch]:
 
 
 def statistics(batches: int, first_state: str) -> list[Tensor]:
-    """Return the sums, floors and first tokens of three intervals, of 13 sequences."""
-    options = GhostOptions(first_state=first_state)  # type: ignore[arg-type]
+    """Return both forms' sums, floors and 13 sequences' first tokens of three intervals."""
+    options = GhostOptions(features="auto", first_state=first_state)  # type: ignore[arg-type]
     intervals = [(1, 3), (4, 6), (0, 3)]
     found: list[Tensor] = []
     with patch.object(interval, "_MAX_FIRST_TOKENS", 13):
         collected = collect_statistics(tiny_model("llama"), text(batches), intervals, options)
     for item in collected:
-        found += [*item.gram.sums, torch.tensor(item.energy_floor)]
+        found += [part for gram in item.grams for part in gram.sums]
+        found.append(torch.tensor(item.energy_floor))
         if item.first is not None:
             found += [*item.first.rows(), item.first.mean(), torch.tensor(item.first.count)]
     return found

@@ -113,7 +113,11 @@ class GhostArgs:
     title: ClassVar = "Ghosts"
     features: Annotated[
         values.Features,
-        typer.Option("--features", help="What the ghost's matrix is applied to."),
+        typer.Option(
+            "--features",
+            help="What the ghost's matrix is applied to; 'auto': what held-out text prefers, at "
+            "twice the statistics.",
+        ),
     ] = "normed"
     bias: Annotated[bool, typer.Option("--bias/--no-bias", help="Give ghosts a bias.")] = False
     first_state: Annotated[

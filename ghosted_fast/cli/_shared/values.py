@@ -38,7 +38,7 @@ Recovery = Literal[
     "nbl",
     "ghost-paper",
 ]
-Features = Literal["normed", "raw"]
+Features = Literal["normed", "raw", "auto"]
 FirstState = Literal["auto", "on", "off"]
 TokenWeight = Literal["inverse_energy", "capped", "uniform"]
 Quantized = Literal["int8", "nf4"]
