@@ -168,11 +168,13 @@ class IntervalScore:
         score: In the unit of the criterion: nats per token for `ghost`, `ghost-search` and `sleb`,
             1 - cosine for `streamline`, `shortgpt`, `lorp` and `prunecomp`, half turns for
             `angular`, |weight x gradient| for `taylor`.
+        corrected: The same with the ghost corrected, of candidates that got a second look.
     """
 
     start: int
     stop: int
     score: float
+    corrected: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,12 @@ class SetScore:
     Attributes:
         removed: The layers, ascending.
         score: Nats per token, all ghosts in place.
+        corrected: The same with the ghosts corrected, of sets that got a second look.
     """
 
     removed: list[int]
     score: float
+    corrected: float | None = None
 
 
 def named_layers(layers: Iterable[int]) -> str:

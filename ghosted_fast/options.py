@@ -127,6 +127,9 @@ class RunOptions:
     Attributes:
         score_tokens: Held-out tokens that candidates are scored on, see `select_layers`.
         beam: Sets of layers that race in the criterion "ghost-search".
+        corrected_candidates: So many of the best candidates of the criteria "ghost" and
+            "ghost-search" are compared again with two corrections each, and the best of these is
+            taken; 0 or 1 for no second look. "ghost-search" has four to look at.
         corrections: How many steps fitted ghosts take towards the dense model's predictions, an int
             or "auto"; see `correct_ghosts`. In a sweep each usually reads the layers above the
             first gap four times.
@@ -148,6 +151,7 @@ class RunOptions:
 
     score_tokens: int = DEFAULT_SCORE_TOKENS
     beam: int = DEFAULT_BEAM
+    corrected_candidates: int = 0
     corrections: Corrections = "auto"
     heal: HealOptions | None = None
     heal_state: str | Path | None = None
@@ -160,6 +164,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         check_corrections(self.corrections)
         check_at_least(1, beam=self.beam, score_tokens=self.score_tokens)
+        check_at_least(0, corrected_candidates=self.corrected_candidates)
         if self.memory is not None:
             check_at_least(1, memory=self.memory)
 

@@ -274,6 +274,7 @@ def _asked(
 
     run = RunOptions(
         beam=how_many.beam,
+        corrected_candidates=how_many.corrected_candidates,
         corrections=recovery.corrections,
         heal=recovery.heal_options(calibration.seed),
         memory=model.memory,

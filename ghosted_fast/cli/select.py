@@ -41,7 +41,13 @@ def select(
     from ghosted_fast.swept.run import select_unloaded
 
     count, options = Count(chosen.remove), ghosts.options()
-    run = RunOptions(beam=chosen.beam, corrections=0, memory=model.memory, state=model.state)
+    run = RunOptions(
+        beam=chosen.beam,
+        corrected_candidates=chosen.corrected_candidates,
+        corrections=0,
+        memory=model.memory,
+        state=model.state,
+    )
     asked = Asked(count, chosen.criterion, "none", options, run)
     with process_group(launch.rank_timeout, model.device) as first:
         if not launch.dry_run:

@@ -48,6 +48,7 @@ def score_intervals(
     intervals: Sequence[tuple[int, int]],
     ghosts: Sequence[GhostLinear | None],
     progress: bool = False,
+    keep: int = 1,
 ) -> list[float]:
     """Return the loss of the model with each interval removed and its ghost in place.
 
@@ -57,12 +58,13 @@ def score_intervals(
         intervals: Pairs (start, stop).
         ghosts: The ghost of each interval, of the model's dtype, or None.
         progress: Whether to show a progress bar on stderr.
+        keep: As in `score_gaps`.
 
     Returns:
         As of `score_gaps`.
     """
     candidates = [[Gap(*pair, ghost)] for pair, ghost in zip(intervals, ghosts, strict=True)]
-    return score_gaps(model, batches, candidates, progress=progress)
+    return score_gaps(model, batches, candidates, keep, progress)
 
 
 def score_gaps(

@@ -128,7 +128,7 @@ def _facts(
     fitting: Fitting, texts: Mapping[str, Sequence[Batch]], plan: GridPlan
 ) -> dict[str, Any]:
     """Return what the results hold for."""
-    model = fitting.decoder.model
+    model, again = fitting.decoder.model, fitting.run.corrected_candidates
     return {
         "model": plan.name or fitting.decoder.name,
         "weights": model_digest(model),
@@ -139,6 +139,7 @@ def _facts(
         "score_tokens": fitting.run.score_tokens,
         "accuracy": plan.accuracy_name if plan.accuracy is not None else None,
         "seed": plan.seed,
+        **({"corrected_candidates": again} if again > 1 else {}),
     }
 
 

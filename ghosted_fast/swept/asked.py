@@ -64,6 +64,12 @@ class Asked:
             )
         if isinstance(self.wanted, Count):
             check_swept(self.criterion)
+            if self.run.corrected_candidates > 1:
+                raise ArgumentError(
+                    "expected corrected_candidates=0 for a model that is swept through layer by "
+                    f"layer, got {self.run.corrected_candidates}: each candidate's corrections "
+                    "would read its layers again and again. Choose without, or give more memory"
+                )
         check_swept_recovery(self.recovery)
         if self.run.heal is not None:
             raise ArgumentError(

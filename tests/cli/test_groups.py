@@ -189,6 +189,7 @@ def test_defaults_are_those_of_the_library() -> None:
     run, ghost = RunOptions(), GhostOptions()
     assert list(SpeedArgs().settings(PrecisionArgs())) == [SpeedSettings()]
     assert fit_args.SelectionArgs().beam == run.beam
+    assert fit_args.SelectionArgs().corrected_candidates == run.corrected_candidates
     assert fit_args.ImproveArgs() == fit_args.ImproveArgs(corrections=run.corrections, heal=None)
     for item in fields(fit_args.GhostArgs):
         assert item.default == getattr(ghost, item.name)

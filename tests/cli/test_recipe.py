@@ -179,7 +179,9 @@ def test_a_recipe_that_is_not_there_is_a_wrong_command_line(tmp_path: Path) -> N
 def test_of_a_bound_on_speed_the_layers_are_kept() -> None:
     recipe = Recipe((HowManyArgs(min_speedup=1.3, criterion="shortgpt"),), None)
     kept = recipe.written([torch.zeros(2, 8, dtype=torch.int64)], {"removed": [3, 4, 6]})
-    assert kept["fit"] == {"removed": "3-4, 6", "criterion": "shortgpt", "beam": 16}
+    assert kept["fit"] == {
+        "removed": "3-4, 6", "criterion": "shortgpt", "beam": 16, "corrected-candidates": 0,
+    }  # fmt: skip
     bound = dataclasses.replace(recipe.groups[0], min_speedup=None, max_perplexity_increase=0.1)
     kept = Recipe((bound,), None).written([], {"removed": [3]})
     assert kept["fit"]["max-perplexity-increase"] == 0.1 and "removed" not in kept["fit"]

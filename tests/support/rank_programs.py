@@ -101,6 +101,10 @@ def choices() -> dict[str, tuple[list[int], list[float]]]:
             tiny_model("llama"), text(9), 2, criterion, run=RunOptions(beam=6, score_tokens=200)
         )
         chosen[criterion] = (found.removed, [item.score for item in [*found.scores, *found.sets]])
+    run = RunOptions(score_tokens=200, corrected_candidates=3)
+    found = select_layers(tiny_model("llama"), text(16), 2, run=run)
+    corrected = [item.corrected for item in found.scores if item.corrected is not None]
+    chosen["ghost, a second look"] = found.removed, corrected
     return chosen
 
 

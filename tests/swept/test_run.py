@@ -162,6 +162,7 @@ def test_each_layer_is_read_once_to_choose_and_to_fit(
         ({"remove": gf.PerplexityBound(0.1)}, "which needs many passes: give more memory"),
         ({"remove": gf.SpeedBound(1.2)}, "which needs many passes: give more memory"),
         ({"removed": [1], "run": gf.RunOptions(heal=gf.HealOptions())}, "expected heal=None"),
+        ({"remove": 2, "run": gf.RunOptions(corrected_candidates=3)}, "expected corrected_cand"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_any_work(

@@ -31,6 +31,15 @@ class SelectionArgs:
     beam: Annotated[
         int, typer.Option("--beam", min=1, help="Sets of layers that ghost-search compares.")
     ] = 16
+    corrected_candidates: Annotated[
+        int,
+        typer.Option(
+            "--corrected-candidates",
+            min=0,
+            help="Compare so many of the best candidates of ghost and ghost-search again, with two "
+            "corrections each; 0 for none.",
+        ),
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

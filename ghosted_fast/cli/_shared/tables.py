@@ -242,11 +242,12 @@ def score_table(scores: Sequence[Mapping[str, Any]], removed: Sequence[int]) -> 
         [
             layers_as_text(range(item["start"], item["stop"])),
             f"{item['score']:.5f}",
+            *_corrected(item, scores),
             "removed" if chosen.issuperset(range(item["start"], item["stop"])) else "",
         ]
         for item in sorted(scores, key=lambda item: float(item["score"]))
     ]
-    return TextTable(["layers", "score", ""], rows)
+    return TextTable(["layers", "score", *_corrected_column(scores), ""], rows)
 
 
 def memory_line(num_bytes: int, candidates: str) -> str:
@@ -269,5 +270,19 @@ def budget_line(budget: Mapping[str, Any]) -> str:
 
 def set_table(sets: Sequence[Mapping[str, Any]]) -> TextTable:
     """Return the table of the sets that were raced, from `SetScore` as dicts, the best first."""
-    rows = [[layers_as_text(item["removed"]), f"{item['score']:.5f}"] for item in sets]
-    return TextTable(["layers", "loss"], rows)
+    rows = [
+        [layers_as_text(item["removed"]), f"{item['score']:.5f}", *_corrected(item, sets)]
+        for item in sets
+    ]
+    return TextTable(["layers", "loss", *_corrected_column(sets)], rows)
+
+
+def _corrected_column(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the heading of what a second look found, where one was taken."""
+    return ["corrected"] if any(item.get("corrected") is not None for item in scores) else []
+
+
+def _corrected(item: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the cell below it."""
+    value = item.get("corrected")
+    return ["-" if value is None else f"{value:.5f}"] if _corrected_column(scores) else []

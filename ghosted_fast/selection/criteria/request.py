@@ -15,7 +15,7 @@ from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.surgery.removable import check_removable
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
-from ghosted_fast.text.folds import held_out_batches
+from ghosted_fast.text.folds import held_out_batches, training_batches
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,10 @@ class Request:
             times: How many times the tokens that were asked for.
         """
         return held_out_batches(self.text.hold(), self.options, times * self.run.score_tokens)
+
+    def training(self) -> list[Batch]:
+        """Return the sequences that candidates are fitted on."""
+        return training_batches(self.text.hold(), self.options)
 
 
 def candidate_intervals(count: int, layers: int) -> list[Interval]:

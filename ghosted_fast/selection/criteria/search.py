@@ -6,7 +6,8 @@
    are found exactly, by dynamic programming over the layers: as many in one piece as in two and in
    three, since sums promise the more too much the more pieces there are.
 3. These, `beam` in all, race with all their ghosts in place, each fitted by itself.
-4. The finalists' ghosts are fitted in sequence, and the last race decides.
+4. The finalists' ghosts are fitted in sequence, and the last race decides; or, where that is
+   asked for, a second look at the best of them, see `selection.corrected`.
 
 Source: ours.
 """
@@ -23,6 +24,7 @@ from ghosted_fast.fit.collect import collect_statistics
 from ghosted_fast.fit.ghosts import fit_candidates, fit_in_sequence
 from ghosted_fast.fit.memory_budget import default_memory_budget, passes_within
 from ghosted_fast.models.gap import Gap
+from ghosted_fast.selection.corrected import check_second_look, corrected_losses
 from ghosted_fast.selection.criteria.request import Request, Selection
 from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.text.batches import Batch
@@ -65,6 +67,8 @@ def search_sets(request: Request, counts: Iterable[int]) -> dict[int, Selection]
     """
     counts = sorted(set(counts))
     held_out = request.held_out()
+    if request.run.corrected_candidates > 1:
+        check_second_look(request.decoder, request.training())
     size = _TOKENS_PER_INPUT * request.decoder.hidden_size
     folds = request.options.folds
     batches = _head_of(request.text.hold(), size * folds // (folds - 1))
@@ -83,9 +87,12 @@ def search_sets(request: Request, counts: Iterable[int]) -> dict[int, Selection]
         ]
         ranked = _race(request, held_out, [[scored[pair].gap for pair in pairs] for pairs in sets])
         finalists = [_refit(request, training, gaps) for _, gaps in ranked[:FINALISTS]]
-        final = _race(request, held_out, finalists, keep=1)
-        removed = _layers(final[0][1])
+        again = request.run.corrected_candidates
+        final = _race(request, held_out, finalists, keep=max(1, again))
         found = [SetScore(_layers(gaps), loss) for loss, gaps in final]
+        if again > 1:
+            found = _looked_at_again(request, training, held_out, found, final[:again])
+        removed = found[0].removed
         found += [SetScore(_layers(gaps), loss) for loss, gaps in ranked[FINALISTS:]]
         kept = [item for item in scores if item.stop - item.start <= count]
         selections[count] = Selection(removed, kept, "ghost-search", {count: removed}, sets=found)
@@ -170,6 +177,21 @@ def _refit(request: Request, training: Sequence[Batch], gaps: list[Gap]) -> list
     )
     ghosts = [fitted.module_of(decoder) for fitted, _ in fits]
     return [gaps[0], *(Gap(*pair, ghost) for pair, ghost in zip(intervals, ghosts, strict=True))]
+
+
+def _looked_at_again(
+    request: Request,
+    training: Sequence[Batch],
+    held_out: Sequence[Batch],
+    scores: Sequence[SetScore],
+    finalists: Sequence[tuple[float, list[Gap]]],
+) -> list[SetScore]:
+    """Return scores that tell of corrections, the best with them first, then those without."""
+    gaps = [gaps for _, gaps in finalists]
+    losses = corrected_losses(request.decoder, training, held_out, gaps, request.run.progress)
+    order = sorted(range(len(losses)), key=losses.__getitem__)
+    found = [replace(scores[index], corrected=losses[index]) for index in order]
+    return [*found, *scores[len(found) :]]
 
 
 def _layers(gaps: Sequence[Gap]) -> list[int]:
