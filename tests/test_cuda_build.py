@@ -18,7 +18,6 @@ FOLDER = ROOT / "build" / "cuda_build_test"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not find_nvcc(), reason="no nvcc; `make cuda` installs that of PyPI"),
-    pytest.mark.xdist_group("cuda_build"),
 ]
 
 LOAD = """

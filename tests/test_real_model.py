@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.skipif(
         not (cache_folder() / "demo").is_dir(), reason="no demo model: `make setup` fetches it"
     ),
-    pytest.mark.xdist_group("real_model"),
 ]
 
 

@@ -23,7 +23,7 @@ from ghosted_fast.checkpoint.recipe import read_recipe
 from ghosted_fast.checkpoint.save import save_model
 from ghosted_fast.cli.app import app
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kills")]
+pytestmark = pytest.mark.slow
 SMALL = ("--tokens", 256, "--sequence-length", 32)
 
 

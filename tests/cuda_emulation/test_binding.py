@@ -19,7 +19,6 @@ from ghosted_fast.testing import outlier_activations
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
-    pytest.mark.xdist_group("cuda_emulation"),
 ]
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

@@ -11,7 +11,6 @@ from support.cuda_toolchain import missing_tools
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(missing_tools()), reason=missing_tools()),
-    pytest.mark.xdist_group("cuda_machine_code"),
 ]
 ARCHITECTURES = (80, 90, 100)
 # By parts of the mangled names: the type of the elements, whether there are several products, and

@@ -25,7 +25,7 @@ from ghosted_fast.testing import random_tokens, relative_rms
 
 pytest.importorskip("torchao")
 pytest.importorskip("compressed_tensors")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quantized_bases")]
+pytestmark = pytest.mark.slow
 
 TOKENS = random_tokens(2, 12)
 TEXTS = [random_tokens(4, 32, seed) for seed in range(16)]
