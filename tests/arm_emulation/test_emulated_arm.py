@@ -20,6 +20,7 @@ from support.arm_toolchain import (
     build,
     flags_of,
     missing_tools,
+    object_of,
     run,
 )
 from support.cpu_paths import ROOT, TABLES
@@ -45,7 +46,9 @@ def output_of(program: Path, processor: str) -> str:
 
 @pytest.mark.parametrize(("path", "processor"), RUNS)
 def test_exact_numbers_of_every_dtype(path: str, processor: str) -> None:
-    sources = [SANITIZERS / "kernels.cpp", KERNELS / f"path_{path}.cpp", *GUARDS]
+    kernels, order = KERNELS / f"path_{path}.cpp", CPU / "token_order.cpp"
+    sources = [SANITIZERS / "kernels.cpp", HERE / "guarded_memory.cpp"]
+    sources += [object_of(kernels), object_of(order)]
     flags = [*flags_of(path), *INCLUDES, f"-DPATH_TABLE={TABLES[path]}"]
     program = build(f"kernels_{path}", sources, flags)
     assert output_of(program, processor) == f"{path}: 0 failures\n"
@@ -65,11 +68,7 @@ def objects() -> list[Path]:
     """The files of the extension that do not know torch, compiled as setup.py does."""
     sources = [CPU / "dispatch.cpp", CPU / "arm_support.cpp", CPU / "amx_support.cpp"]
     sources += [CPU / "token_order.cpp", *(KERNELS / f"path_{path}.cpp" for path in PATHS)]
-    made = []
-    for source in sources:
-        flags = flags_of(source.stem.removeprefix("path_"))
-        made.append(build(f"{source.stem}.o", [source], [*flags, *INCLUDES, "-c"]))
-    return made
+    return [object_of(source) for source in sources]
 
 
 @pytest.mark.parametrize(

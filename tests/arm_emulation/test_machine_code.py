@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.arm_machine_code import Loop, loops_of
-from support.arm_toolchain import CPU, KERNELS, build, flags_of, missing_tools
+from support.arm_toolchain import KERNELS, build, missing_tools, object_of
 from support.cpu_paths import ARM_PATHS, ROOT
 
 pytestmark = [
@@ -18,8 +18,7 @@ def loops() -> dict[str, list[Loop]]:
     """The innermost loops of each path."""
     found = {}
     for path in ARM_PATHS:
-        flags = [*flags_of(path), f"-I{CPU}", "-c"]
-        found[path] = loops_of(build(f"path_{path}.o", [KERNELS / f"path_{path}.cpp"], flags))
+        found[path] = loops_of(object_of(KERNELS / f"path_{path}.cpp"))
     return found
 
 

@@ -62,6 +62,15 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     return made
 
 
+def object_of(source: Path) -> Path:
+    """Return the object of a source that does not know torch, compiled as setup.py does.
+
+    Programs are linked of these, and their machine code is read: each is compiled once.
+    """
+    flags = [*flags_of(source.stem.removeprefix("path_")), f"-I{CPU}", "-c"]
+    return build(f"{source.stem}.o", [source], flags)
+
+
 def run(program: Path, processor: str) -> subprocess.CompletedProcess[str]:
     """Run a program on a processor that qemu knows."""
     command = [QEMU, "-cpu", processor, *([] if IS_ARM else ["-L", SYSROOT]), str(program)]
