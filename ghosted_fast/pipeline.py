@@ -25,6 +25,7 @@ from ghosted_fast.options import (
     Count,
     GhostOptions,
     Layers,
+    PerplexityBound,
     RunOptions,
     SpeedBound,
     how_many,
@@ -249,7 +250,7 @@ def _heal(
 
 def statistics_bytes_needed(
     model: Any,
-    how_many: Count | Layers,
+    how_many: Count | Layers | PerplexityBound,
     criterion: str = "ghost",
     options: GhostOptions | None = None,
 ) -> int:
@@ -257,7 +258,8 @@ def statistics_bytes_needed(
 
     Args:
         model: The dense model.
-        how_many: How many layers would be removed, or which.
+        how_many: How many layers would be removed, or which; of a bound the most that any number
+            takes.
         criterion: As in `ghost_model`.
         options: How the ghosts would be fitted.
 
@@ -268,7 +270,11 @@ def statistics_bytes_needed(
     if isinstance(how_many, Layers):
         count = len(removed_intervals(how_many.removed, decoder.num_layers))
     else:
-        check_layer_count(how_many.layers, decoder.num_layers)
         check_criterion(criterion)
-        count = CRITERIA[criterion].num_statistics(how_many.layers, decoder.num_layers)
+        numbers: Iterable[int] = range(1, decoder.num_layers)
+        if isinstance(how_many, Count):
+            check_layer_count(how_many.layers, decoder.num_layers)
+            numbers = [how_many.layers]
+        held = CRITERIA[criterion].num_statistics
+        count = max(held(number, decoder.num_layers) for number in numbers)
     return count * interval_bytes(decoder.hidden_size, options or GhostOptions())

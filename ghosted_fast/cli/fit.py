@@ -130,9 +130,10 @@ def _check_together(
         typer.BadParameter: Two of them do not.
     """
     bound = how_many.bound_option
-    if bound is not None and launch.dry_run:
+    if bound == "--min-speedup" and launch.dry_run:
         raise usage_error(
-            "expected --remove or --removed with --dry-run, which does not find out their number",
+            "expected --remove, --removed or --max-perplexity-increase with --dry-run, which does "
+            "not measure speed",
             bound,
         )
     if bound is not None and recovery.recovery != "ghost":
@@ -249,11 +250,11 @@ def _memory(
     from ghosted_fast.cli._shared.loading import check_layers
     from ghosted_fast.cli._shared.sweep_args import dry_run
     from ghosted_fast.cli._shared.tables import memory_line
-    from ghosted_fast.options import Count, Layers
+    from ghosted_fast.options import SpeedBound
     from ghosted_fast.pipeline import statistics_bytes_needed
 
     wanted = how_many.how_many()
-    assert isinstance(wanted, Count | Layers)
+    assert not isinstance(wanted, SpeedBound)
     dense, facts, lines = dry_run(model, calibration, asked)
     check_layers(dense, wanted)
     needed = statistics_bytes_needed(dense, wanted, how_many.criterion, asked.options)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from ghosted_fast import distributed
 from ghosted_fast.fit.below import Below
@@ -18,6 +21,7 @@ from ghosted_fast.statistics.interval import (
 )
 from ghosted_fast.statistics.sample import Interval, Sample
 from ghosted_fast.statistics.token_weights import energy_floor
+from ghosted_fast.text.folds import is_held_out
 
 
 class StatisticsListener(Listener):
@@ -58,6 +62,28 @@ class StatisticsListener(Listener):
     def add_ranks(self, num_sequences: int) -> None:
         """Add what the other ranks have gathered, in one reduction."""
         self.statistics.add_ranks(num_sequences)
+
+
+class TrainingListener(StatisticsListener):
+    """Gathers the statistics of one interval on the sequences that are not held out.
+
+    They are numbered as if there were no others, see `training_batches`.
+    """
+
+    def update(self, sample: Sample) -> None:
+        """Add what a batch has of these sequences to the statistics."""
+        before, rows = sample.sequences, range(len(sample.x))
+        kept = [row for row in rows if not is_held_out(before + row, self.options)]
+        batch = sample.batch.rows(torch.tensor(kept, dtype=torch.int64, device=sample.x.device))
+        if batch.num_tokens:
+            part = replace(
+                sample,
+                x=sample.x[kept],
+                y=sample.y[kept],
+                batch=batch,
+                sequences=before - before // self.options.folds,
+            )
+            super().update(part)
 
 
 @distributed.failing_together()

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ghosted_fast import distributed
 from ghosted_fast.facts import CorrectionFacts
-from ghosted_fast.fit.sweep.climb import Row, Sweep, rows_of
+from ghosted_fast.fit.sweep.climb import Sweep, rows_of
+from ghosted_fast.fit.sweep.riders import Row
 from ghosted_fast.improve.comparison import Comparison, MovedGhosts
 from ghosted_fast.improve.divergence import mean_over_ranks
 from ghosted_fast.improve.exits import Exit, exit_divergence, exit_local_divergence

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from ghosted_fast import distributed
 from ghosted_fast.errors import ArgumentError, GhostedFastError
-from ghosted_fast.fit.sweep.climb import Sweep, boundary_name, show_stored
+from ghosted_fast.fit.sweep.climb import Sweep, pass_gap, show_stored
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.recovery import RECOVERIES, check_recovery
@@ -69,43 +67,7 @@ def fit_gaps_swept(
             raise found
         patches.append(replace(found, seconds=time.perf_counter() - began))
         if in_sequence and number + 1 < len(gaps):
-            x_name = _go_on(sweep, Gap(*gap, found.ghost), gaps[number + 1][0], x_name)
+            x_name = pass_gap(sweep, Gap(*gap, found.ghost), gaps[number + 1][0], x_name)
     if x_name is not None:
         sweep.shelf.drop(x_name)
     return patches
-
-
-def _go_on(sweep: Sweep, gap: Gap, boundary: int, x_name: str | None) -> str:
-    """Take the states that enter a gap through its ghost, and on to a boundary above.
-
-    Args:
-        sweep: The sweep.
-        gap: The gap, with its ghost.
-        boundary: Where the next gap begins.
-        x_name: The list of states that enter the gap; None for the dense model's.
-
-    Returns:
-        The list of states at the boundary.
-    """
-    shelf, name = sweep.shelf, _name(gap.stop)
-    with torch.inference_mode():
-        for place, turn in enumerate(sweep.text.turns):
-            x = shelf.get(x_name or boundary_name(gap.start), place)
-            enter = gap.on(turn.batch)[2]
-            shelf.add(name, x if enter is None else enter(x))
-        for index in range(gap.stop, boundary):
-            above = _name(index + 1)
-            then = index + 1 if index + 1 < boundary else None
-            with sweep.source.layer(index, then) as layer:
-                for place, calls in enumerate(sweep.text.calls):
-                    x, call = shelf.get(name, place), calls[index]
-                    shelf.add(above, x if call is None else call.run(layer, x))
-            shelf.drop(name)
-            name = above
-    if x_name is not None:
-        shelf.drop(x_name)
-    return name
-
-
-def _name(boundary: int) -> str:
-    return f"below-{boundary:04d}"

@@ -27,6 +27,7 @@ from ghosted_fast.options import (
     RunOptions,
     SpeedBound,
 )
+from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
 from ghosted_fast.selection.criteria.request import Selection
 from ghosted_fast.selection.select import select_layers
 from ghosted_fast.surgery.cut import remove_layers, removed_intervals
@@ -103,11 +104,11 @@ def most_layers_within(
     """
     options, run = options or GhostOptions(), run or RunOptions()
     decoder, text = Decoder.of(model), CalibrationText.of(batches)
-    held_out = held_out_batches(text.hold(), options, run.score_tokens)
+    held_out = held_out_batches(text.hold(), options, TOKENS_FOR_THE_BEST * run.score_tokens)
     training = training_batches(text.hold(), options)
-    dense = dense_loss(decoder, held_out)
-    known: dict[int, Selection] = {}
-    increases: dict[int, float] = {}
+
+    def choose(count: int) -> Selection:
+        return select_layers(decoder, text, count, criterion, options=options, run=run)
 
     def measure_loss(removed: list[int]) -> float:
         intervals = removed_intervals(removed, decoder.num_layers)
@@ -118,9 +119,35 @@ def most_layers_within(
         ]
         return score_gaps(decoder, held_out, [gaps])[0]
 
+    dense = dense_loss(decoder, held_out)
+    return most_layers(decoder.num_layers, bound, dense, choose, measure_loss)
+
+
+def most_layers(
+    num_layers: int,
+    bound: PerplexityBound,
+    dense: float,
+    choose: Callable[[int], Selection],
+    measure_loss: Callable[[list[int]], float],
+) -> tuple[Selection, Budget]:
+    """Find the most layers that can go within a bound, see `most_layers_within`.
+
+    Args:
+        num_layers: Layers of the model.
+        bound: Relative to the dense model.
+        dense: The loss of that on the held-out fold, nats per token.
+        choose: Chooses a number of layers.
+        measure_loss: Gives the loss without some layers, where the choice does not tell it.
+
+    Raises:
+        BudgetError: No layer can go within it.
+    """
+    known: dict[int, Selection] = {}
+    increases: dict[int, float] = {}
+
     def holds(count: int) -> bool:
         if count not in known:
-            found = select_layers(decoder, text, count, criterion, options=options, run=run)
+            found = choose(count)
             for number, removed in found.choices.items():
                 known.setdefault(number, replace(found, removed=removed))
         selection = known[count]
@@ -128,7 +155,7 @@ def most_layers_within(
         increases[count] = math.expm1(loss - dense)
         return increases[count] <= bound.max_increase
 
-    best = _largest(decoder.num_layers - 1, holds)
+    best = _largest(num_layers - 1, holds)
     tried = [Trial(count, increases[count]) for count in sorted(increases)]
     if not best:
         raise BudgetError(
@@ -150,6 +177,23 @@ def _largest(most: int, holds: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def numbers_tried(num_layers: int, best: int) -> list[int]:
+    """Return the numbers of layers that are tried until a bound has led to one of them.
+
+    Args:
+        num_layers: Layers of the model.
+        best: The number that is found, 0 for none.
+    """
+    tried: list[int] = []
+
+    def holds(count: int) -> bool:
+        tried.append(count)
+        return count <= best
+
+    _largest(num_layers - 1, holds)
+    return tried
 
 
 def fewest_layers_for(model: Any, bound: SpeedBound) -> Budget:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,8 @@ from ghosted_fast.facts import IntervalScore
 from ghosted_fast.fit.candidates import Race
 from ghosted_fast.fit.collect import StatisticsListener
 from ghosted_fast.fit.ghosts import fit_on_training_folds
-from ghosted_fast.fit.sweep.climb import Riders, Row, Sweep, climb, rows_of, show_stored
+from ghosted_fast.fit.sweep.climb import Sweep, climb, rows_of, show_stored
+from ghosted_fast.fit.sweep.riders import Riders, Row
 from ghosted_fast.measure.perplexity import predicted_positions, token_losses
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.ghost_linear import GhostLinear
@@ -23,6 +25,7 @@ from ghosted_fast.selection.criteria import CRITERIA, check_criterion
 from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
 from ghosted_fast.selection.criteria.request import Request, Selection
 from ghosted_fast.selection.select import are_alike, check_layer_count
+from ghosted_fast.statistics.interval import IntervalStatistics
 from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
@@ -69,44 +72,81 @@ def choose_swept(
     check_layer_count(remove, decoder.num_layers)
     check_swept(criterion)
     CRITERIA[criterion].check(decoder, remove)
-    with stand_ins(decoder.model):
-        alike = are_alike(decoder)
-        request = Request(decoder, text, remove, options, run, alike=alike, sweep=sweep)
-        intervals = request.intervals(remove)
+    request = request_of(sweep, text, remove, options, run)
     if criterion == "ghost":
-        return _by_ghost(request, sweep, intervals)
+        return _by_ghost(request, sweep)
+    with stand_ins(decoder.model):
+        request.intervals(remove)  # refused before the climb
     climb(sweep, decoder.num_layers, lambda _: None)
     with stand_ins(decoder.model):
         return CRITERIA[criterion].choose(request)
 
 
-def _by_ghost(request: Request, sweep: Sweep, intervals: Sequence[Interval]) -> Selection:
+def request_of(
+    sweep: Sweep, text: CalibrationText, remove: int, options: GhostOptions, run: RunOptions
+) -> Request:
+    """Return what a criterion is given, see `choose_swept`."""
+    decoder = sweep.source.decoder
+    with stand_ins(decoder.model):
+        alike = are_alike(decoder)
+    return Request(decoder, text, remove, options, run, alike=alike, sweep=sweep)
+
+
+def _by_ghost(request: Request, sweep: Sweep) -> Selection:
     """Score every interval with its ghost in place, see `by_ghost`.
 
     The statistics of an interval are gathered when its upper end is reached, and solved at once;
     the held-out states behind its ghost then go up with the rest. All candidates see all tokens;
     those that would have been dropped on the way are scored as if they had been.
     """
-    options, top = request.options, request.num_layers
+    options, intervals = request.options, intervals_of(request, request.remove)
     tokens = TOKENS_FOR_THE_BEST * request.run.score_tokens
     rows = held_out_rows(sweep, request.text.hold(), options, tokens)
     riders = Riders(rows, sweep.shelf, [stop for _, stop in intervals])
+    climb(sweep, request.num_layers, joining(sweep, riders, intervals, options), riders)
+    selection = lowest(intervals, losses_at_the_top(sweep, riders, intervals))
+    return replace(selection, statistics=chosen_statistics(sweep, selection, options))
+
+
+def intervals_of(request: Request, count: int) -> list[Interval]:
+    """Return every interval of `count` layers that the model, which stays in its files, can lose.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    with stand_ins(request.decoder.model):
+        return request.intervals(count)
+
+
+def joining(
+    sweep: Sweep, riders: Riders, intervals: Sequence[Interval], options: GhostOptions
+) -> Callable[[int], None]:
+    """Return what lets each interval join the riders, with its ghost, when its end is reached."""
 
     def reached(boundary: int) -> None:
         for pair in intervals:
             if pair[1] == boundary:
                 riders.join(Gap(*pair, _candidate(sweep, pair, options)))
 
-    climb(sweep, top, reached, riders)
-    losses = _losses(sweep, riders, intervals, top)
+    return reached
+
+
+def lowest(intervals: Sequence[Interval], losses: Sequence[float]) -> Selection:
+    """Return the selection of the interval with the lowest loss, its statistics left out."""
     scores = [IntervalScore(*pair, loss) for pair, loss in zip(intervals, losses, strict=True)]
     best = min(scores, key=lambda item: item.score)
     removed = list(range(best.start, best.stop))
-    statistics = StatisticsListener(sweep.source.decoder, (best.start, best.stop), options)
-    show_stored(sweep, [statistics])
-    return Selection(
-        removed, scores, "ghost", {request.remove: removed}, best.score, statistics.statistics
-    )
+    return Selection(removed, scores, "ghost", {len(removed): removed}, best.score)
+
+
+def chosen_statistics(
+    sweep: Sweep, selection: Selection, options: GhostOptions
+) -> IntervalStatistics:
+    """Return the statistics of the interval that was chosen, on the whole text."""
+    pair = selection.removed[0], selection.removed[-1] + 1
+    listener = StatisticsListener(sweep.source.decoder, pair, options)
+    show_stored(sweep, [listener])
+    return listener.statistics
 
 
 def held_out_rows(
@@ -139,9 +179,17 @@ def _candidate(sweep: Sweep, pair: Interval, options: GhostOptions) -> GhostLine
     return distributed.on_first(fit, decoder.device)
 
 
-def _losses(sweep: Sweep, riders: Riders, intervals: Sequence[Interval], top: int) -> list[float]:
-    """Return the loss of each candidate, whose states have come to the top."""
-    race = Race(len(intervals))
+def losses_at_the_top(
+    sweep: Sweep, riders: Riders, intervals: Sequence[Interval | None]
+) -> list[float]:
+    """Return the loss of each candidate, whose states have come to the top.
+
+    Args:
+        sweep: The sweep.
+        riders: Those who ride.
+        intervals: The candidates; None for the dense model.
+    """
+    race, top = Race(len(intervals)), sweep.source.decoder.num_layers
     predicted = [predicted_positions(row.batch.attention_mask) for row in riders.rows]
     found = [
         torch.zeros(len(intervals), int(where.sum()), dtype=torch.float64) for where in predicted

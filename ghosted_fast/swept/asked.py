@@ -10,6 +10,7 @@ import torch
 from ghosted_fast.errors import ArgumentError, CalibrationError
 from ghosted_fast.fit.sweep.correcting import Correcting, held_out_tokens, tokens_of
 from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep
+from ghosted_fast.fit.sweep.trying import Trying
 from ghosted_fast.improve.correction import (
     DEFAULT_HELD_OUT_TOKENS,
     DEFAULT_TOKENS,
@@ -18,11 +19,20 @@ from ghosted_fast.improve.correction import (
 )
 from ghosted_fast.measure.system import free_memory
 from ghosted_fast.models.unloaded.opening import Unloaded
-from ghosted_fast.options import Bound, Count, GhostOptions, HowMany, Layers, RunOptions
+from ghosted_fast.options import (
+    Count,
+    GhostOptions,
+    HowMany,
+    Layers,
+    PerplexityBound,
+    RunOptions,
+    SpeedBound,
+)
 from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.recovery.swept import check_swept_recovery
 from ghosted_fast.selection.criteria import CRITERIA
 from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
+from ghosted_fast.selection.how_many import numbers_tried
 from ghosted_fast.selection.select import check_layer_count
 from ghosted_fast.selection.swept import check_swept
 from ghosted_fast.surgery.cut import removed_intervals
@@ -57,12 +67,13 @@ class Asked:
         Raises:
             ArgumentError: It cannot; the message says what would do.
         """
-        if isinstance(self.wanted, Bound):
+        if isinstance(self.wanted, SpeedBound):
             raise ArgumentError(
-                f"expected a number of layers or removed for a model that is swept through layer "
-                f"by layer, got {self.wanted}, which needs many passes: give more memory"
+                "expected a number of layers, removed or a PerplexityBound for a model that is "
+                f"swept through layer by layer, got {self.wanted}: how fast it decodes is measured "
+                "with the model in memory. Give more memory"
             )
-        if isinstance(self.wanted, Count):
+        if not isinstance(self.wanted, Layers):
             check_swept(self.criterion)
             if self.run.corrected_candidates > 1:
                 raise ArgumentError(
@@ -87,10 +98,33 @@ class Asked:
             gaps = self._most_gaps(self.wanted.layers, shape.num_layers)
         elif isinstance(self.wanted, Layers):
             gaps = len(removed_intervals(self.wanted.removed, shape.num_layers))
+        elif isinstance(self.wanted, PerplexityBound) and self.criterion != "ghost":
+            gaps = max(
+                min(self._most_gaps(count, shape.num_layers), shape.num_layers - count + 1)
+                for count in range(1, max(2, shape.num_layers))
+            )
         in_sequence = RECOVERIES[self.recovery].sequential and self.options.sequential
         work = Work.of(batches, shape, chosen, scored, gaps, in_sequence)
         ghosts = gaps if chosen is None else 1
-        return replace(work, correcting=self._correcting(batches, shape, ghosts))
+        return replace(
+            work,
+            correcting=self._correcting(batches, shape, ghosts),
+            trying=self._trying(batches, scored, shape.num_layers, gaps),
+        )
+
+    def _trying(
+        self, batches: Sequence[Batch], scored: int, num_layers: int, gaps: int
+    ) -> Trying | None:
+        """Return how the number of layers is found, None where it is given."""
+        if not isinstance(self.wanted, PerplexityBound):
+            return None
+        return Trying(
+            ways=tuple(tuple(numbers_tried(num_layers, best)) for best in range(num_layers)),
+            every_interval=self.criterion == "ghost",
+            in_pieces=gaps > 1,
+            tokens=sum(batch.input_ids.numel() for batch in batches),
+            held_out_tokens=tokens_of(batches, scored),
+        )
 
     @property
     def corrects(self) -> bool:
@@ -100,12 +134,14 @@ class Asked:
     def _correcting(self, batches: Sequence[Batch], shape: Shape, ghosts: int) -> Correcting | None:
         """Return how much corrections have to do, None if none are made."""
         corrections = self.run.corrections
-        if not self.corrects or isinstance(self.wanted, Bound):
+        if not self.corrects or isinstance(self.wanted, SpeedBound):
             return None
         if corrections == "auto" and held_out_tokens(batches) < FEWEST_FOR_AUTO:
             return None
         if isinstance(self.wanted, Count):
             layers = shape.num_layers - self.wanted.layers
+        elif isinstance(self.wanted, PerplexityBound):
+            layers = shape.num_layers - 1
         else:
             above = range(min(self.wanted.removed, default=0), shape.num_layers)
             layers = len(set(above) - set(self.wanted.removed))

@@ -15,7 +15,7 @@ from ghosted_fast import distributed
 from ghosted_fast.checkpoint.model_card import attach_report
 from ghosted_fast.checkpoint.save import check_room
 from ghosted_fast.errors import GhostedFastError
-from ghosted_fast.facts import CorrectionFacts
+from ghosted_fast.facts import Budget, CorrectionFacts
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
 from ghosted_fast.fit.sweep.correcting import HEAD_READS, LAYER_READS
 from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, resident_bytes
@@ -32,7 +32,7 @@ from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.models.unloaded.opening import Unloaded, open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
-from ghosted_fast.options import Count, Layers, RunOptions
+from ghosted_fast.options import Count, Layers, PerplexityBound, RunOptions
 from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.recovery.collector import Patch
 from ghosted_fast.recovery.facts import fitted_facts
@@ -40,6 +40,7 @@ from ghosted_fast.recovery.swept import fit_gaps_swept
 from ghosted_fast.reports.ghost_report import GhostReport
 from ghosted_fast.selection.criteria.request import Selection
 from ghosted_fast.selection.swept import choose_swept
+from ghosted_fast.selection.swept_how_many import most_layers_swept
 from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.surgery.cut import removed_intervals
 from ghosted_fast.surgery.folder import (
@@ -143,7 +144,7 @@ def ghost_unloaded(
         if isinstance(asked.wanted, Layers):
             check_removable_unloaded(unloaded, asked.wanted.removed)
         with adding_time(seconds, "select"):
-            selection = _choose(sweep, text, asked, to_top=split is not None)
+            selection, budget = _choose(sweep, text, asked, to_top=split is not None)
         if not isinstance(asked.wanted, Layers):
             check_removable_unloaded(unloaded, selection.removed)
         gaps = removed_intervals(selection.removed, decoder.num_layers)
@@ -163,6 +164,7 @@ def ghost_unloaded(
         scores=selection.scores,
         seconds=seconds,
         spans=spans.to_dict(),
+        budget=budget,
         corrections=corrected,
     )
     report = replace(report, **fitted_facts(gaps, patches, asked.options, text))
@@ -186,7 +188,7 @@ def select_unloaded(unloaded: Unloaded, batches: Iterable[Any], asked: Asked) ->
     """
     text = CalibrationText.of(batches)
     with distributed.failing_together(), _sweep(unloaded, text, asked) as (sweep, _):
-        return _choose(sweep, text, asked)
+        return _choose(sweep, text, asked)[0]
 
 
 @contextmanager
@@ -232,8 +234,12 @@ def _split(sweep: Sweep, text: CalibrationText, asked: Asked, plan: SweepPlan) -
     return found
 
 
-def _choose(sweep: Sweep, text: CalibrationText, asked: Asked, to_top: bool = False) -> Selection:
-    """Return the layers that are asked for, with the states around them on the shelf.
+def _choose(
+    sweep: Sweep, text: CalibrationText, asked: Asked, to_top: bool = False
+) -> tuple[Selection, Budget | None]:
+    """Return the layers that are asked for, and how a bound led to their number.
+
+    The states around them are on the shelf then.
 
     Args:
         sweep: Of the text.
@@ -241,9 +247,11 @@ def _choose(sweep: Sweep, text: CalibrationText, asked: Asked, to_top: bool = Fa
         asked: What is asked for.
         to_top: Whether the states behind the last layer are wanted too.
     """
-    wanted = asked.wanted
+    wanted, how = asked.wanted, (asked.criterion, asked.options, asked.run)
     if isinstance(wanted, Count):
-        return choose_swept(sweep, text, wanted.layers, asked.criterion, asked.options, asked.run)
+        return choose_swept(sweep, text, wanted.layers, *how), None
+    if isinstance(wanted, PerplexityBound):
+        return most_layers_swept(sweep, text, wanted, *how)
     assert isinstance(wanted, Layers)
     removed = sorted(wanted.removed)
     if asked.recovery != "none":
@@ -252,7 +260,7 @@ def _choose(sweep: Sweep, text: CalibrationText, asked: Asked, to_top: bool = Fa
         ends = {boundary for gap in gaps for boundary in gap} | ({count} if to_top else set())
         top = max(ends)
         climb(sweep, top, lambda _: None, last_use=lambda b: top if b in ends else b)
-    return Selection(removed, [], asked.criterion)
+    return Selection(removed, [], asked.criterion), None
 
 
 def _fit(sweep: Sweep, asked: Asked, selection: Selection, gaps: list[Interval]) -> list[Patch]:

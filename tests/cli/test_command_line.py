@@ -95,8 +95,8 @@ def test_entry_point_and_version() -> None:
             "'--min-speedup': expected --remove or --removed with --recovery none",
         ),
         (
-            (*FIT, "--max-perplexity-increase=10%", "--dry-run"),
-            "'--max-perplexity-increase': expected --remove or --removed with --dry-run",
+            (*FIT, "--min-speedup=1.1", "--dry-run"),
+            "'--min-speedup': expected --remove, --removed or --max-perplexity-increase with",
         ),
         (
             (*FIT, "--removed=1", "--output=o", "--recovery=none", "--corrections=1"),

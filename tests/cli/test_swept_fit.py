@@ -60,6 +60,27 @@ def test_fit_sweeps_where_memory_is_short_and_says_so(
     assert kept[1]["fit"] == kept[0]["fit"] | {"memory": "700000"}
 
 
+def test_a_bound_is_kept_in_a_sweep_too(
+    tmp_path: Path, given: tuple[object, ...], little: tuple[object, ...]
+) -> None:
+    asked = ("fit", *given, "--max-perplexity-increase", "1%", "--corrections", 0, "--json")
+    found = {}
+    for name, more in (("loaded", ()), ("swept", little)):
+        result = invoke(*asked, "--output", tmp_path / name, *more)
+        assert result.exit_code == 0, result.output
+        found[name] = json.loads(result.stdout)
+    mine, theirs = found["swept"], found["loaded"]
+    assert mine["swept"] and "swept" not in theirs
+    assert mine["removed"] == theirs["removed"]
+    assert [t["remove"] for t in mine["budget"]["tried"]] == [
+        t["remove"] for t in theirs["budget"]["tried"]
+    ]
+    assert len(mine["budget"]["tried"]) > 2
+    layers = AutoModelForCausalLM.from_pretrained(tmp_path / "swept").config.num_hidden_layers
+    assert layers == 20 - mine["budget"]["remove"]
+    assert not (tmp_path / "swept.states").exists()
+
+
 def test_a_gguf_file_is_swept_too(
     tmp_path: Path, given: tuple[object, ...], little: tuple[object, ...]
 ) -> None:
@@ -132,6 +153,15 @@ def test_a_dry_run_reads_no_weight_and_says_what_it_would_take(
     facts = json.loads(invoke("fit", *given, "--remove", 2, "--dry-run", "--json").stdout)
     assert facts["sweep"]["disk_bytes"] == 0
     assert facts["sweep"]["read_bytes"] > 20 * 9000 * 4
+    bounded = ("fit", *given, "--max-perplexity-increase", "10%", "--dry-run")
+    result = invoke(*bounded)
+    assert result.exit_code == 0, result.output
+    # 1, 2, 4, 8, 16, and three between 8 and 16
+    assert "8 numbers of layers tried" in " ".join(result.stdout.split())
+    more = json.loads(invoke(*bounded, "--json").stdout)
+    assert more["sweep"]["numbers_tried"] == 8
+    assert more["sweep"]["read_bytes"] > 2 * facts["sweep"]["read_bytes"]
+    assert more["statistics_bytes"] == 20 * (facts["statistics_bytes"] // 19)
     refused = invoke("fit", *given, "--remove", 2, "--criterion", "sleb", "--dry-run")
     assert "no sweep: expected a criterion" in " ".join(refused.stdout.split())
 

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 from support import rank_programs
 from support.healed_models import visible
+from support.spoken_text import spoken_with_gaps
 from support.started_ranks import WAIT_S, run_ranks, start
 from support.tiny_text import TEXT, save_tiny_model
 
 from ghosted_fast.cli.app import app
 from ghosted_fast.errors import CalibrationError
+from ghosted_fast.options import PerplexityBound
 from ghosted_fast.testing import relative_rms, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -55,30 +57,46 @@ def test_a_sweep_chooses_and_fits_as_that_of_one_process(
 
 
 @pytest.mark.parametrize(
-    ("boundary", "ahead", "removed"),
-    [(1, 0, None), (4, 1, None), (6, 0, None), (3, 1, [2, 3])],
+    ("size", "criterion", "bound"), [(2, "ghost", 1.1), (3, "lorp", 2.5), (4, "lorp", 2.5)]
 )
-def test_a_sweep_goes_on_whichever_rank_was_ahead(
-    tmp_path: Path, boundary: int, ahead: int, removed: list[int] | None
+def test_a_sweep_keeps_a_bound_as_that_of_one_process(
+    tmp_path: Path, size: int, criterion: str, bound: float
 ) -> None:
-    dense, states = tmp_path / "dense", tmp_path / "states"
-    tiny_model("llama").save_pretrained(dense)
-    for name in "abc":
-        (tmp_path / name).mkdir()
-    expected = run_ranks(rank_programs.swept, 2, tmp_path / "a", dense, None, 0, removed)
-    stopped = (dense, states, boundary, ahead, removed)
-    run_ranks(rank_programs.swept_until, 2, tmp_path / "b", *stopped)
-    record = states / f"rank{ahead}" / "sweep.json"
-    assert json.loads(record.read_text())["facts"]["boundary"] == boundary
-    record = states / f"rank{1 - ahead}" / "sweep.json"
-    assert record.exists() == (boundary > 1)
-    assert boundary == 1 or json.loads(record.read_text())["facts"]["boundary"] == boundary - 1
-    found = run_ranks(rank_programs.swept, 2, tmp_path / "c", dense, states, 0, removed)
-    for (layers, scores, ghosts), (its_layers, its_scores, its_ghosts) in zip(
-        found, expected, strict=True
-    ):
-        assert (layers, scores) == (its_layers, its_scores)
-        assert all(map(torch.equal, ghosts, its_ghosts)) and len(ghosts) == 1
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    asked = tmp_path / "dense", spoken_with_gaps(model)
+    removed, tried_alone, ghosts = rank_programs.bounded(*asked, None, bound, criterion)
+    assert [count for count, _ in tried_alone] == [1, 2, 3, 4]
+    given = (*asked, tmp_path / "states", bound, criterion)
+    results = run_ranks(rank_programs.bounded, size, tmp_path, *given)
+    for found in results:
+        assert found[0] == removed
+        assert [count for count, _ in found[1]] == [count for count, _ in tried_alone]
+        values = [value for _, value in tried_alone]
+        assert [value for _, value in found[1]] == pytest.approx(values, rel=1e-5, abs=1e-6)
+        for mine, first, one in zip(found[2], results[0][2], ghosts, strict=True):
+            assert torch.equal(mine, first), "all ranks hold the same bits"
+            assert relative_rms(mine, one) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("remove", "stops"), [(2, [1, 3, 5, 6]), (PerplexityBound(1e9), [7, 9, 13])]
+)
+def test_ranks_that_were_stopped_apart_go_on_together(
+    tmp_path: Path, remove: int | PerplexityBound, stops: list[int]
+) -> None:
+    """One has kept what another has not, so that other candidates ride there."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    texts = spoken_with_gaps(model)
+    asked = tmp_path / "dense", texts, tmp_path / "states", remove, stops
+    plain = rank_programs.swept_ghosts(*asked[:2], remove)
+    for rank in run_ranks(rank_programs.stopped_apart, 2, tmp_path, *asked):
+        assert len(rank) == len(stops)
+        for removed, ghosts in rank:
+            assert removed == plain[0]
+            for mine, one in zip(ghosts, plain[1], strict=True):
+                assert relative_rms(mine, one) <= 1e-6
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ghosted_fast.errors import ArgumentError, CalibrationError, NonFiniteError
 from ghosted_fast.fit.collect import collect_statistics
-from ghosted_fast.fit.sweep.climb import Sweep, SweptText, boundary_name, climb
-from ghosted_fast.fit.sweep.shelf import FolderShelf, MemoryShelf, Shelf
+from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
+from ghosted_fast.fit.sweep.shelf import FolderShelf, MemoryShelf, Shelf, boundary_name
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.unloaded.source import Call, LoadedSource
 from ghosted_fast.options import GhostOptions

@@ -18,6 +18,7 @@ from ghosted_fast.fit.sweep.plan import (
     plan_sweep,
     resident_bytes,
 )
+from ghosted_fast.fit.sweep.trying import Trying
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.options import GhostOptions
@@ -89,7 +90,11 @@ def test_an_8b_is_swept_within_7_gigabytes() -> None:
     assert plan.memory_bytes < 4 * 10**9
     assert plan.prefetch
     state = 32768 * 4096 * 2
-    assert plan.disk_bytes == 33 * state + 26 * 8192 * 4096 * 2
+    # Of 25 candidates those below a layer stay in files until all are above.
+    assert plan.disk_bytes == 33 * state + 2 * 25 * 8192 * 4096 * 2
+    in_memory = plan_sweep(BIG, WORK, OPTIONS, 20 * 10**9)
+    more = in_memory.memory_bytes - plan.memory_bytes
+    assert more == 33 * state + 26 * 8192 * 4096 * 2
     assert plan.read_bytes == pytest.approx(BIG.all_bytes + 1_050_000_000)
     assert plan.resident_bytes == resident_bytes(BIG, WORK, OPTIONS) > BIG.all_bytes
     assert 5e14 < plan.operations < 5e15
@@ -150,6 +155,38 @@ def test_corrections_are_counted() -> None:
         plan_sweep(BIG, work, OPTIONS, plain.memory_bytes - 1)
 
 
+def test_numbers_that_are_tried_are_counted() -> None:
+    ways = ((1,), (1, 2), (1, 2, 4, 3), (1, 2, 4, 8, 6, 7))
+    trying = Trying(ways, every_interval=True, in_pieces=False, tokens=32768, held_out_tokens=8192)
+    chosen = replace(WORK, candidates=0, held_out_tokens=0, statistics=1)
+    work = replace(chosen, trying=trying)
+    plain, plan = (plan_sweep(BIG, item, OPTIONS, 7 * 10**9) for item in (chosen, work))
+    state, square = 4096 * 2, 4096 * 4096
+    # All 32 intervals of one layer ride.
+    assert plan.disk_bytes - plain.disk_bytes == 2 * 32 * 8192 * state
+    kept = sum(32 - count for count in ways[-1])
+    assert plan.read_bytes - plain.read_bytes == kept * BIG.layer_bytes + 6 * 1_050_000_000
+    assert (plain.numbers_tried, plan.numbers_tried) == (0, 6)
+    candidates = sum(33 - count for count in ways[-1])
+    riding = sum((33 - count) * (32 - count) / 2 for count in ways[-1]) * 8192
+    expected = 2.0 * BIG.layer_parameters * riding + 2.0 * 128256 * 4096 * 8192 * candidates
+    expected += 4.0 * square * 32768 * candidates + 20.0 * square * 4096 * candidates
+    assert plan.operations - plain.operations == pytest.approx(expected)
+    assert plan.memory_bytes >= PROGRAM_BYTES + BIG.beside[1] + 2 * 512 * 128256 * 2
+    pieces = replace(trying, every_interval=False, in_pieces=True)
+    plan = plan_sweep(BIG, replace(chosen, trying=pieces), OPTIONS, 7 * 10**9)
+    assert plan.disk_bytes - plain.disk_bytes == 2 * 8192 * state + 3 * 32768 * state
+    text = sum((32 - count) * 32768 for count in ways[-1] if count > 1)
+    layers = 2.0 * BIG.layer_parameters * (text + kept * 8192)
+    assert layers < plan.operations - plain.operations < 1.3 * layers
+
+
+def test_layers_between_gaps_are_read_again() -> None:
+    one = replace(WORK, candidates=0, held_out_tokens=0, statistics=3)
+    plans = [plan_sweep(BIG, replace(one, in_sequence=gaps), OPTIONS, 7 * 10**9) for gaps in (1, 3)]
+    assert plans[1].read_bytes - plans[0].read_bytes == (32 - 3) * BIG.layer_bytes
+
+
 def test_a_solve_of_a_correction_is_counted() -> None:
     """In a model of small layers and few words it is what takes the most."""
     small = replace(BIG, layer_bytes=1, layer_parameters=1, vocabulary=10, beside=(1, 1))
@@ -181,7 +218,8 @@ def test_work_is_counted() -> None:
     shape = replace(BIG, num_layers=6)
     chosen = Work.of(batches, shape, 2, 100)
     assert (chosen.tokens, chosen.batch_tokens, chosen.row_tokens) == (320, 192, 64)
-    assert (chosen.candidates, chosen.statistics, chosen.held_out_tokens) == (5, 6, 100)
+    # Two sequences hold 100 tokens, of 53 on the average; each is taken to be as long as any.
+    assert (chosen.candidates, chosen.statistics, chosen.held_out_tokens) == (5, 6, 2 * 64)
     assert chosen.in_sequence == 1
     assert Work.of(batches, shape, 2, 100, 3, in_sequence=True).in_sequence == 1
     assert Work.of(batches, shape, None, 100, 3, in_sequence=True).in_sequence == 3

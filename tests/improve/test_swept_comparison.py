@@ -14,8 +14,8 @@ from support.swept_models import saved, sweep_of, text
 
 import ghosted_fast as gf
 from ghosted_fast.errors import NonFiniteError
-from ghosted_fast.fit.sweep.climb import boundary_name, climb
-from ghosted_fast.fit.sweep.shelf import FolderShelf, MemoryShelf, Shelf
+from ghosted_fast.fit.sweep.climb import climb
+from ghosted_fast.fit.sweep.shelf import FolderShelf, MemoryShelf, Shelf, boundary_name
 from ghosted_fast.improve.divergence import Divergence, LoadedComparison
 from ghosted_fast.improve.swept import SweptComparison, SweptSplit
 from ghosted_fast.models.families import decoder_layers

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from support.spoken_text import spoken
 
 from ghosted_fast.errors import ArgumentError, BudgetError
 from ghosted_fast.measure.perplexity import perplexity
@@ -20,6 +21,7 @@ from ghosted_fast.selection.how_many import (
     estimated_speedup,
     fewest_layers_for,
     most_layers_within,
+    numbers_tried,
 )
 from ghosted_fast.selection.select import select_layers
 from ghosted_fast.testing import random_tokens, tiny_model
@@ -27,16 +29,6 @@ from ghosted_fast.text.batches import iterate_batches
 from ghosted_fast.text.folds import held_out_batches, training_batches
 
 pytestmark = pytest.mark.slow
-
-
-def spoken(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Return text that the model itself would write, so that removing layers costs something."""
-    texts = [random_tokens(8, 40, seed) for seed in range(8)]
-    with torch.no_grad():
-        for position in range(4, 40):
-            for text in texts:
-                text[:, position] = 1 + model(text[:, :position]).logits[:, -1, 1:].argmax(-1)
-    return texts
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 8, 29])
@@ -98,6 +90,28 @@ def test_a_quality_that_cannot_be_had() -> None:
     for bound in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ArgumentError, match="max_increase above 0"):
             most_layers_within(model, texts, PerplexityBound(bound))
+
+
+def test_both_models_are_judged_by_the_same_text() -> None:
+    """Candidates race over four times `score_tokens`; so the dense model's loss is over as many."""
+    model = tiny_model("llama")
+    texts = spoken(model)
+    run, options = RunOptions(score_tokens=160, corrections=0), GhostOptions()
+    selection, budget = most_layers_within(model, texts, PerplexityBound(1e9), run=run)
+    held_out = held_out_batches(list(iterate_batches(texts)), options, 4 * 160)
+    assert sum(batch.num_tokens for batch in held_out) == 640, "all that is held out"
+    dense = perplexity(model, held_out).value
+    assert selection.loss is not None
+    assert budget.reached == pytest.approx(math.exp(selection.loss) / dense - 1, rel=1e-4)
+    first = held_out_batches(list(iterate_batches(texts)), options, 160)
+    assert perplexity(model, first).value != pytest.approx(dense, rel=1e-2)
+
+
+def test_the_numbers_that_are_tried_are_known_beforehand() -> None:
+    assert numbers_tried(6, 0) == [1]
+    assert numbers_tried(6, 1) == [1, 2]
+    assert numbers_tried(6, 3) == [1, 2, 4, 3]
+    assert numbers_tried(30, 8) == [1, 2, 4, 8, 16, 12, 10, 9]
 
 
 def test_bounds_are_kept_with_ghosts_only() -> None:

@@ -6,7 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -30,7 +30,7 @@ from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.unloaded.files import HeldTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.models.unloaded.sharded import unshard_weights
-from ghosted_fast.options import GhostOptions, HealOptions, RunOptions
+from ghosted_fast.options import GhostOptions, HealOptions, PerplexityBound, RunOptions
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.selection.criteria import CRITERIA
 from ghosted_fast.selection.select import select_layers
@@ -39,6 +39,7 @@ from ghosted_fast.testing import random_tokens, tiny_model
 from ghosted_fast.text import folds
 from ghosted_fast.text.batches import Batch
 from support.healed_models import visible
+from support.swept_models import Killed
 
 
 def be_a_rank(
@@ -122,36 +123,72 @@ def checkpoints(folder: Path) -> None:
 
 
 def swept(
-    dense: Path, states: Path | None, corrections: int = 0, removed: list[int] | None = None
+    dense: Path, states: Path | None, corrections: int = 0
 ) -> tuple[list[int], list[float], list[Tensor]]:
-    """Return what a sweep through a folder chooses, with all scores, and its ghost.
-
-    Or what it puts in the place of layers that are given.
-    """
+    """Return what a sweep through a folder chooses, with all scores, and its ghost."""
     run = RunOptions(corrections=corrections, score_tokens=200, state=states)
-    remove = 2 if removed is None else None
-    cut, report = ghost_model(open_unloaded(dense), text(9), remove, removed=removed, run=run)
+    cut, report = ghost_model(open_unloaded(dense), text(9), 2, run=run)
     pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
     ghosts = [piece.tensor for piece in pieces if isinstance(piece, HeldTensor)]
     return report.removed, [item.score for item in report.scores], ghosts
 
 
-def swept_until(
-    dense: Path, states: Path, boundary: int, ahead: int, removed: list[int] | None
-) -> None:
-    """Sweep until the ranks keep a boundary; then all stop, and one alone has kept it."""
-    original = FolderShelf.keep
+def bounded(
+    dense: Path, texts: list[Any], states: Path | None, bound: float, criterion: str
+) -> tuple[list[int], list[tuple[int, float]], list[Tensor]]:
+    """Return what a sweep through a folder finds for a bound: layers, trials, and ghosts."""
+    run = RunOptions(corrections=0, score_tokens=32, state=states)
+    remove = PerplexityBound(bound)
+    cut, report = ghost_model(open_unloaded(dense), texts, remove, criterion=criterion, run=run)
+    assert report.budget is not None
+    tried = [(trial.remove, trial.value) for trial in report.budget.tried]
+    pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
+    return report.removed, tried, [p.tensor for p in pieces if isinstance(p, HeldTensor)]
 
-    def keep(shelf: FolderShelf, facts: dict[str, Any]) -> None:
-        if facts["boundary"] < boundary:
-            original(shelf, facts)
-            return
-        if distributed.index() == ahead:
-            original(shelf, facts)
-        os._exit(0)
 
-    with patch.object(FolderShelf, "keep", keep):
-        swept(dense, states, 0, removed)
+def stopped_apart(
+    dense: Path, texts: list[Any], states: Path, remove: int | PerplexityBound, stops: list[int]
+) -> list[tuple[list[int], list[Tensor]]]:
+    """Stop sweeps where rank 0 has kept what it came to and rank 1 has not, and go on with each.
+
+    Args:
+        dense: The model.
+        texts: The text.
+        states: Where they are kept.
+        remove: What is asked for.
+        stops: Which time of keeping it is, for each sweep.
+
+    Returns:
+        The layers and ghosts of each.
+    """
+    found, keep, rank = [], FolderShelf.keep, distributed.index()
+    for stop in stops:
+        run = RunOptions(corrections=0, score_tokens=32, state=states / str(stop))
+        left = stop
+
+        def keep_or_stop(shelf: FolderShelf, facts: dict[str, Any]) -> None:
+            nonlocal left
+            left -= 1
+            if left or rank == 0:
+                keep(shelf, facts)
+            if not left:
+                raise Killed
+
+        with suppress(Killed), patch.object(FolderShelf, "keep", keep_or_stop):
+            ghost_model(open_unloaded(dense), texts, remove, run=run)
+        assert left == 0, "the sweep has ended before"
+        found.append(swept_ghosts(dense, texts, remove, run))
+    return found
+
+
+def swept_ghosts(
+    dense: Path, texts: list[Any], remove: int | PerplexityBound, run: RunOptions | None = None
+) -> tuple[list[int], list[Tensor]]:
+    """Return the layers and ghosts that a sweep finds."""
+    run = run or RunOptions(corrections=0, score_tokens=32)
+    cut, report = ghost_model(open_unloaded(dense), texts, remove, run=run)
+    pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
+    return report.removed, [p.tensor for p in pieces if isinstance(p, HeldTensor)]
 
 
 def healing(folder: Path) -> tuple[dict[str, Tensor], list[float], bool]:

@@ -145,8 +145,9 @@ def sweep_line(plan: SweepPlan, seconds: float) -> str:
     """Return what a sweep takes, for people."""
     about = f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"
     with_corrections = f", with {plan.corrections} corrections" if plan.corrections else ""
+    tried = f", {plan.numbers_tried} numbers of layers tried" if plan.numbers_tried else ""
     return (
         f"swept through layer by layer: {plan.memory_bytes / 1e9:.1f} GB of memory, "
         f"{plan.disk_bytes / 1e9:.1f} GB of disk, {plan.read_bytes / 1e9:.1f} GB of reads, about "
-        f"{about} on this machine{with_corrections}"
+        f"{about} on this machine{with_corrections}{tried}"
     )

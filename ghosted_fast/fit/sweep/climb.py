@@ -10,21 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ghosted_fast import distributed
-from ghosted_fast.fit.sweep.shelf import Shelf
+from ghosted_fast.fit.sweep.riders import Riders, Row
+from ghosted_fast.fit.sweep.shelf import Shelf, boundary_name
 from ghosted_fast.fit.walk import Listener, Turn, finish, show
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.unloaded.source import Calls, LayerSource
-from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.text.batches import Batch, iterate_batches
 from ghosted_fast.text.progress import progress_bar
 
-
-def boundary_name(boundary: int) -> str:
-    """Return what the list of the dense model's states at a boundary is called."""
-    return f"boundary-{boundary:04d}"
+# What a shelf keeps the facts of a ride under.
+RIDE = "ride"
 
 
 @dataclass(eq=False)
@@ -60,73 +58,6 @@ class SweptText:
     def own_tokens(self) -> int:
         """Tokens of this rank's batches, padding included."""
         return sum(turn.batch.input_ids.numel() for turn in self.turns)
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One sequence, and where it is in the text.
-
-    Attributes:
-        number: Its number among those that were asked for.
-        batch: Its tokens.
-        place: Which of this rank's batches has it; None if another rank's has.
-        row: Which row of that batch.
-    """
-
-    number: int
-    batch: Batch
-    place: int | None
-    row: int
-
-
-class Riders:
-    """Candidates that go up beside the text: held-out states behind the ghosts of their gaps.
-
-    Args:
-        rows: All held-out sequences.
-        shelf: Where the states are kept.
-        stops: Where candidates will join, for the estimate of what there is to do.
-    """
-
-    def __init__(self, rows: Sequence[Row], shelf: Shelf, stops: Iterable[int]) -> None:
-        self.rows, self._shelf, self.stops = rows, shelf, sorted(stops)
-        self.own = [row for row in rows if row.place is not None]
-        self.calls: list[Calls] = []
-        self.riding: list[Interval] = []
-
-    def join(self, gap: Gap) -> None:
-        """Let a candidate begin where its gap ends."""
-        pair = (gap.start, gap.stop)
-        for row in self.own:
-            assert row.place is not None
-            x = self._shelf.get(boundary_name(gap.start), row.place)[row.row : row.row + 1]
-            enter = gap.on(row.batch)[2]
-            self._shelf.add(_rider_name(pair, gap.stop), x if enter is None else enter(x))
-        self.riding.append(pair)
-
-    def advance(self, layer: nn.Module | None, index: int) -> None:
-        """Take all candidates through a layer; None for one that does not run on text."""
-        for pair in self.riding:
-            here, there = (_rider_name(pair, boundary) for boundary in (index, index + 1))
-            for place in range(len(self.own)):
-                x = self._shelf.get(here, place)
-                call = self.calls[place][index]
-                self._shelf.add(there, x if layer is None or call is None else call.run(layer, x))
-
-    def leave(self, boundary: int) -> None:
-        """Forget the states below a boundary that all have reached."""
-        for pair in self.riding:
-            self._shelf.drop(_rider_name(pair, boundary - 1))
-
-    def states(self, pair: Interval, boundary: int) -> list[Tensor]:
-        """Return a candidate's states at a boundary, for each of this rank's rows."""
-        return [
-            self._shelf.get(_rider_name(pair, boundary), place) for place in range(len(self.own))
-        ]
-
-
-def _rider_name(pair: Interval, boundary: int) -> str:
-    return f"rider-{pair[0]:04d}-{pair[1]:04d}-{boundary:04d}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +110,8 @@ def climb(
     """Take the text, and the riders, from the embedding up to a boundary; each layer is read once.
 
     Where the shelf keeps the states of a run that was stopped, it goes on at the last boundary that
-    was done, by all ranks: one may have been stopped between two that another has kept.
+    was done; from the bottom, where one rank was stopped before a candidate joined and another was
+    not.
 
     Args:
         sweep: The sweep.
@@ -189,64 +121,119 @@ def climb(
         riders: Candidates, which join in `reached`.
         last_use: The last boundary at which the states of one are looked at; by default all stay.
     """
-    first = _begun(sweep, riders)
-    # What ranks hold is one boundary apart at most, so the states of one more must stay.
-    shared = sweep.shelf.goes_on and distributed.count() > 1
+    begun = sweep.shelf.kept()
+    if not _same_on_all_ranks([] if begun is None else begun["riding"]):
+        sweep.shelf.forget()
+        begun = None
+    first = 0 if begun is None else int(begun["boundary"])
+    if begun is not None and riders is not None:
+        riders.riding = [(start, stop) for start, stop in begun["riding"]]
     weights = _weights(sweep, top, riders)
     with (
         progress_bar("sweeping", sweep.progress, of=sum(weights), share=True) as bar,
         torch.inference_mode(),
     ):
-        _embed(sweep, riders, states_too=first is None)
-        if first is None:
+        _embed(sweep, riders, states_too=begun is None)
+        if begun is None:
             reached(0)
-        bar.update(sum(weights[: first or 0]))
-        for index in range(first or 0, top):
+        bar.update(sum(weights[:first]))
+        for index in range(first, top):
             _through(sweep, index, index + 1 if index + 1 < top else None, riders)
-            _leave(sweep, index - 1 if shared else index, riders, last_use)
+            if last_use is not None:
+                for boundary in range(index + 1):
+                    if last_use(boundary) <= index:
+                        sweep.shelf.drop(boundary_name(boundary))
             reached(index + 1)
-            if shared:
-                distributed.gather(None)  # none keeps a boundary that another has yet to reach
             riding = [] if riders is None else riders.riding
             sweep.shelf.keep({"boundary": index + 1, "riding": riding})
             bar.update(weights[index])
-        _leave(sweep, top - 1, riders, last_use)
 
 
-def _begun(sweep: Sweep, riders: Riders | None) -> int | None:
-    """Return the boundary that an earlier run had come to, None where there is none to go on from.
-
-    The riders are those that rode there.
-    """
-    kept = sweep.shelf.kept()
-    own = -1 if kept is None else int(kept["boundary"])
-    found = distributed.gather(own) if sweep.shelf.goes_on else [own]
-    first = min(found)
-    if kept is None:
-        return None
-    if first < 0 or max(found) > first + 1:
-        sweep.shelf.forget()
-        return None
-    riding = [(start, stop) for start, stop in kept["riding"]]
-    if own > first:  # another rank was stopped before it kept the last
-        sweep.shelf.drop(boundary_name(own))
-        for pair in riding:
-            sweep.shelf.drop(_rider_name(pair, own))
-    if riders is not None:
-        riders.riding = [pair for pair in riding if pair[1] <= first]
-    return first
-
-
-def _leave(
-    sweep: Sweep, index: int, riders: Riders | None, last_use: Callable[[int], int] | None
+def ride(
+    sweep: Sweep, riders: Riders, stops: Iterable[int], reached: Callable[[int], None], name: str
 ) -> None:
-    """Forget the states that no one looks at above a boundary."""
-    if riders is not None and index >= 0:
-        riders.leave(index + 1)
-    if last_use is not None:
-        for boundary in range(index + 1):
-            if last_use(boundary) <= index:
-                sweep.shelf.drop(boundary_name(boundary))
+    """Take candidates to the top past the text, whose states are at all boundaries already.
+
+    The layers from the lowest of their gaps' ends on are read once. Like a climb it goes on at the
+    last boundary that was done.
+
+    Args:
+        sweep: The sweep, after a climb to the top that the riders were given to.
+        riders: Which nobody rides with.
+        stops: Where candidates will join.
+        reached: As for `climb`, from the lowest stop on.
+        name: What this ride is called among those of the sweep.
+    """
+    shelf, top = sweep.shelf, sweep.source.decoder.num_layers
+    riders.stops, riders.riding = sorted(stops), []
+    first = riders.stops[0]
+    begun = shelf.facts.get(RIDE)
+    joined = begun and [begun["name"], begun["riding"]]
+    goes_on = _same_on_all_ranks(joined) and begun is not None and begun["name"] == name
+    if begun is not None:
+        riders.riding = [(start, stop) for start, stop in begun["riding"]]
+        if goes_on:
+            first = int(begun["boundary"])
+        else:
+            riders.get_off(int(begun["boundary"]))
+            shelf.keep({RIDE: None})
+    weights = _weights(sweep, top, riders, with_text=False)
+    with (
+        progress_bar(name, sweep.progress, of=sum(weights), share=True) as bar,
+        torch.inference_mode(),
+    ):
+        if not goes_on:
+            reached(first)
+        bar.update(sum(weights[:first]))
+        for index in range(first, top):
+            then = index + 1 if index + 1 < top else None
+            _through(sweep, index, then, riders, with_text=False)
+            reached(index + 1)
+            here = {"name": name, "boundary": index + 1, "riding": riders.riding}
+            shelf.keep({RIDE: here})
+            bar.update(weights[index])
+
+
+def pass_gap(sweep: Sweep, gap: Gap, boundary: int, x_name: str | None = None) -> str:
+    """Take the states of the text that enter a gap through its ghost, and on to a boundary above.
+
+    Args:
+        sweep: The sweep.
+        gap: The gap, with its ghost.
+        boundary: Where the next gap begins.
+        x_name: The list of states that enter the gap, which is forgotten; None for the dense
+            model's, which stay.
+
+    Returns:
+        The list of states at the boundary.
+    """
+    shelf, name = sweep.shelf, _below_name(gap.stop)
+    with torch.inference_mode():
+        for place, turn in enumerate(sweep.text.turns):
+            x = shelf.get(x_name or boundary_name(gap.start), place)
+            enter = gap.on(turn.batch)[2]
+            shelf.add(name, x if enter is None else enter(x))
+        for index in range(gap.stop, boundary):
+            above = _below_name(index + 1)
+            then = index + 1 if index + 1 < boundary else None
+            with sweep.source.layer(index, then) as layer:
+                for place, calls in enumerate(sweep.text.calls):
+                    x, call = shelf.get(name, place), calls[index]
+                    shelf.add(above, x if call is None else call.run(layer, x))
+            shelf.drop(name)
+            name = above
+    if x_name is not None:
+        shelf.drop(x_name)
+    return name
+
+
+def _below_name(boundary: int) -> str:
+    return f"below-{boundary:04d}"
+
+
+def _same_on_all_ranks(value: Any) -> bool:
+    first, *others = distributed.gather(value)
+    return all(other == first for other in others)
 
 
 def _embed(sweep: Sweep, riders: Riders | None, states_too: bool) -> None:
@@ -262,16 +249,18 @@ def _embed(sweep: Sweep, riders: Riders | None, states_too: bool) -> None:
             riders.calls = [sweep.source.embed(row.batch)[1] for row in riders.own]
 
 
-def _through(sweep: Sweep, index: int, then: int | None, riders: Riders | None) -> None:
+def _through(
+    sweep: Sweep, index: int, then: int | None, riders: Riders | None, with_text: bool = True
+) -> None:
     """Take all states from one boundary to the next."""
     if index in sweep.source.decoder.contract.resting:
-        for place in range(len(sweep.text.turns)):
+        for place in range(len(sweep.text.turns)) if with_text else ():
             sweep.shelf.add(boundary_name(index + 1), sweep.state(index, place))
         if riders is not None:
             riders.advance(None, index)
         return
     with sweep.source.layer(index, then) as layer:
-        for place, calls in enumerate(sweep.text.calls):
+        for place, calls in enumerate(sweep.text.calls) if with_text else ():
             call = calls[index]
             assert call is not None
             sweep.shelf.add(boundary_name(index + 1), call.run(layer, sweep.state(index, place)))
@@ -279,9 +268,9 @@ def _through(sweep: Sweep, index: int, then: int | None, riders: Riders | None) 
             riders.advance(layer, index)
 
 
-def _weights(sweep: Sweep, top: int, riders: Riders | None) -> list[int]:
+def _weights(sweep: Sweep, top: int, riders: Riders | None, with_text: bool = True) -> list[int]:
     """Return how much work each layer is: the tokens that go through it."""
-    own = sweep.text.own_tokens
+    own = sweep.text.own_tokens if with_text else 0
     if riders is None:
         return [own] * top
     held_out = sum(row.batch.input_ids.numel() for row in riders.own)

@@ -84,9 +84,8 @@ class Correcting:
     def read_bytes(self, shape: Shape) -> int:
         """Return what a usual step reads of the checkpoint."""
         bottom, top = shape.beside
-        # A layer that is merged or cast takes more in memory than in the files.
-        layer = min(shape.layer_bytes, (shape.all_bytes - max(bottom, top)) // shape.num_layers)
-        return LAYER_READS * self.layers * layer + HEAD_READS * top + bottom
+        layers = self.layers * shape.read_layer_bytes
+        return LAYER_READS * layers + HEAD_READS * top + bottom
 
     def operations(self, shape: Shape) -> float:
         """Return how many multiplications and additions a step does, about."""

@@ -12,7 +12,8 @@ import torch
 
 from ghosted_fast.errors import CalibrationError
 from ghosted_fast.fit.below import most_kept
-from ghosted_fast.fit.sweep.correcting import Correcting
+from ghosted_fast.fit.sweep.correcting import Correcting, tokens_of
+from ghosted_fast.fit.sweep.trying import LISTS_BELOW, Trying, lists_of
 from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.unloaded.files import StoredTensor
@@ -25,9 +26,6 @@ from ghosted_fast.text.batches import Batch
 PROGRAM_BYTES = 600 << 20
 # Matrices [d, d] in fp64 that a solve holds beside the statistics.
 _SOLVE_MATRICES = 8
-# Lists of the text's states behind ghosts below a gap: what entered the last gap, and what enters
-# and leaves a layer on the way to the next.
-_LISTS_BELOW = 3
 # What to do where memory does not suffice: without corrections, and with them.
 _LESS = "use fewer folds, smaller batches or shorter sequences"
 _WHAT_TO_DO = (
@@ -61,6 +59,11 @@ class Shape:
     layer_parameters: int
     all_bytes: int
     beside: tuple[int, int]
+
+    @property
+    def read_layer_bytes(self) -> int:
+        """What is read of a layer: one that is merged or cast takes more in memory."""
+        return min(self.layer_bytes, (self.all_bytes - max(self.beside)) // self.num_layers)
 
     @classmethod
     def of(cls, unloaded: Unloaded) -> Shape:
@@ -106,13 +109,14 @@ class Work:
         tokens: Tokens of the text, padding included.
         batch_tokens: Those of its largest batch.
         row_tokens: Those of its longest sequence.
-        held_out_tokens: Tokens that candidates are scored on.
+        held_out_tokens: Tokens that candidates are scored on, padding included.
         candidates: How many there are.
         length: Layers of each.
         statistics: How many intervals' statistics are gathered.
         boundaries: How many boundaries' states are kept.
         in_sequence: How many gaps are fitted one after the other, each on what those below it give.
         correcting: How the ghosts are corrected; None for not at all.
+        trying: How the number of layers is found; None where it is given.
     """
 
     tokens: int
@@ -125,6 +129,7 @@ class Work:
     boundaries: int
     in_sequence: int = 1
     correcting: Correcting | None = None
+    trying: Trying | None = None
 
     @classmethod
     def of(
@@ -153,7 +158,7 @@ class Work:
             tokens=sum(sizes),
             batch_tokens=max(sizes),
             row_tokens=max((batch.input_ids.shape[1] for batch in batches), default=0),
-            held_out_tokens=min(scored, sum(sizes)) if count else 0,
+            held_out_tokens=tokens_of(batches, scored) if count else 0,
             candidates=count,
             length=chosen or 0,
             statistics=count + 1 if count else gaps,
@@ -175,6 +180,7 @@ class SweepPlan:
         operations: Multiplications and additions.
         corrections: How many corrections that is with, at most.
         correction_bytes: What each of them reads of the checkpoint.
+        numbers_tried: How many numbers of layers are tried for a bound, at most.
     """
 
     memory_bytes: int
@@ -185,6 +191,7 @@ class SweepPlan:
     operations: float
     corrections: int = 0
     correction_bytes: int = 0
+    numbers_tried: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
@@ -206,30 +213,30 @@ def plan_sweep(
     Raises:
         CalibrationError: It does not suffice for one layer, or for one interval's statistics.
     """
-    state = shape.hidden_size * shape.itemsize
-    stored = work.tokens * state * work.boundaries
-    # Behind each layer a candidate's states are there twice for a moment.
-    stored += work.held_out_tokens * state * (work.candidates + 1)
-    if work.in_sequence > 1:
-        stored += _LISTS_BELOW * work.tokens * state
+    read = shape.all_bytes - shape.beside[0] + sum(shape.beside)
+    if work.in_sequence > 1:  # the layers between the gaps are read again
+        read += (shape.num_layers - work.in_sequence) * shape.read_layer_bytes
+    if work.trying is not None:
+        read += work.trying.read_bytes(shape)
     steps = each = 0
     if work.correcting is not None:
-        stored += work.correcting.stored_bytes(shape)
         steps, each = work.correcting.steps, work.correcting.read_bytes(shape)
     best: SweepPlan | None = None
     for prefetch, in_memory in ((True, True), (True, False), (False, False)):
         if in_memory and on_disk:
             continue
+        stored = _stored_bytes(shape, work, in_memory)
         needed = _most_memory(shape, work, options, prefetch) + (stored if in_memory else 0)
         best = SweepPlan(
             memory_bytes=needed,
             disk_bytes=0 if in_memory else stored,
-            read_bytes=shape.all_bytes - shape.beside[0] + sum(shape.beside) + steps * each,
+            read_bytes=read + steps * each,
             resident_bytes=resident_bytes(shape, work, options),
             prefetch=prefetch,
             operations=_operations(shape, work),
             corrections=steps,
             correction_bytes=each,
+            numbers_tried=0 if work.trying is None else work.trying.most,
         )
         if needed <= memory:
             return best
@@ -256,16 +263,31 @@ def resident_bytes(shape: Shape, work: Work, options: GhostOptions) -> int:
     return needed
 
 
+def _stored_bytes(shape: Shape, work: Work, in_memory: bool) -> int:
+    """Return the bytes of all states on the shelf, at most."""
+    state = shape.hidden_size * shape.itemsize
+    stored = work.tokens * state * work.boundaries
+    if work.candidates:
+        stored += work.held_out_tokens * state * lists_of(work.candidates, in_memory)
+    beside = LISTS_BELOW * work.tokens * state if work.in_sequence > 1 else 0
+    if work.trying is not None:
+        beside = max(beside, work.trying.stored_bytes(shape, in_memory))
+    if work.correcting is not None:
+        stored += work.correcting.stored_bytes(shape)
+    return stored + beside
+
+
 def _most_memory(shape: Shape, work: Work, options: GhostOptions, prefetch: bool) -> int:
     """Return the most memory at any time, without the states on the shelf."""
     coming = shape.layer_bytes if prefetch else 0
-    logits = work.row_tokens * shape.vocabulary * shape.itemsize if work.candidates else 0
+    scored = bool(work.candidates) or work.trying is not None
+    logits = work.row_tokens * shape.vocabulary * shape.itemsize
     bottom, top = shape.beside
     phases = [
         bottom + _activations(shape, work),
         shape.layer_bytes + coming + _activations(shape, work),
         coming + interval_bytes(shape.hidden_size, options) + _solve_bytes(shape),
-        top + 2 * logits if work.candidates else 0,
+        top + 2 * logits if scored else 0,
     ]
     if work.correcting is not None:
         inside = _activations(shape, replace(work, batch_tokens=work.correcting.pass_tokens))
@@ -295,6 +317,8 @@ def _operations(shape: Shape, work: Work) -> float:
     found = layers + sums + solves + head
     if work.correcting is not None:
         found += work.correcting.steps * work.correcting.operations(shape)
+    if work.trying is not None:
+        found += work.trying.operations(shape)
     return found
 
 

@@ -18,6 +18,11 @@ _RECORD = "sweep.json"
 _SUFFIX = ".states"
 
 
+def boundary_name(boundary: int) -> str:
+    """Return what the list of the dense model's states at a boundary is called."""
+    return f"boundary-{boundary:04d}"
+
+
 class Shelf(ABC):
     """Lists of states by name.
 
@@ -54,8 +59,8 @@ class Shelf(ABC):
         """Return the facts that were kept last, with the lists as they were then."""
         return None
 
-    def forget(self) -> None:  # noqa: B027 - memory keeps nothing
-        """Forget what was kept, and the lists with it."""
+    def forget(self) -> None:  # noqa: B027 - memory has nothing that was kept
+        """Forget all lists and facts that were kept: the run begins anew."""
 
 
 class MemoryShelf(Shelf):
@@ -163,7 +168,7 @@ class FolderShelf(Shelf):
         return self.facts
 
     def forget(self) -> None:
-        """Forget what was kept, and the lists with it."""
+        """Forget all lists and facts that were kept: the run begins anew."""
         self._record.unlink(missing_ok=True)
         self._lists, self.facts = {}, {}
         self._tidy()
