@@ -137,9 +137,11 @@ class RunOptions:
         heal_state: File that the healing is kept in, so that it can go on after it was killed.
         memory_budget: Bytes that statistics may take; several passes are made where they would take
             more. None for half of the free memory.
+        device: What computes, where the model is given as a folder or hub id: "cpu", "cuda". One
+            that is in memory stays where it is.
         memory: Bytes that all of a run may take, where the model is given as a folder or hub id; it
-            is swept through layer by layer where it would take more. None for four fifths of what
-            is free.
+            is swept through layer by layer where it would take more. Of the device's memory, if it
+            has its own. None for four fifths of what is free.
         state: Folder that a sweep keeps its states in, so that it can go on after it was killed.
             None for a temporary one, if any is needed.
         inplace: Whether to cut the given model. Default: a new one that shares its weights.
@@ -156,6 +158,7 @@ class RunOptions:
     heal: HealOptions | None = None
     heal_state: str | Path | None = None
     memory_budget: int | None = None
+    device: str = "cpu"
     memory: int | None = None
     state: str | Path | None = None
     inplace: bool = False

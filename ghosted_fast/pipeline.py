@@ -78,8 +78,9 @@ def ghost_model(
 
     Args:
         model: A transformers causal language model of a known family; or a folder or hub id. Of
-            that a model is loaded if `RunOptions.memory` suffices, else it stays in its files and
-            is swept through layer by layer, as is one of `open_unloaded`.
+            that a model is loaded, onto `RunOptions.device`, if `RunOptions.memory` suffices, else
+            it stays in its files and is swept through layer by layer, as is one of
+            `open_unloaded`.
         batches: Calibration tokens: dicts of `input_ids` [batch, length] and `attention_mask`, or
             token tensors. Read once where `removed` is given, nothing is corrected or healed and
             there are no other ranks, else held in memory as token ids.
@@ -139,7 +140,7 @@ def _ghost_model(model: Any, batches: Iterable[Any], request: Asked) -> tuple[An
     asked |= {"criterion": criterion, "recovery": recovery}
     if which is not None:
         check_removable(model, which)
-    here = replace(run, progress=False, inplace=False, heal_state=None)
+    here = replace(run, progress=False, inplace=False, heal_state=None, device="cpu")
     distributed.check_same({**asked, "options": options, "run": here}, model)
     text = distributed.same_text_everywhere(batches)
     if run.heal is not None:

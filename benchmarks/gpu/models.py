@@ -1,4 +1,4 @@
-"""What is measured of a whole model with random weights: speed, graphs, calibration, fit.
+"""What is measured of a whole model with random weights: speed, graphs, calibration, fit, sweep.
 
 The shape decides the speed and the memory, the weights do not; so nothing is fetched. What a ghost
 is worth cannot be seen here.
@@ -33,6 +33,7 @@ from ghosted_fast.testing import relative_rms
 from ghosted_fast.timing.rounds import time_variants
 from ghosted_fast.timing.stopwatch import warm_sample
 from gpu.plan import Setting, result_file
+from gpu.sweeps import measure_sweep
 
 # A decode step in bf16 with another cache and other shapes, against the whole sequence at once.
 _GATE = 3e-2
@@ -265,6 +266,7 @@ PARTS: dict[str, Callable[[Shape, torch.device], dict[str, Any]]] = {
     "graphs": measure_graphs,
     "calibration": measure_calibration,
     "fit": measure_fit,
+    "sweep": measure_sweep,
 }
 
 

@@ -52,7 +52,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             for name, part in found["parts"].items()
         ],
     )
-    writers = {"speed": _speed, "graphs": _graphs, "calibration": _calibration, "fit": _fit}
+    writers = {"speed": _speed, "graphs": _graphs, "calibration": _calibration}
+    writers |= {"fit": _fit, "sweep": _sweep}
     for name, part in found["parts"].items():
         if part["status"] not in (DONE, LEFT):
             yield f"\n## {name}: {part['status']}\n\n```\n" + "\n".join(part["said"]) + "\n```"
@@ -133,10 +134,21 @@ def _calibration(result: dict[str, Any]) -> list[str]:
     return [f"{result['tokens']} tokens.\n", *table(columns, lines)]
 
 
+def _timed(name: str, item: dict[str, Any]) -> list[str]:
+    phases = ", ".join(f"{phase} {spent:.2f}" for phase, spent in item["phases"].items())
+    return [name, f"{item['seconds']:.2f}", phases, _memory(item["peak_bytes"])]
+
+
 def _fit(result: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, item in result["fits"].items():
-        phases = ", ".join(f"{phase} {spent:.2f}" for phase, spent in item["phases"].items())
-        lines.append([name, f"{item['seconds']:.2f}", phases, _memory(item["peak_bytes"])])
+    lines = [_timed(name, item) for name, item in result["fits"].items()]
     columns = ["fit", "s", "phases, s", "peak GiB"]
+    return [f"{result['tokens']} tokens.\n", *table(columns, lines)]
+
+
+def _sweep(result: dict[str, Any]) -> list[str]:
+    lines = [
+        [*_timed(name, item), *(_memory(item[size]) for size in ("planned_bytes", "read_bytes"))]
+        for name, item in result["sweeps"].items()
+    ]
+    columns = ["sweep", "s", "phases, s", "peak GiB", "planned GiB", "read at most, GiB"]
     return [f"{result['tokens']} tokens.\n", *table(columns, lines)]

@@ -16,12 +16,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 480
-MODEL_PARTS = ("speed", "graphs", "calibration", "fit")
+MODEL_PARTS = ("speed", "graphs", "calibration", "fit", "sweep")
 _GPU_TESTS = (
     "tests/ops",
     "tests/ghosted_triton/test_gpu.py",
     "tests/test_cuda_build.py",
     "tests/test_pipeline_on_devices.py",
+    "tests/swept/test_on_device.py",
 )
 # Without torch's cache of memory, which hides what is out of bounds; so without CUDA graphs.
 _SANITIZED = (
@@ -189,6 +190,7 @@ def _models() -> list[Part]:
         "graphs": ("prefill and a decode step of each in a CUDA graph", 240),
         "calibration": ("the pass over text against bare layers, and its memory", 240),
         "fit": ("a ghost from text to model, with a correction", 300),
+        "sweep": ("the same of a model that stays in its files, and its memory", 300),
     }
     return [
         Part(name, text, seconds, partial(_model, name)) for name, (text, seconds) in about.items()

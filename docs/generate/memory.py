@@ -49,6 +49,7 @@ class Model:
             layer_parameters=layer,
             all_bytes=_ITEMSIZE * (layer * self.num_layers + words * (1 if self.tied else 2)),
             beside=(words * _ITEMSIZE, words * _ITEMSIZE),
+            on_device=(layer * _ITEMSIZE, 0),
         )
 
     @property
@@ -71,8 +72,11 @@ MODELS = (
 )
 
 
-def planned(model: Model) -> tuple[int, SweepPlan]:
-    """Return the memory that a model takes with its pass, and what a sweep takes."""
+def planned(model: Model) -> tuple[int, SweepPlan, SweepPlan]:
+    """Return the memory that a model takes with its pass, and what sweeps take.
+
+    The first is the processor's, the second a GPU's.
+    """
     options, shape, removed = GhostOptions(), model.shape(), model.removed
     count = model.num_layers - removed + 1
     correcting = Correcting(
@@ -94,23 +98,28 @@ def planned(model: Model) -> tuple[int, SweepPlan]:
         boundaries=model.num_layers + 1,
         correcting=correcting,
     )
-    plan = plan_sweep(shape, work, options, memory=1 << 62, on_disk=True)
-    return resident_bytes(shape, work, options), plan
+    on_host, on_device = (
+        plan_sweep(shape, work, options, memory=1 << 62, on_disk=True, device_memory=memory)
+        for memory in (None, 1 << 62)
+    )
+    return resident_bytes(shape, work, options), on_host, on_device
 
 
 def shapes() -> str:
     """Return the table of models."""
     rows = []
     for model in MODELS:
-        resident, plan = planned(model)
+        resident, plan, on_gpu = planned(model)
         weights = model.shape().all_bytes
         fit = plan.read_bytes - plan.corrections * plan.correction_bytes
         read = (fit, plan.correction_bytes)
-        sizes = (weights, resident, plan.memory_bytes, plan.disk_bytes, *read)
+        memory = (plan.memory_bytes, on_gpu.device_bytes, on_gpu.memory_bytes)
+        sizes = (weights, resident, *memory, plan.disk_bytes, *read)
         layers = f"{model.removed} of {model.num_layers}"
         rows.append([model.name, layers, *(f"{size / 1e9:.1f}" for size in sizes)])
     columns = ["shape", "layers removed", "weights, bf16", "memory, model loaded"]
-    columns += ["memory, swept", "disk for states", "read to fit", "read by a correction"]
+    columns += ["memory, swept", "swept by a GPU: its memory", "the host's beside it"]
+    columns += ["disk for states", "read to fit", "read by a correction"]
     return table(columns, rows)
 
 

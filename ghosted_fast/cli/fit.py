@@ -278,6 +278,7 @@ def _asked(
         corrected_candidates=how_many.corrected_candidates,
         corrections=recovery.corrections,
         heal=recovery.heal_options(calibration.seed),
+        device=model.place,
         memory=model.memory,
         state=model.state,
     )

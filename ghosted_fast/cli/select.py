@@ -45,6 +45,7 @@ def select(
         beam=chosen.beam,
         corrected_candidates=chosen.corrected_candidates,
         corrections=0,
+        device=model.place,
         memory=model.memory,
         state=model.state,
     )

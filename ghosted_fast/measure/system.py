@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ghosted_fast.errors import ArgumentError
 from ghosted_fast.ops import backend_status
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -89,6 +90,18 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
+
+
+def device_named(name: str) -> torch.device:
+    """Return a device by its name, with its number if it is one of several.
+
+    Raises:
+        ArgumentError: It is no device, or not one of this machine.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ArgumentError(f"expected a device of this machine, got {name!r}") from error
 
 
 def free_memory(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from ghosted_fast.improve.correction import (
     FEWEST_FOR_AUTO,
     most_steps,
 )
-from ghosted_fast.measure.system import free_memory
+from ghosted_fast.measure.system import device_named, free_memory
 from ghosted_fast.models.unloaded.opening import Unloaded
 from ghosted_fast.options import (
     Count,
@@ -41,6 +42,7 @@ from ghosted_fast.text.folds import PASS_TOKENS
 
 # Of what is free, for other programs.
 _SHARE = 0.8
+_DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Asked:
         Raises:
             ArgumentError: It cannot; the message says what would do.
         """
+        if self.device.type not in _DEVICES:
+            raise ArgumentError(
+                f"expected one of {', '.join(_DEVICES)} as the device of a model that is swept "
+                f"through layer by layer, got {self.run.device!r}"
+            )
         if isinstance(self.wanted, SpeedBound):
             raise ArgumentError(
                 "expected a number of layers, removed or a PerplexityBound for a model that is "
@@ -87,6 +94,15 @@ class Asked:
                 "expected heal=None for a model that is swept through layer by layer: healing "
                 "needs the smaller model in memory. Save it, and heal it where it fits"
             )
+
+    @property
+    def device(self) -> torch.device:
+        """What computes.
+
+        Raises:
+            ArgumentError: The machine has no such device.
+        """
+        return device_named(self.run.device)
 
     def work(self, batches: list[Batch], shape: Shape) -> Work:
         """Return how much there is to do, for a text and a model."""
@@ -168,15 +184,25 @@ class Asked:
         """
         shape = Shape.of(unloaded)
         work = self.work(batches, shape)
-        memory, on_disk = allowed_memory(self.run), self.run.state is not None
+        room: dict[str, Any] = {
+            "memory": allowed_on_host(self.run),
+            "on_disk": self.run.state is not None,
+            "device_memory": None if self.device.type == "cpu" else allowed_memory(self.run),
+        }
         try:
-            return plan_sweep(shape, work, self.options, memory, on_disk)
+            return plan_sweep(shape, work, self.options, **room)
         except CalibrationError:
             if work.correcting is None or self.run.corrections != "auto":
                 raise
-            return plan_sweep(shape, replace(work, correcting=None), self.options, memory, on_disk)
+            return plan_sweep(shape, replace(work, correcting=None), self.options, **room)
 
 
 def allowed_memory(run: RunOptions) -> int:
-    """Return the bytes that all of a run may take."""
-    return run.memory or int(_SHARE * free_memory(torch.device("cpu")))
+    """Return the bytes that all of a run may take of the memory of what computes."""
+    return run.memory or int(_SHARE * free_memory(device_named(run.device)))
+
+
+def allowed_on_host(run: RunOptions) -> int:
+    """Return the bytes that all of a run may take of the host's memory."""
+    on_host = device_named(run.device).type == "cpu"
+    return allowed_memory(run) if on_host else int(_SHARE * free_memory(torch.device("cpu")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ from ghosted_fast.errors import GhostedFastError
 from ghosted_fast.facts import Budget, CorrectionFacts
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
 from ghosted_fast.fit.sweep.correcting import HEAD_READS, LAYER_READS
-from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, resident_bytes
-from ghosted_fast.fit.sweep.shelf import FolderShelf, MemoryShelf, Shelf
+from ghosted_fast.fit.sweep.plan import PROGRAM_BYTES, Shape, SweepPlan, resident_bytes
+from ghosted_fast.fit.sweep.shelf import DeviceShelf, FolderShelf, MemoryShelf, Shelf
 from ghosted_fast.improve.correction import (
     DEFAULT_HELD_OUT_TOKENS,
     DEFAULT_TOKENS,
@@ -32,6 +32,7 @@ from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.models.unloaded.opening import Unloaded, open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
+from ghosted_fast.models.unloaded.transfers import StateCopies, streams_of
 from ghosted_fast.options import Count, Layers, PerplexityBound, RunOptions
 from ghosted_fast.recovery import RECOVERIES
 from ghosted_fast.recovery.collector import Patch
@@ -48,7 +49,7 @@ from ghosted_fast.surgery.folder import (
     check_removable_unloaded,
     cut_folder,
 )
-from ghosted_fast.swept.asked import Asked, allowed_memory
+from ghosted_fast.swept.asked import Asked, allowed_memory, allowed_on_host
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.fingerprints import stored_digest
@@ -73,11 +74,12 @@ def loaded_or_unloaded(model: str | Path | Unloaded, batches: CalibrationText, a
     """
     if isinstance(model, Unloaded):
         return model
+    device = asked.device
     unloaded = left_in_files(model, asked.run.memory)
     if unloaded is not None and not fits(unloaded, batches.hold(), asked):
         return unloaded
     del unloaded
-    return load_model(model)[0]
+    return load_model(model)[0].to(device)
 
 
 def left_in_files(
@@ -110,8 +112,13 @@ def fits(unloaded: Unloaded, batches: list[Batch], asked: Asked) -> bool:
     """
     shape = Shape.of(unloaded)
     needed = resident_bytes(shape, asked.work(batches, shape), asked.options)
-    memory = allowed_memory(asked.run)
-    said = f"{unloaded.spec} takes {needed / 1e9:.1f} GB, of {memory / 1e9:.1f} GB allowed"
+    memory, whose = allowed_memory(asked.run), ""
+    if asked.device.type != "cpu":
+        whose = f" on {asked.device}"
+        if needed <= memory:  # it is loaded by the host, which then gives it to the device
+            needed, memory = PROGRAM_BYTES + shape.all_bytes, allowed_on_host(asked.run)
+            whose = " of the host's memory on the way to the device"
+    said = f"{unloaded.spec} takes {needed / 1e9:.1f} GB{whose}, of {memory / 1e9:.1f} GB allowed"
     if needed <= memory:
         _LOGGER.info("%s: it is loaded", said)
         return True
@@ -169,7 +176,7 @@ def ghost_unloaded(
     )
     report = replace(report, **fitted_facts(gaps, patches, asked.options, text))
     report = distributed.from_first(report)
-    ghosts = [patch.ghost for patch in patches]
+    ghosts = [patch.ghost and patch.ghost.to("cpu") for patch in patches]
     cut = cut_folder(unloaded, selection.removed, ghosts, checked=True)
     attach_report(cut.config, report.to_dict())
     return cut, report
@@ -200,16 +207,21 @@ def _sweep(
     All ranks were found to ask for the same by then.
     """
     asked.check()
-    plan = asked.plan(unloaded, text.hold())
-    source = FolderSource(unloaded, plan.prefetch)
+    plan, streams = asked.plan(unloaded, text.hold()), streams_of(asked.device)
+    source = FolderSource(unloaded, plan.prefetch, streams)
     checkpoint = stored_digest(unloaded.tensors)
-    run = replace(asked.run, progress=False, inplace=False, state=None, memory=None)
+    kind = asked.device.type  # of which each rank has its own
+    run = replace(asked.run, progress=False, inplace=False, state=None, memory=None, device=kind)
     quiet = replace(asked, run=run)
     distributed.check_same({"asked": quiet, "weights of the model": checkpoint})
     distributed.same_text_everywhere(text)
     device, dtype = source.decoder.device, source.decoder.dtype
-    with _shelf(asked.run, plan, f"{checkpoint} {text.digest} {dtype} {quiet!r}") as shelf:
-        yield Sweep(source, SweptText.of(text.hold(), device), shelf, asked.run.progress), plan
+    with (
+        _shelf(asked.run, plan, f"{checkpoint} {text.digest} {dtype} {quiet!r}") as shelf,
+        nullcontext() if streams is None else streams.computing(),
+    ):
+        kept = shelf if streams is None else DeviceShelf(shelf, StateCopies(streams))
+        yield Sweep(source, SweptText.of(text.hold(), device), kept, asked.run.progress), plan
 
 
 def _split(sweep: Sweep, text: CalibrationText, asked: Asked, plan: SweepPlan) -> SweptSplit | None:

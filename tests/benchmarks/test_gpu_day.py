@@ -220,6 +220,9 @@ def test_every_figure_of_a_model_is_on_the_page(
     assert (
         fits["0 corrections"]["phases"]["correct"] == 0 < fits["1 corrections"]["phases"]["correct"]
     )
+    sweeps = found["sweep"]["result"]["sweeps"]
+    assert sweeps["0 corrections"]["read_bytes"] < sweeps["1 corrections"]["read_bytes"]
+    assert all(item["planned_bytes"] > 0 for item in sweeps.values())
     page = (tmp_path / gpu.page.PAGE_FILE).read_text()
     for text in (
         "decode tok/s",
@@ -227,6 +230,7 @@ def test_every_figure_of_a_model_is_on_the_page(
         "| prefill | pruned |",
         "collected s",
         "phases, s",
+        "planned GiB",
         "1024 tokens.",
     ):
         assert text in page

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.tiny_gguf import write_gguf_model
 from support.tiny_text import TEXT, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from ghosted_fast.checkpoint.recipe import read_recipe
+from ghosted_fast.cli._shared import loading
 from ghosted_fast.cli.app import app
 from ghosted_fast.fit.sweep import plan
 from ghosted_fast.models.unloaded.files import StoredTensor
-from ghosted_fast.swept import run
+from ghosted_fast.swept import asked, run
 
 SMALL = ("--tokens", 512, "--sequence-length", 32, "--batch-size", 4)
 
@@ -164,6 +166,24 @@ def test_a_dry_run_reads_no_weight_and_says_what_it_would_take(
     assert more["statistics_bytes"] == 20 * (facts["statistics_bytes"] // 19)
     refused = invoke("fit", *given, "--remove", 2, "--criterion", "sleb", "--dry-run")
     assert "no sweep: expected a criterion" in " ".join(refused.stdout.split())
+
+
+def test_a_dry_run_names_the_memory_of_a_gpu_and_of_the_host(
+    given: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (loading, asked):
+        monkeypatch.setattr(module, "device_named", torch.device)
+    monkeypatch.setattr(asked, "free_memory", lambda _: 10**11)
+    monkeypatch.setattr(plan, "operations_per_second", lambda *_: 1e12)
+    words = ("fit", *given, "--remove", 2, "--dry-run", "--device", "cuda:0")
+    shown = " ".join(invoke(*words).stdout.split())
+    assert "0.6 GB of the memory of cuda:0 with the model in it" in shown
+    assert "layer by layer: 0.6 GB of the GPU's memory, 0.6 GB of memory, 0.0 GB of disk" in shown
+    assert "about 0 minutes of computing" in shown
+    facts = json.loads(invoke(*words, "--json").stdout)["sweep"]
+    assert min(facts["device_bytes"], facts["memory_bytes"]) > plan.PROGRAM_BYTES
+    short = " ".join(invoke(*words, "--memory", "1MB").stdout.split())
+    assert "no sweep: expected at least 0.6 GB of the device's memory" in short
 
 
 def test_states_go_beside_the_output_and_a_stopped_run_goes_on(

@@ -35,6 +35,7 @@ BIG = Shape(
     layer_parameters=218_000_000,
     all_bytes=16_000_000_000,
     beside=(1_050_000_000, 1_050_000_000),
+    on_device=(436_000_000, 0),
 )
 WORK = Work(
     tokens=32768,
@@ -98,6 +99,28 @@ def test_an_8b_is_swept_within_7_gigabytes() -> None:
     assert plan.read_bytes == pytest.approx(BIG.all_bytes + 1_050_000_000)
     assert plan.resident_bytes == resident_bytes(BIG, WORK, OPTIONS) > BIG.all_bytes
     assert 5e14 < plan.operations < 5e15
+
+
+def test_a_device_has_two_layers_and_the_host_the_states() -> None:
+    plan = plan_sweep(BIG, WORK, OPTIONS, 20 * 10**9, device_memory=7 * 10**9)
+    batch = 4096 * 4096 * 2
+    assert plan.prefetch and plan.disk_bytes == 0
+    plain = plan_sweep(BIG, WORK, OPTIONS, 7 * 10**9)
+    assert plan.device_bytes == pytest.approx(plain.memory_bytes, rel=0.3)
+    without = plan_sweep(
+        replace(BIG, on_device=(0, 0)), WORK, OPTIONS, 10**11, device_memory=10**10
+    )
+    assert plan.device_bytes - without.device_bytes == 2 * 436_000_000
+    made = replace(BIG, on_device=(436_000_000, 3 * 10**9))
+    converted = plan_sweep(made, WORK, OPTIONS, 10**11, device_memory=10**10)
+    assert converted.device_bytes - plan.device_bytes > 10**9
+    # A layer in page-locked memory, what stands beside layers, the program, some batches.
+    host = PROGRAM_BYTES + (1 << 29) + 1_050_000_000 + 7 * batch
+    assert plan.memory_bytes == host + plain.disk_bytes
+    on_disk = plan_sweep(BIG, WORK, OPTIONS, 3 * 10**9, device_memory=7 * 10**9)
+    assert (on_disk.memory_bytes, on_disk.disk_bytes) == (host, plain.disk_bytes)
+    one = plan_sweep(BIG, WORK, OPTIONS, 3 * 10**9, device_memory=plan.device_bytes - 1)
+    assert not one.prefetch and plan.device_bytes - one.device_bytes == 436_000_000
 
 
 def test_states_stay_in_memory_where_they_fit_and_are_not_asked_elsewhere() -> None:

@@ -11,6 +11,7 @@ import torch
 from ghosted_fast.checkpoint.save import check_place, weight_bytes
 from ghosted_fast.cli._shared.verb import usage_error
 from ghosted_fast.errors import ArgumentError
+from ghosted_fast.measure.system import device_named
 from ghosted_fast.models.checked.ahead import look_ahead
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.loading import load_model
@@ -57,11 +58,9 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise usage_error(
-            f"expected a device of this machine, got {device!r}", "--device"
-        ) from error
+        return device_named(device)
+    except ArgumentError as error:
+        raise usage_error(str(error), "--device") from error
 
 
 def check_ahead(

@@ -33,8 +33,9 @@ class SweptModelArgs(ModelArgs):
             "--memory",
             parser=values.parse_bytes,
             metavar="SIZE",
-            help="What all may take: '7GB'. A model that takes more stays in its files and is "
-            "swept through layer by layer. If not given: four fifths of what is free.",
+            help="What all may take: '7GB', with --device cuda of the GPU's memory. A model that "
+            "takes more stays in its files and is swept through layer by layer. If not given: four "
+            "fifths of what is free.",
         ),
     ] = None
     state: Annotated[
@@ -45,12 +46,21 @@ class SweptModelArgs(ModelArgs):
         ),
     ] = None
 
+    @property
+    def place(self) -> str:
+        """What computes, as `RunOptions` takes it; each process finds its own GPU by it."""
+        import torch
+
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
     def left_in_files(self) -> Unloaded | None:
         """Return the model without its weights; None if it can only be loaded."""
         from ghosted_fast.cli._shared.loading import choose_device
         from ghosted_fast.swept.run import left_in_files
 
-        if choose_device(self.device).type != "cpu" or self.trust_remote_code:
+        if choose_device(self.device).type not in ("cpu", "cuda") or self.trust_remote_code:
             return None
         return left_in_files(self.model, self.memory, self.dtype)
 
@@ -128,15 +138,15 @@ def dry_run(
     shape, batches = Shape.of(unloaded), text_shape(calibration)
     needed = resident_bytes(shape, asked.work(batches, shape), asked.options)
     facts: dict[str, Any] = {"resident_bytes": needed}
-    lines = [f"{needed / 1e9:.1f} GB of memory with the model in it"]
+    whose = "memory" if asked.device.type == "cpu" else f"the memory of {asked.device}"
+    lines = [f"{needed / 1e9:.1f} GB of {whose} with the model in it"]
     try:
         asked.check()
         plan = asked.plan(unloaded, batches)
     except GhostedFastError as error:
         return unloaded.model, facts, [*lines, f"no sweep: {error}"]
-    seconds = plan.operations / operations_per_second(
-        Decoder.of(unloaded.model).dtype, shape.hidden_size
-    )
+    dtype = Decoder.of(unloaded.model).dtype
+    seconds = plan.operations / operations_per_second(dtype, shape.hidden_size, asked.device)
     facts["sweep"] = plan.to_dict() | {"seconds": seconds}
     return unloaded.model, facts, [*lines, sweep_line(plan, seconds)]
 
@@ -146,8 +156,11 @@ def sweep_line(plan: SweepPlan, seconds: float) -> str:
     about = f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"
     with_corrections = f", with {plan.corrections} corrections" if plan.corrections else ""
     tried = f", {plan.numbers_tried} numbers of layers tried" if plan.numbers_tried else ""
+    device, spent = "", "on this machine"
+    if plan.device_bytes:  # whose time is often that of the reads
+        device, spent = f"{plan.device_bytes / 1e9:.1f} GB of the GPU's memory, ", "of computing"
     return (
-        f"swept through layer by layer: {plan.memory_bytes / 1e9:.1f} GB of memory, "
+        f"swept through layer by layer: {device}{plan.memory_bytes / 1e9:.1f} GB of memory, "
         f"{plan.disk_bytes / 1e9:.1f} GB of disk, {plan.read_bytes / 1e9:.1f} GB of reads, about "
-        f"{about} on this machine{with_corrections}{tried}"
+        f"{about} {spent}{with_corrections}{tried}"
     )

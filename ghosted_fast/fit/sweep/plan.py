@@ -18,6 +18,8 @@ from ghosted_fast.models.built_whole import text_config_of
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.unloaded.files import StoredTensor
 from ghosted_fast.models.unloaded.opening import Unloaded
+from ghosted_fast.models.unloaded.source import layer_room
+from ghosted_fast.models.unloaded.transfers import AHEAD, page_locked_bytes
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.statistics.interval import interval_bytes
 from ghosted_fast.text.batches import Batch
@@ -32,6 +34,8 @@ _WHAT_TO_DO = (
     f"allow more, or {_LESS}",
     f"allow more, make no corrections (corrections=0, --corrections 0), or {_LESS}",
 )
+# Batches of states that are on their way to a device, computed with, or on their way from it.
+_IN_FLIGHT = AHEAD + 5
 # Vectors of width d in one layer that a token has at once, at most.
 _MOST_VECTORS = 24
 
@@ -49,6 +53,8 @@ class Shape:
         layer_parameters: Its parameters.
         all_bytes: Bytes of all weights.
         beside: Bytes that are held at the bottom, and at the top.
+        on_device: Bytes of a buffer for any layer on a device, and of what is made of the largest
+            layer there, which is nothing where it is used as it is read.
     """
 
     hidden_size: int
@@ -59,6 +65,7 @@ class Shape:
     layer_parameters: int
     all_bytes: int
     beside: tuple[int, int]
+    on_device: tuple[int, int]
 
     @property
     def read_layer_bytes(self) -> int:
@@ -85,19 +92,20 @@ class Shape:
         cast = any(unloaded.tensors[name].dtype != decoder.dtype for name in largest)
         outside = unloaded.by_layer.get(None, [])
         embedding, head = _weights_beside(unloaded)
-        one = size(largest)
+        one, changed = size(largest), merged or cast
         return cls(
             hidden_size=decoder.hidden_size,
             num_layers=decoder.num_layers,
             vocabulary=int(text_config_of(unloaded.model.config).vocab_size),
             itemsize=itemsize,
-            layer_bytes=max(one * (2 if merged or cast else 1), held(largest)),
+            layer_bytes=max(one * (2 if changed else 1), held(largest)),
             layer_parameters=sum(math.prod(unloaded.tensors[n].shape) for n in largest),
             all_bytes=size(list(unloaded.tensors)),
             beside=(
                 held([name for name in outside if name not in head or name in embedding]),
                 held([name for name in outside if name not in embedding or name in head]),
             ),
+            on_device=(layer_room(unloaded), 2 * one if changed else 0),
         )
 
 
@@ -172,15 +180,17 @@ class SweepPlan:
     """What a sweep takes.
 
     Attributes:
-        memory_bytes: The most memory at any time.
+        memory_bytes: The most memory at any time; of the host, where a device computes.
         disk_bytes: States in files; 0 where they fit in memory.
         read_bytes: What is read of the checkpoint, at most, if each correction takes a usual step.
-        resident_bytes: What the model and its pass would take in memory.
+        resident_bytes: What the model and its pass would take in memory, the device's if it is one
+            that computes.
         prefetch: Whether the next layer is read while one computes.
         operations: Multiplications and additions.
         corrections: How many corrections that is with, at most.
         correction_bytes: What each of them reads of the checkpoint.
         numbers_tried: How many numbers of layers are tried for a bound, at most.
+        device_bytes: The most memory of the device at any time; 0 where the processor computes.
     """
 
     memory_bytes: int
@@ -192,6 +202,7 @@ class SweepPlan:
     corrections: int = 0
     correction_bytes: int = 0
     numbers_tried: int = 0
+    device_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
@@ -199,7 +210,12 @@ class SweepPlan:
 
 
 def plan_sweep(
-    shape: Shape, work: Work, options: GhostOptions, memory: int, on_disk: bool = False
+    shape: Shape,
+    work: Work,
+    options: GhostOptions,
+    memory: int,
+    on_disk: bool = False,
+    device_memory: int | None = None,
 ) -> SweepPlan:
     """Decide how a model is swept through within some memory.
 
@@ -207,8 +223,9 @@ def plan_sweep(
         shape: The model's sizes.
         work: What there is to do.
         options: How ghosts are fitted.
-        memory: Bytes that all may take.
+        memory: Bytes that all may take; of the host, where a device computes.
         on_disk: Whether states go to files in any case.
+        device_memory: Bytes that all may take on the device; None where the processor computes.
 
     Raises:
         CalibrationError: It does not suffice for one layer, or for one interval's statistics.
@@ -226,9 +243,11 @@ def plan_sweep(
         if in_memory and on_disk:
             continue
         stored = _stored_bytes(shape, work, in_memory)
-        needed = _most_memory(shape, work, options, prefetch) + (stored if in_memory else 0)
+        inside, on_device = _most_memory(shape, work, options, prefetch), 0
+        if device_memory is not None:
+            inside, on_device = host_and_device(shape, work, options, prefetch)
         best = SweepPlan(
-            memory_bytes=needed,
+            memory_bytes=inside + (stored if in_memory else 0),
             disk_bytes=0 if in_memory else stored,
             read_bytes=read + steps * each,
             resident_bytes=resident_bytes(shape, work, options),
@@ -237,14 +256,20 @@ def plan_sweep(
             corrections=steps,
             correction_bytes=each,
             numbers_tried=0 if work.trying is None else work.trying.most,
+            device_bytes=on_device,
         )
-        if needed <= memory:
+        if best.memory_bytes <= memory and on_device <= (device_memory or 0):
             return best
     assert best is not None
+    least, found, whose = best.memory_bytes, memory, "memory"
+    if device_memory is not None:
+        whose = "the host's memory"
+        if best.device_bytes > device_memory:
+            least, found, whose = best.device_bytes, device_memory, "the device's memory"
     raise CalibrationError(
-        f"expected at least {best.memory_bytes / 1e9:.1f} GB of memory to sweep through this model "
+        f"expected at least {least / 1e9:.1f} GB of {whose} to sweep through this model "
         f"(its largest layer has {shape.layer_bytes / 1e9:.1f} GB, the statistics of one interval "
-        f"{interval_bytes(shape.hidden_size, options) / 1e9:.1f} GB), got {memory / 1e9:.1f} GB: "
+        f"{interval_bytes(shape.hidden_size, options) / 1e9:.1f} GB), got {found / 1e9:.1f} GB: "
         f"{_WHAT_TO_DO[work.correcting is not None]}"
     )
 
@@ -296,6 +321,22 @@ def _most_memory(shape: Shape, work: Work, options: GhostOptions, prefetch: bool
     return PROGRAM_BYTES + max(phases)
 
 
+def host_and_device(
+    shape: Shape, work: Work, options: GhostOptions, prefetch: bool
+) -> tuple[int, int]:
+    """Return the most memory of the host and of the device at any time, where a device computes.
+
+    Without the states on the shelf, which is the host's.
+    """
+    buffer, made = shape.on_device
+    there = _most_memory(replace(shape, layer_bytes=made), work, options, prefetch=False)
+    batch = work.batch_tokens * shape.hidden_size * shape.itemsize
+    device = there + (2 if prefetch else 1) * buffer + _IN_FLIGHT * batch
+    # What stands beside the layers is read whole; layers are stood in for, one at a time.
+    host = page_locked_bytes(buffer) + max(*shape.beside, shape.layer_bytes)
+    return PROGRAM_BYTES + host + _IN_FLIGHT * page_locked_bytes(batch), device
+
+
 def _activations(shape: Shape, work: Work) -> int:
     """Return the bytes that one batch takes inside a layer."""
     vectors = min(_MOST_VECTORS, 4 + shape.layer_parameters / shape.hidden_size**2)
@@ -322,19 +363,24 @@ def _operations(shape: Shape, work: Work) -> float:
     return found
 
 
-def operations_per_second(dtype: torch.dtype, width: int) -> float:
+def operations_per_second(dtype: torch.dtype, width: int, device: torch.device) -> float:
     """Measure how many multiplications and additions this machine does in a product of states.
 
     Args:
         dtype: Of the model.
         width: Its hidden size.
+        device: What computes.
     """
-    x = torch.ones(512, width, dtype=dtype)
-    weight = torch.ones(4 * width, width, dtype=dtype)
-    torch.nn.functional.linear(x, weight)  # what is loaded once
+    x = torch.ones(512, width, dtype=dtype, device=device)
+    weight = torch.ones(4 * width, width, dtype=dtype, device=device)
+
+    def multiply() -> None:
+        float(torch.nn.functional.linear(x, weight)[0, 0])  # waits for a device
+
+    multiply()  # what is loaded once
     began, rounds = time.perf_counter(), 0
     while time.perf_counter() - began < 0.3:
-        torch.nn.functional.linear(x, weight)
+        multiply()
         rounds += 1
     return 2.0 * 512 * 4 * width * width * rounds / (time.perf_counter() - began)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -80,18 +80,18 @@ class Riders:
             self._shelf.drop(_rider_name(pair, boundary))
         self.riding = []
 
-    def states(self, pair: Interval | None, boundary: int) -> list[Tensor]:
-        """Return a candidate's states at a boundary, for each of this rank's rows.
+    def states(self, pair: Interval | None, boundary: int) -> Iterator[Tensor]:
+        """Yield a candidate's states at a boundary, for each of this rank's rows.
 
         Args:
             pair: The candidate; None for the dense model.
             boundary: Where all are.
         """
-        if pair is None:
-            return [self._row(boundary_name(boundary), row) for row in self.own]
-        return [
-            self._shelf.get(_rider_name(pair, boundary), place) for place in range(len(self.own))
-        ]
+        for place, row in enumerate(self.own):
+            if pair is None:
+                yield self._row(boundary_name(boundary), row)
+            else:
+                yield self._shelf.get(_rider_name(pair, boundary), place)
 
     def _row(self, name: str, row: Row) -> Tensor:
         """Return the states of a sequence in a list of the text's."""

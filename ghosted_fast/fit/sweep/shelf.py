@@ -1,4 +1,7 @@
-"""Where a sweep keeps hidden states: in memory, or in a folder that a killed run goes on from."""
+"""Where a sweep keeps hidden states: in memory, or in a folder that a killed run goes on from.
+
+Both are the host's, also where a device computes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from ghosted_fast._atomic_files import write_atomically
 from ghosted_fast.errors import ArgumentError
 from ghosted_fast.models.unloaded.files import HeldTensor, StoredTensor
+from ghosted_fast.models.unloaded.transfers import Leaving, StateCopies
 
 _RECORD = "sweep.json"
 _SUFFIX = ".states"
@@ -185,3 +189,61 @@ class FolderShelf(Shelf):
         for path in self._folder.glob(f"*{_SUFFIX}"):
             if path.stem not in self._lists:
                 path.unlink()
+
+
+class DeviceShelf(Shelf):
+    """Keeps on another shelf, on the host, what a device computes and computes with.
+
+    A tensor that is added is copied while the device goes on; it is put on the other shelf when the
+    next one comes, or somebody asks for it.
+
+    Args:
+        shelf: The other shelf.
+        copies: What brings states to the device and takes them from it.
+    """
+
+    def __init__(self, shelf: Shelf, copies: StateCopies) -> None:
+        super().__init__()
+        self._shelf, self._copies = shelf, copies
+        self.goes_on = shelf.goes_on
+        self._leaving: tuple[str, Leaving] | None = None
+
+    def add(self, name: str, states: Tensor) -> None:
+        """Put a tensor of the device at the end of a list."""
+        leaving = self._copies.take(states)
+        self._put_down()
+        self._leaving = name, leaving
+
+    def get(self, name: str, place: int) -> Tensor:
+        """Return one of a list, on the device."""
+        self._put_down(name)
+        return self._copies.bring(self._shelf.get(name, place))
+
+    def drop(self, name: str) -> None:
+        """Forget a list, if there is one."""
+        self._put_down(name)
+        self._shelf.drop(name)
+
+    def keep(self, facts: dict[str, Any]) -> None:
+        """Keep the lists as they are now for a run that goes on, and facts beside them."""
+        self._put_down()
+        self._shelf.keep(facts)
+        self.facts = self._shelf.facts
+
+    def kept(self) -> dict[str, Any] | None:
+        """Return the facts that were kept last, with the lists as they were then."""
+        found = self._shelf.kept()
+        self.facts = self._shelf.facts
+        return found
+
+    def forget(self) -> None:
+        """Forget what was kept, and the lists with it."""
+        self._leaving = None
+        self._shelf.forget()
+        self.facts = self._shelf.facts
+
+    def _put_down(self, name: str | None = None) -> None:
+        """Put the tensor that is on its way on the other shelf, if it is of that list, or any."""
+        if self._leaving is not None and name in (None, self._leaving[0]):
+            (list_name, leaving), self._leaving = self._leaving, None
+            self._shelf.add(list_name, leaving.landed())

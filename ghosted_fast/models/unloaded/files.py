@@ -136,6 +136,24 @@ class StoredTensor:
             span = StoredTensor(self.path, self.offset, (numbers,), self.dtype).read()
             return span.as_strided(self.shape, self.strides).contiguous()
         found = torch.empty(self.shape, dtype=self.dtype)
+        self._fill(found)
+        return found
+
+    def read_into(self, found: Tensor) -> None:
+        """Read the tensor into memory that is there.
+
+        Args:
+            found: Contiguous, of its shape and dtype, on the processor.
+
+        Raises:
+            CheckpointError: The file ends before it.
+        """
+        if self.is_plain:
+            self._fill(found)
+        else:
+            found.copy_(self.read())
+
+    def _fill(self, found: Tensor) -> None:
         view = memoryview(bytes_of(found))
         with self.path.open("rb", buffering=0) as file:
             done = 0
@@ -144,7 +162,6 @@ class StoredTensor:
                 if not count:
                     raise self._ended()
                 done += count
-        return found
 
     def chunks(self) -> Iterator[Any]:
         """Yield its bytes, a few megabytes at a time; those of one that is not plain all at once.

@@ -353,6 +353,23 @@ def tensors_on_meta(owner: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
 
 
 @contextmanager
+def buffers_on(owner: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have the buffers of a module that no file holds on a device, as long as it computes there."""
+    _move_buffers(owner, device)
+    try:
+        yield
+    finally:
+        _move_buffers(owner, torch.device("cpu"))
+
+
+def _move_buffers(owner: nn.Module, device: torch.device) -> None:
+    for module in owner.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device not in (device, _META):
+                module._buffers[name] = buffer.to(device)
+
+
+@contextmanager
 def quietly() -> Iterator[None]:
     """Keep transformers from reporting on each piece that it loads or saves."""
     from transformers.utils import logging as of_transformers

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from ghosted_fast.models.decoder import Decoder, evaluating
 from ghosted_fast.models.families import GHOSTED_PREFIX
 from ghosted_fast.models.unloaded.opening import (
     Unloaded,
+    buffers_on,
     layer_in,
     load_into,
     replace_tensors,
     tensors_on_meta,
 )
 from ghosted_fast.models.unloaded.stand_in import stand_ins
+from ghosted_fast.models.unloaded.transfers import LayerBuffers, Slot, Streams, room_for
 from ghosted_fast.text.batches import Batch
 
 
@@ -51,6 +53,8 @@ class Call:
 
 # What each layer is called with for one batch; None for a layer that does not run on text.
 Calls = Sequence[Call | None]
+# The tensors of a layer by their names in the files, and the buffer of a device that they lie in.
+_Read = tuple[dict[str, Tensor], Slot | None]
 
 
 class LayerSource(ABC):
@@ -121,13 +125,18 @@ class FolderSource(LayerSource):
         unloaded: The model.
         prefetch: Whether a thread reads the next layer while one computes, which takes the memory
             of a second layer.
+        streams: Those of the device that computes; None for the processor. There each layer is read
+            into page-locked memory, and copied into one of two buffers while another computes.
 
     Raises:
         UnsupportedModelError: See `check_sweepable`, or a weight beside the layers is missing.
     """
 
-    def __init__(self, unloaded: Unloaded, prefetch: bool = True) -> None:
-        super().__init__(Decoder.of(unloaded.model))
+    def __init__(
+        self, unloaded: Unloaded, prefetch: bool = True, streams: Streams | None = None
+    ) -> None:
+        decoder = Decoder.of(unloaded.model)
+        super().__init__(decoder if streams is None else replace(decoder, device=streams.device))
         with stand_ins(unloaded.model):
             check_sweepable(self.decoder)
         self._check_own_weights(unloaded)
@@ -139,7 +148,10 @@ class FolderSource(LayerSource):
         self.unloaded = unloaded
         self._meta = tensors_on_meta(unloaded.model)
         self._threads = ThreadPoolExecutor(1) if prefetch else None
-        self._coming: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._coming: tuple[int, Future[_Read]] | None = None
+        self._buffers: LayerBuffers | None = None
+        if streams is not None:
+            self._buffers = LayerBuffers(streams, layer_room(unloaded), 2 if prefetch else 1)
 
     def _check_own_weights(self, unloaded: Unloaded) -> None:
         names = [name for pair in unloaded.ties.items() for name in pair]
@@ -160,7 +172,8 @@ class FolderSource(LayerSource):
         embedding = self.decoder.model.get_input_embeddings()
         with self._beside(without=embedding):
             if embedding.weight.is_meta:  # nobody looks at what it gives
-                none = torch.zeros(1, dtype=embedding.weight.dtype).expand(embedding.weight.shape)
+                one = torch.zeros(1, dtype=embedding.weight.dtype, device=self.decoder.device)
+                none = one.expand(embedding.weight.shape)
                 replace_tensors(embedding, {(embedding, "weight"): nn.Parameter(none, False)})
             yield
 
@@ -168,29 +181,40 @@ class FolderSource(LayerSource):
     def layer(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
         """Yield a layer with its weights, which are gone afterwards."""
         layer = self.decoder.layers[index]
-        tensors = self._take(index)
+        tensors, slot = self._take(index)
         if then is not None and self._threads is not None:
             self._coming = then, self._threads.submit(self._read_layer, then)
-        try:
-            load_into(self.unloaded.model, self.unloaded.settings, tensors)
-            del tensors
-            yield layer
-        finally:
-            replace_tensors(layer, self._meta)
+        with self._using(slot), buffers_on(layer, self.decoder.device):
+            try:
+                load_into(self.unloaded.model, self.unloaded.settings, tensors)
+                del tensors
+                yield layer
+            finally:
+                replace_tensors(layer, self._meta)
 
-    def _take(self, index: int) -> dict[str, Tensor]:
+    def _take(self, index: int) -> _Read:
         coming, self._coming = self._coming, None
         if coming is not None and coming[0] == index:
             return coming[1].result()
+        if coming is not None and self._buffers is not None:
+            wait([coming[1]])  # buffers are filled one after the other
         return self._read_layer(index)
 
-    def _read_layer(self, index: int) -> dict[str, Tensor]:
-        return self._read(self.unloaded.by_layer.get(index, ()))
+    def _read_layer(self, index: int) -> _Read:
+        names = self.unloaded.by_layer.get(index, ())
+        if self._buffers is None:
+            return self._read(names), None
+        return self._buffers.load({name: self.unloaded.tensors[name] for name in names})
+
+    def _using(self, slot: Slot | None) -> AbstractContextManager[None]:
+        if slot is None or self._buffers is None:
+            return nullcontext()
+        return self._buffers.using(slot)
 
     def _read(self, names: Collection[str]) -> dict[str, Tensor]:
-        places = {name: self.unloaded.tensors[name] for name in names}
-        read = {place: place.read() for place in dict.fromkeys(places.values())}  # some share one
-        return {name: read[place] for name, place in places.items()}
+        places, device = {name: self.unloaded.tensors[name] for name in names}, self.decoder.device
+        read = {place: place.read().to(device) for place in dict.fromkeys(places.values())}
+        return {name: read[place] for name, place in places.items()}  # some share one
 
     @contextmanager
     def _beside(self, without: nn.Module | None) -> Iterator[None]:
@@ -207,12 +231,13 @@ class FolderSource(LayerSource):
             for name in self.unloaded.by_layer.get(None, [])
             if names[name] != left and not names[name].startswith(towers)
         ]
-        try:
-            load_into(model, self.unloaded.settings, self._read(wanted))
-            _tie(self.unloaded)
-            yield
-        finally:
-            replace_tensors(model, self._meta)
+        with buffers_on(model, self.decoder.device):
+            try:
+                load_into(model, self.unloaded.settings, self._read(wanted))
+                _tie(self.unloaded)
+                yield
+            finally:
+                replace_tensors(model, self._meta)
 
     def _other_towers(self) -> list[str]:
         """Return the paths of models inside the model that are not the text decoder's."""
@@ -225,6 +250,12 @@ class FolderSource(LayerSource):
             if isinstance(module, PreTrainedModel) and owner not in set(module.modules())
             if module not in set(owner.modules())
         ]
+
+
+def layer_room(unloaded: Unloaded) -> int:
+    """Return the bytes of a buffer on a device for any layer of a model, as it is read."""
+    layers = (names for layer, names in unloaded.by_layer.items() if layer is not None)
+    return max(room_for(unloaded.tensors[name] for name in names) for names in layers)
 
 
 def check_sweepable(decoder: Decoder) -> None:
