@@ -7,7 +7,8 @@ from typing import Any
 
 from docs.generate.markdown import by_machine, measured_ratio, table
 from ghosted_fast.fit.sweep.correcting import Correcting
-from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep, resident_bytes
+from ghosted_fast.fit.sweep.plan import SweepPlan, Work, plan_sweep, resident_bytes
+from ghosted_fast.fit.sweep.shape import Shape
 from ghosted_fast.improve.correction import (
     DEFAULT_HELD_OUT_TOKENS,
     DEFAULT_TOKENS,

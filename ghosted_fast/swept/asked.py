@@ -10,7 +10,8 @@ import torch
 
 from ghosted_fast.errors import ArgumentError, CalibrationError
 from ghosted_fast.fit.sweep.correcting import Correcting, held_out_tokens, tokens_of
-from ghosted_fast.fit.sweep.plan import Shape, SweepPlan, Work, plan_sweep
+from ghosted_fast.fit.sweep.plan import SweepPlan, Work, plan_sweep
+from ghosted_fast.fit.sweep.shape import Shape
 from ghosted_fast.fit.sweep.trying import Trying
 from ghosted_fast.improve.correction import (
     DEFAULT_HELD_OUT_TOKENS,

@@ -18,7 +18,8 @@ from ghosted_fast.errors import GhostedFastError
 from ghosted_fast.facts import Budget, CorrectionFacts
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText, climb
 from ghosted_fast.fit.sweep.correcting import HEAD_READS, LAYER_READS
-from ghosted_fast.fit.sweep.plan import PROGRAM_BYTES, Shape, SweepPlan, resident_bytes
+from ghosted_fast.fit.sweep.plan import PROGRAM_BYTES, SweepPlan, resident_bytes
+from ghosted_fast.fit.sweep.shape import Shape
 from ghosted_fast.fit.sweep.shelf import DeviceShelf, FolderShelf, MemoryShelf, Shelf
 from ghosted_fast.improve.correction import (
     DEFAULT_HELD_OUT_TOKENS,

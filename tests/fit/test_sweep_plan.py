@@ -13,11 +13,11 @@ from ghosted_fast.errors import CalibrationError
 from ghosted_fast.fit.sweep.correcting import Correcting, held_out_tokens, tokens_of
 from ghosted_fast.fit.sweep.plan import (
     PROGRAM_BYTES,
-    Shape,
     Work,
     plan_sweep,
     resident_bytes,
 )
+from ghosted_fast.fit.sweep.shape import Shape
 from ghosted_fast.fit.sweep.trying import Trying
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.unloaded.opening import open_unloaded

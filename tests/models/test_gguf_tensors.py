@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pyto
 
 import ghosted_fast as gf
 from ghosted_fast.errors import CheckpointError, UnsupportedModelError
-from ghosted_fast.fit.sweep.plan import Shape
+from ghosted_fast.fit.sweep.shape import Shape
 from ghosted_fast.models.loading import load_model
 from ghosted_fast.models.unloaded.files import StoredTensor
 from ghosted_fast.models.unloaded.gguf_tensors import GgufTensor

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import ghosted_fast as gf
 from ghosted_fast.errors import BudgetError, CalibrationError, UnsupportedModelError
-from ghosted_fast.fit.sweep.plan import Shape, SweepPlan
+from ghosted_fast.fit.sweep.plan import SweepPlan
 from ghosted_fast.fit.sweep.riders import Riders
+from ghosted_fast.fit.sweep.shape import Shape
 from ghosted_fast.fit.sweep.shelf import FolderShelf
 from ghosted_fast.models.unloaded.files import StoredTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded

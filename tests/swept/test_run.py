@@ -25,7 +25,7 @@ from ghosted_fast.errors import (
     SourceError,
     UnsupportedModelError,
 )
-from ghosted_fast.fit.sweep.plan import Shape
+from ghosted_fast.fit.sweep.shape import Shape
 from ghosted_fast.models.unloaded import opening
 from ghosted_fast.models.unloaded.files import StoredTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded

@@ -129,7 +129,8 @@ def dry_run(
         ArgumentError: There are no such layers.
     """
     from ghosted_fast.errors import GhostedFastError
-    from ghosted_fast.fit.sweep.plan import Shape, operations_per_second, resident_bytes
+    from ghosted_fast.fit.sweep.plan import operations_per_second, resident_bytes
+    from ghosted_fast.fit.sweep.shape import Shape
     from ghosted_fast.models.decoder import Decoder
 
     unloaded = model.left_in_files()

@@ -12,7 +12,7 @@ from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.folds import is_held_out
 
 if TYPE_CHECKING:
-    from ghosted_fast.fit.sweep.plan import Shape
+    from ghosted_fast.fit.sweep.shape import Shape
 
 # How often a correction whose first trial and whole step are good reads the layers above the first
 # gap (up and down, the trials, the step), and the head.

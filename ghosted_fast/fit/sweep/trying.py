@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ghosted_fast.fit.sweep.plan import Shape
+    from ghosted_fast.fit.sweep.shape import Shape
 
 # Lists of the text's states behind ghosts below a gap: what entered the last gap, and what enters
 # and leaves a layer on the way to the next.
