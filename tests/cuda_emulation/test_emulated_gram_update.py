@@ -88,7 +88,7 @@ def test_one_token_with_outliers(dtype: torch.dtype) -> None:
     assert_close(sums, exact_sums(x, y, torch.tensor([0.7]), 1e-6))
 
 
-@pytest.mark.parametrize(("weights", "num_tokens"), [("none", 5_000), ("any", 7_000)])
+@pytest.mark.parametrize(("weights", "num_tokens"), [("none", 20_000), ("any", 7_000)])
 def test_error_does_not_grow_with_the_tokens(weights: str, num_tokens: int) -> None:
     sums = make_sums(16, 16)
     batches = [outlier_activations(num_tokens, 16, BF16, seed).abs() for seed in range(2)]
