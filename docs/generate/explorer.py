@@ -60,7 +60,6 @@ def _rows(study: Study) -> list[dict[str, Any]]:
 def _row(study: Study, row: dict[str, Any], text: str) -> dict[str, Any]:
     """Return what stands in one row, as text."""
     value = relative(row, study, text)
-    ends = (row["perplexity"][text][end] / study.dense[text] for end in ("low", "high"))
     seconds = row["seconds"]["select"] + row["seconds"]["recover"]
     return {
         "model": study.name,
@@ -71,7 +70,6 @@ def _row(study: Study, row: dict[str, Any], text: str) -> dict[str, Any]:
         "layers": named_layers(row["removed"]),
         "relative": f"{value:.2f}",
         "bar": f"{100 * min(max(math.log(value) / math.log(_MOST), 0.0), 1.0):.0f}",
-        "interval": " to ".join(f"{end:.2f}" for end in ends),
         "seconds": f"{seconds:,.0f}",
         "memory": f"{row['peak_memory'] / 1e9:.1f} GB",
     }
