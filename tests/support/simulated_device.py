@@ -138,6 +138,7 @@ def swept(folder: Path, device: str, **how: Any) -> tuple[list[int], dict[str, T
 def ways() -> Iterator[dict[str, Any]]:
     """Yield what is asked of each model."""
     yield {"remove": 2}
+    yield {"remove": gf.PerplexityBound(5.0), "options": gf.GhostOptions(features="auto")}
     yield {"removed": [1, 3, 4], "options": gf.GhostOptions(bias=True, first_state="on")}
     yield {"remove": 2, "criterion": "angular", "recovery": "linearpatch-r"}
     yield {"remove": 2, "criterion": "streamline", "recovery": "nbl"}
