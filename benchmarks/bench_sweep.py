@@ -178,6 +178,11 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
             facts["planned_bytes"] = plan.memory_bytes
             smaller, report = ghost_unloaded(unloaded, batches, asked)
             facts["removed"] = report.removed
+            facts["candidate_seconds"] = sum(
+                spent["seconds"]
+                for path, spent in report.spans.items()
+                if path.rsplit("/", 1)[-1] in ("candidates", "scoring")
+            )
             smaller.save(out, overwrite=True)
     facts["seconds"] = time.perf_counter() - began
     facts["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -158,7 +158,9 @@ def _measured_shape(found: list[dict[str, Any]]) -> str:
         sizes = (row["peak_bytes"], row["limit_bytes"])
         ratio = f"{row['seconds'] / bare:.2f}x" if bare and row["work"] == "fit" else ""
         rows.append([_WORKS[row["work"]], *(f"{size / 1e9:.1f}" for size in sizes)])
-        rows[-1] += [f"{row['seconds'] / 60:.1f}", ratio]
+        own = row.get("candidate_seconds", 0.0)
+        without = f"{(row['seconds'] - own) / bare:.2f}x" if ratio and own else ""
+        rows[-1] += [f"{row['seconds'] / 60:.1f}", ratio, without]
     heading = (
         f"Llama of the {first['shape']} shape, {first['layers']} layers, random weights in bf16, "
         f"{first['weight_bytes'] / 1e9:.1f} GB of files; {first['tokens']:,} tokens, "
@@ -166,4 +168,5 @@ def _measured_shape(found: list[dict[str, Any]]) -> str:
         f"{first['threads']} threads, {first['date'][:10]}.\n\n"
     )
     columns = ["what a process did", "peak memory, GB", "limit", "minutes", "over the bare text"]
+    columns.append("without the candidates' own way up")
     return heading + table(columns, rows, 1)

@@ -30,6 +30,7 @@ from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.folds import held_out_batches, held_out_places
+from ghosted_fast.timing.spans import span
 
 SWEPT = ("ghost", "streamline", "shortgpt", "angular", "lorp")
 
@@ -176,7 +177,8 @@ def _candidate(sweep: Sweep, pair: Interval, options: GhostOptions) -> GhostLine
     def fit() -> GhostLinear:
         return fit_on_training_folds(listener.statistics, options).module_of(decoder)
 
-    return distributed.on_first(fit, decoder.device)
+    with span("solves"):
+        return distributed.on_first(fit, decoder.device)
 
 
 def losses_at_the_top(
@@ -194,7 +196,7 @@ def losses_at_the_top(
     found = [
         torch.zeros(len(intervals), int(where.sum()), dtype=torch.float64) for where in predicted
     ]
-    with sweep.source.head(), torch.inference_mode():
+    with sweep.source.head(), span("scoring"), torch.inference_mode():
         for index, pair in enumerate(intervals):
             for row, hidden in zip(riders.own, riders.states(pair, top), strict=True):
                 batch = row.batch

@@ -144,6 +144,7 @@ def test_layers_are_chosen_fitted_and_cut_in_half_of_the_weights(
     fit, cut = rows_of(bench, tmp_path, *asked, *limits)
     assert len(fit["removed"]) == 2 and fit["weight_bytes"] > 330e6
     assert fit["planned_bytes"] <= 160e6 + PROGRAM_BYTES
+    assert 0.0 < fit["candidate_seconds"] < fit["seconds"]
     for work, kept in ((fit, 38), (cut, 38)):
         config = json.loads((tmp_path / "work" / work["work"] / "config.json").read_text())
         assert config["num_hidden_layers"] == kept

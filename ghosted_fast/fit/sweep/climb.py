@@ -20,6 +20,7 @@ from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.unloaded.source import Calls, LayerSource
 from ghosted_fast.text.batches import Batch, iterate_batches
 from ghosted_fast.text.progress import progress_bar
+from ghosted_fast.timing.spans import span
 
 # What a shelf keeps the facts of a ride under.
 RIDE = "ride"
@@ -260,12 +261,15 @@ def _through(
             riders.advance(None, index)
         return
     with sweep.source.layer(index, then) as layer:
-        for place, calls in enumerate(sweep.text.calls) if with_text else ():
-            call = calls[index]
-            assert call is not None
-            sweep.shelf.add(boundary_name(index + 1), call.run(layer, sweep.state(index, place)))
+        with span("layers"):
+            for place, calls in enumerate(sweep.text.calls) if with_text else ():
+                call = calls[index]
+                assert call is not None
+                there = call.run(layer, sweep.state(index, place))
+                sweep.shelf.add(boundary_name(index + 1), there)
         if riders is not None:
-            riders.advance(layer, index)
+            with span("candidates"):
+                riders.advance(layer, index)
 
 
 def _weights(sweep: Sweep, top: int, riders: Riders | None, with_text: bool = True) -> list[int]:
@@ -290,10 +294,11 @@ def show_stored(sweep: Sweep, listeners: Sequence[Listener], x_name: str | None 
         NonFiniteError: An activation is NaN or infinite.
     """
     in_order = sorted(listeners, key=lambda item: item.interval[::-1])
-    for pair in sorted({item.interval for item in listeners}, key=lambda pair: pair[::-1]):
-        fed = [item for item in in_order if item.interval == pair]
-        for place, turn in enumerate(sweep.text.turns):
-            x = sweep.shelf.get(x_name or boundary_name(pair[0]), place)
-            show(fed, pair, turn, (x, sweep.state(pair[1], place), None))
-    width = sweep.source.decoder.hidden_size
-    finish(in_order, sweep.text.tokens, sweep.text.sequences, width)
+    with span("statistics"):
+        for pair in sorted({item.interval for item in listeners}, key=lambda pair: pair[::-1]):
+            fed = [item for item in in_order if item.interval == pair]
+            for place, turn in enumerate(sweep.text.turns):
+                x = sweep.shelf.get(x_name or boundary_name(pair[0]), place)
+                show(fed, pair, turn, (x, sweep.state(pair[1], place), None))
+        width = sweep.source.decoder.hidden_size
+        finish(in_order, sweep.text.tokens, sweep.text.sequences, width)
