@@ -65,7 +65,8 @@ def test_fit_sweeps_where_memory_is_short_and_says_so(
 def test_a_bound_is_kept_in_a_sweep_too(
     tmp_path: Path, given: tuple[object, ...], little: tuple[object, ...]
 ) -> None:
-    asked = ("fit", *given, "--max-perplexity-increase", "1%", "--corrections", 0, "--json")
+    asked = ("fit", *given, "--max-perplexity-increase", "1%")
+    asked = (*asked, "--criterion", "streamline", "--corrections", 0, "--json")
     found = {}
     for name, more in (("loaded", ()), ("swept", little)):
         result = invoke(*asked, "--output", tmp_path / name, *more)
