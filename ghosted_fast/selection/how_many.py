@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from ghosted_fast import distributed
-from ghosted_fast.errors import BudgetError
+from ghosted_fast.errors import ArgumentError, BudgetError
 from ghosted_fast.facts import Budget, Trial
 from ghosted_fast.fit.candidates import dense_loss, score_gaps
 from ghosted_fast.fit.ghosts import fit_in_sequence
@@ -27,6 +28,7 @@ from ghosted_fast.options import (
     RunOptions,
     SpeedBound,
 )
+from ghosted_fast.selection.criteria import CRITERIA
 from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
 from ghosted_fast.selection.criteria.request import Selection
 from ghosted_fast.selection.select import select_layers
@@ -119,12 +121,27 @@ def most_layers_within(
         ]
         return score_gaps(decoder, held_out, [gaps])[0]
 
-    dense = dense_loss(decoder, held_out)
-    return most_layers(decoder.num_layers, bound, dense, choose, measure_loss)
+    most = most_removable(decoder, criterion)
+    return most_layers(most, bound, dense_loss(decoder, held_out), choose, measure_loss)
+
+
+def most_removable(decoder: Decoder, criterion: str) -> int:
+    """Return the largest number of layers that a criterion chooses; some keep more than one.
+
+    Raises:
+        ArgumentError: It cannot choose one of so few.
+    """
+    check = CRITERIA[criterion].check
+    for count in range(decoder.num_layers - 1, 1, -1):
+        with suppress(ArgumentError):
+            check(decoder, count)
+            return count
+    check(decoder, 1)
+    return 1
 
 
 def most_layers(
-    num_layers: int,
+    most: int,
     bound: PerplexityBound,
     dense: float,
     choose: Callable[[int], Selection],
@@ -133,7 +150,7 @@ def most_layers(
     """Find the most layers that can go within a bound, see `most_layers_within`.
 
     Args:
-        num_layers: Layers of the model.
+        most: So many at most.
         bound: Relative to the dense model.
         dense: The loss of that on the held-out fold, nats per token.
         choose: Chooses a number of layers.
@@ -155,7 +172,7 @@ def most_layers(
         increases[count] = math.expm1(loss - dense)
         return increases[count] <= bound.max_increase
 
-    best = _largest(num_layers - 1, holds)
+    best = _largest(most, holds)
     tried = [Trial(count, increases[count]) for count in sorted(increases)]
     if not best:
         raise BudgetError(

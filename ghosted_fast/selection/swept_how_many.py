@@ -25,7 +25,7 @@ from ghosted_fast.options import GhostOptions, PerplexityBound, RunOptions
 from ghosted_fast.selection.criteria import CRITERIA
 from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
 from ghosted_fast.selection.criteria.request import Request, Selection
-from ghosted_fast.selection.how_many import most_layers
+from ghosted_fast.selection.how_many import most_layers, most_removable
 from ghosted_fast.selection.swept import (
     check_swept,
     chosen_statistics,
@@ -81,9 +81,8 @@ def most_layers_swept(
     climb(sweep, request.num_layers, lambda _: None, riders)
     rides = _Rides(sweep, riders, request, criterion)
     (dense,) = rides.losses(0, lambda: [None])
-    selection, budget = most_layers(
-        request.num_layers, bound, dense, rides.choose, rides.measure_loss
-    )
+    most = most_removable(request.decoder, criterion)
+    selection, budget = most_layers(most, bound, dense, rides.choose, rides.measure_loss)
     if criterion == "ghost":
         statistics = chosen_statistics(sweep, selection, options)
         selection = replace(selection, statistics=statistics)

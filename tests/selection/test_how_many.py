@@ -92,6 +92,16 @@ def test_a_quality_that_cannot_be_had() -> None:
             most_layers_within(model, texts, PerplexityBound(bound))
 
 
+def test_a_bound_allows_no_more_than_the_criterion_can_choose() -> None:
+    model = tiny_model("llama")
+    wide = PerplexityBound(1e9)
+    selection, budget = most_layers_within(model, spoken(model), wide, "lorp")
+    assert budget.remove == len(selection.removed) == 4  # of 6: the first and the last stay
+    assert {0, 5}.isdisjoint(selection.removed)
+    with pytest.raises(ArgumentError, match="keeps the first and the last of 2 layers"):
+        most_layers_within(tiny_model("llama", 2), spoken(model), wide, "lorp")
+
+
 def test_both_models_are_judged_by_the_same_text() -> None:
     """Candidates race over four times `score_tokens`; so the dense model's loss is over as many."""
     model = tiny_model("llama")
