@@ -16,7 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from ghosted_fast.errors import GateError
 from ghosted_fast.fit.sweep.plan import PROGRAM_BYTES
+from ghosted_fast.models.unloaded.opening import open_unloaded
+from ghosted_fast.options import Count, GhostOptions, RunOptions
+from ghosted_fast.pipeline import ghost_model
+from ghosted_fast.swept.asked import Asked
 from ghosted_fast.testing import random_tokens, tiny_model
+from ghosted_fast.text.batches import iterate_batches
 from ghosted_fast.timing.estimates import Estimate
 
 
@@ -136,26 +141,30 @@ def rows_of(bench: ModuleType, folder: Path, *asked: str) -> list[dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory as Linux does")
-def test_layers_are_chosen_fitted_and_cut_in_half_of_the_weights(
+def test_layers_are_chosen_fitted_and_cut_in_less_than_the_weights(
     bench: ModuleType, tmp_path: Path
 ) -> None:
-    asked = ("--shape", "ci", "--tokens", "4096", "--works", "fit", "cut")
-    limits = ("--memory", "+160MB", "--cut-memory", "+30MB")
-    fit, cut = rows_of(bench, tmp_path, *asked, *limits)
-    assert len(fit["removed"]) == 2 and fit["weight_bytes"] > 330e6
-    assert fit["planned_bytes"] <= 160e6 + PROGRAM_BYTES
+    asked = ("--shape", "ci", "--layers", "20", "--tokens", "2048", "--length", "128")
+    limits = ("--memory", "+100MB", "--cut-memory", "+30MB", "--works", "fit", "cut")
+    fit, cut = rows_of(bench, tmp_path, *asked, *limits, "--score-tokens", "32")
+    assert len(fit["removed"]) == 2 and fit["weight_bytes"] > 165e6
+    assert fit["planned_bytes"] <= 100e6 + PROGRAM_BYTES
     assert 0.0 < fit["candidate_seconds"] < fit["seconds"]
-    for work, kept in ((fit, 38), (cut, 38)):
+    for work in (fit, cut):
         config = json.loads((tmp_path / "work" / work["work"] / "config.json").read_text())
-        assert config["num_hidden_layers"] == kept
+        assert config["num_hidden_layers"] == 18
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory as Linux does")
-def test_two_layers_of_the_width_of_a_70b_are_swept_as_planned(
-    bench: ModuleType, tmp_path: Path
-) -> None:
-    asked = ("--shape", "wide", "--tokens", "1024", "--remove", "1", "--works", "fit")
-    (fit,) = rows_of(bench, tmp_path, *asked, "--memory", "+4GB")
-    assert fit["planned_bytes"] <= 4e9 + PROGRAM_BYTES
-    assert len(fit["removed"]) == 1
+def test_two_layers_of_the_width_of_a_70b_are_swept(bench: ModuleType, tmp_path: Path) -> None:
+    """Their states are compared; to fit a ghost of that width is for the benchmark."""
+    bench.make_checkpoint(tmp_path / "wide", "wide")
+    unloaded = open_unloaded(tmp_path / "wide")
+    text = bench.text_of(512, 128, 4, 256)
+    run = RunOptions(corrections=0, memory=10**10)
+    asked = Asked(Count(1), "streamline", "none", GhostOptions(), run)
+    plan = asked.plan(unloaded, list(iterate_batches(text)))
+    assert 300e6 < unloaded.nbytes / 2 < plan.memory_bytes <= 10**10
+    cut, report = ghost_model(unloaded, text, 1, criterion="streamline", recovery="none", run=run)
+    assert cut.config.num_hidden_layers == 1 and report.removed in ([0], [1])
+    assert all(0.0 < item.score < 2.0 for item in report.scores)
