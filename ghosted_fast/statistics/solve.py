@@ -7,8 +7,9 @@ closed-form error on held-out folds, the escalation and the optional bias are ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -128,7 +129,7 @@ def solve_on_split(
     if damping == "auto":
         relative = _MIDDLE
         if held_out.num_tokens:
-            relative = _lowest(_Judge(train, held_out, bias).change)
+            relative = _lowest(partial(_changes, train, held_out, bias))
         damping = relative * mean_diagonal(train)
     solution, offset, facts = solve_equations(train, damping, bias)
     return solution, offset, facts["damping"]
@@ -175,11 +176,12 @@ def mean_diagonal(equations: NormalEquations) -> float:
 
 def _choose_damping(gram: GramAccumulator, total: NormalEquations, bias: bool) -> float:
     """Return the relative damping of the path with the lowest error over all folds held out."""
-    return _lowest(
-        lambda relative: sum(
-            _Judge(*split, bias).change(relative) for split in _splits(gram, total)
-        )
-    )
+
+    def changes(dampings: Sequence[float]) -> list[float]:
+        found = [_changes(*split, bias, dampings) for split in _splits(gram, total)]
+        return [sum(folds) for folds in zip(*found, strict=True)]
+
+    return _lowest(changes)
 
 
 def _held_out_error(
@@ -204,53 +206,50 @@ def _splits(
             yield total - held_out, held_out
 
 
-class _Judge:
-    """Tells what dampings are worth on held-out tokens.
+def _changes(
+    train: NormalEquations, held_out: NormalEquations, bias: bool, dampings: Sequence[float]
+) -> list[float]:
+    """Return the `error_change` of relative dampings on the held-out tokens.
 
-    It does so on random mixtures of the outputs, the same for each damping. So a value of the path
-    costs little more than its factorisation, d^3 / 3 flops in place of 13 d^3 / 3. (One
-    eigendecomposition would serve all values, but takes longer than factoring for each: 5 times a
+    It is estimated on random mixtures of the outputs, the same for each damping. So a damping costs
+    little more than its factorisation, d^3 / 3 flops in place of 13 d^3 / 3. (One
+    eigendecomposition would serve all of them, but takes longer than factoring for each: 5 times a
     solve of all outputs at d = 576, and the rotations of G and C come on top.)
+    """
+    outputs = train.cross.shape[1]
+    if outputs > _MIXTURES:
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (outputs, _MIXTURES), generator=generator).to(train.cross)
+        signs = 2.0 * signs - 1.0
+        train, held_out = train.sketch(signs), held_out.sketch(signs)
+    unit = mean_diagonal(train)
+    changes = []
+    for relative in dampings:
+        solution, offset, _ = solve_equations(train, relative * unit, bias)
+        changes.append(held_out.error_change(solution, offset))
+    return changes
+
+
+def _lowest(changes: Callable[[Sequence[float]], list[float]]) -> float:
+    """Return the damping of the path with the lowest error.
+
+    The error falls and then rises along the path. So it is looked at around a likely value, and
+    beyond that only on the side where it still falls.
 
     Args:
-        train: The equations to solve.
-        held_out: Those of the held-out tokens.
-        bias: Whether to fit a bias.
-    """
-
-    def __init__(self, train: NormalEquations, held_out: NormalEquations, bias: bool) -> None:
-        outputs = train.cross.shape[1]
-        if outputs > _MIXTURES:
-            generator = torch.Generator().manual_seed(0)
-            signs = torch.randint(0, 2, (outputs, _MIXTURES), generator=generator).to(train.cross)
-            signs = 2.0 * signs - 1.0
-            train, held_out = train.sketch(signs), held_out.sketch(signs)
-        self._train, self._held_out, self._bias = train, held_out, bias
-        self._unit = mean_diagonal(train)
-
-    def change(self, relative: float) -> float:
-        """Return the `error_change` of a relative damping on the held-out tokens."""
-        solution, offset, _ = solve_equations(self._train, relative * self._unit, self._bias)
-        return self._held_out.error_change(solution, offset)
-
-
-def _lowest(change: Callable[[float], float]) -> float:
-    """Return the value of the path with the lowest error, for what one value changes it by.
-
-    The error falls and then rises along the path, so it is looked at from a likely value on
-    downhill: at three or four values, most often, in place of all.
+        changes: Returns by how much some dampings change the error.
     """
     known: dict[int, float] = {}
-
-    def at(index: int) -> float:
-        if index not in known:
-            known[index] = change(DAMPING_PATH[index])
-        return known[index]
-
-    here, last = _LIKELY, len(DAMPING_PATH) - 1
-    while (best := min(range(max(here - 1, 0), min(here + 1, last) + 1), key=at)) != here:
-        here = best
-    return DAMPING_PATH[here]
+    lowest = _LIKELY
+    while new := [
+        index
+        for index in (lowest - 1, lowest, lowest + 1)
+        if 0 <= index < len(DAMPING_PATH) and index not in known
+    ]:
+        found = changes([DAMPING_PATH[index] for index in new])
+        known |= dict(zip(new, found, strict=True))
+        lowest = min(sorted(known), key=known.__getitem__)
+    return DAMPING_PATH[lowest]
 
 
 def _ratio(error: float, energy: float) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -100,19 +102,46 @@ def test_damping_chosen_on_mixtures_is_as_good_as_the_best(tokens: int, bias: bo
 
 
 @pytest.mark.parametrize("lowest", range(len(DAMPING_PATH)))
-def test_the_path_is_looked_at_downhill(lowest: int) -> None:
+def test_the_path_is_looked_at_where_the_error_falls(lowest: int) -> None:
     looked_at: list[float] = []
 
-    def change(relative: float) -> float:
-        looked_at.append(relative)
-        return abs(DAMPING_PATH.index(relative) - lowest) - 10.0
+    def changes(dampings: Sequence[float]) -> list[float]:
+        looked_at.extend(dampings)
+        return [abs(DAMPING_PATH.index(item) - lowest) - 10.0 for item in dampings]
 
-    assert solve._lowest(change) == DAMPING_PATH[lowest]
+    assert solve._lowest(changes) == DAMPING_PATH[lowest]
     assert len(looked_at) == len(set(looked_at)) <= 3 + abs(lowest - solve._LIKELY)
 
 
-def test_a_flat_path_gives_its_smallest_damping() -> None:
-    assert solve._lowest(lambda _: 1.0) == DAMPING_PATH[0]
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_a_path_that_tells_nothing_ends_the_search(value: float) -> None:
+    assert solve._lowest(lambda dampings: [value] * len(dampings)) in DAMPING_PATH
+
+
+def test_a_split_of_the_folds_serves_several_dampings(monkeypatch: pytest.MonkeyPatch) -> None:
+    gram, made = wide(2000, 150), []
+    original = solve._splits
+
+    def counted(*arguments: Any) -> Iterator[Any]:
+        for split in original(*arguments):
+            made.append(split)
+            yield split
+
+    monkeypatch.setattr(solve, "_splits", counted)
+    chosen = DAMPING_PATH.index(solve._choose_damping(gram, gram.total(), False))
+    # Once around the likely value, and once for each step beyond that on the way down.
+    assert len(made) == 4 * (1 + max(0, solve._LIKELY - chosen))
+
+
+def test_all_folds_decide_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    gram, favourites = wide(400, 20), iter([6, 4, 4, 4] * 9)
+
+    def one_folds(*asked: Any) -> list[float]:
+        favourite = next(favourites)
+        return [float(abs(DAMPING_PATH.index(item) - favourite)) for item in asked[-1]]
+
+    monkeypatch.setattr(solve, "_changes", one_folds)
+    assert solve._choose_damping(gram, gram.total(), False) == DAMPING_PATH[4]
 
 
 def test_a_sketch_keeps_the_change_of_error_on_average() -> None:
