@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from ghosted_fast import distributed
-from ghosted_fast.errors import ArgumentError, BudgetError
+from ghosted_fast.errors import BudgetError
 from ghosted_fast.facts import Budget, Trial
 from ghosted_fast.fit.candidates import dense_loss, score_gaps
 from ghosted_fast.fit.ghosts import fit_in_sequence
@@ -121,23 +120,10 @@ def most_layers_within(
         ]
         return score_gaps(decoder, held_out, [gaps])[0]
 
-    most = most_removable(decoder, criterion)
+    method = CRITERIA[criterion]
+    method.check(decoder, 1)
+    most = decoder.num_layers - method.keeps
     return most_layers(most, bound, dense_loss(decoder, held_out), choose, measure_loss)
-
-
-def most_removable(decoder: Decoder, criterion: str) -> int:
-    """Return the largest number of layers that a criterion chooses; some keep more than one.
-
-    Raises:
-        ArgumentError: It cannot choose one of so few.
-    """
-    check = CRITERIA[criterion].check
-    for count in range(decoder.num_layers - 1, 1, -1):
-        with suppress(ArgumentError):
-            check(decoder, count)
-            return count
-    check(decoder, 1)
-    return 1
 
 
 def most_layers(
@@ -196,11 +182,11 @@ def _largest(most: int, holds: Callable[[int], bool]) -> int:
     return low
 
 
-def numbers_tried(num_layers: int, best: int) -> list[int]:
+def numbers_tried(most: int, best: int) -> list[int]:
     """Return the numbers of layers that are tried until a bound has led to one of them.
 
     Args:
-        num_layers: Layers of the model.
+        most: So many can go at most.
         best: The number that is found, 0 for none.
     """
     tried: list[int] = []
@@ -209,7 +195,7 @@ def numbers_tried(num_layers: int, best: int) -> list[int]:
         tried.append(count)
         return count <= best
 
-    _largest(num_layers - 1, holds)
+    _largest(most, holds)
     return tried
 
 

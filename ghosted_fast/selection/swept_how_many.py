@@ -25,7 +25,7 @@ from ghosted_fast.options import GhostOptions, PerplexityBound, RunOptions
 from ghosted_fast.selection.criteria import CRITERIA
 from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
 from ghosted_fast.selection.criteria.request import Request, Selection
-from ghosted_fast.selection.how_many import most_layers, most_removable
+from ghosted_fast.selection.how_many import most_layers
 from ghosted_fast.selection.swept import (
     check_swept,
     chosen_statistics,
@@ -74,6 +74,7 @@ def most_layers_swept(
         ArgumentError, UnsupportedModelError, CalibrationError, NonFiniteError: As `select_layers`.
     """
     check_swept(criterion)
+    CRITERIA[criterion].check(sweep.source.decoder, 1)
     request = request_of(sweep, text, 1, options, run)
     intervals_of(request, 1)  # refused before the climb
     tokens = TOKENS_FOR_THE_BEST * run.score_tokens
@@ -81,7 +82,7 @@ def most_layers_swept(
     climb(sweep, request.num_layers, lambda _: None, riders)
     rides = _Rides(sweep, riders, request, criterion)
     (dense,) = rides.losses(0, lambda: [None])
-    most = most_removable(request.decoder, criterion)
+    most = request.num_layers - CRITERIA[criterion].keeps
     selection, budget = most_layers(most, bound, dense, rides.choose, rides.measure_loss)
     if criterion == "ghost":
         statistics = chosen_statistics(sweep, selection, options)

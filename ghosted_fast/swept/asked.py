@@ -109,6 +109,7 @@ class Asked:
         """Return how much there is to do, for a text and a model."""
         scored = TOKENS_FOR_THE_BEST * self.run.score_tokens
         chosen, gaps = None, 1
+        most = shape.num_layers - CRITERIA[self.criterion].keeps
         if isinstance(self.wanted, Count):
             check_layer_count(self.wanted.layers, shape.num_layers)
             chosen = self.wanted.layers if self.criterion == "ghost" else None
@@ -118,7 +119,7 @@ class Asked:
         elif isinstance(self.wanted, PerplexityBound) and self.criterion != "ghost":
             gaps = max(
                 min(self._most_gaps(count, shape.num_layers), shape.num_layers - count + 1)
-                for count in range(1, max(2, shape.num_layers))
+                for count in range(1, max(2, most + 1))
             )
         in_sequence = RECOVERIES[self.recovery].sequential and self.options.sequential
         work = Work.of(batches, shape, chosen, scored, gaps, in_sequence)
@@ -126,17 +127,15 @@ class Asked:
         return replace(
             work,
             correcting=self._correcting(batches, shape, ghosts),
-            trying=self._trying(batches, scored, shape.num_layers, gaps),
+            trying=self._trying(batches, scored, most, gaps),
         )
 
-    def _trying(
-        self, batches: Sequence[Batch], scored: int, num_layers: int, gaps: int
-    ) -> Trying | None:
+    def _trying(self, batches: Sequence[Batch], scored: int, most: int, gaps: int) -> Trying | None:
         """Return how the number of layers is found, None where it is given."""
         if not isinstance(self.wanted, PerplexityBound):
             return None
         return Trying(
-            ways=tuple(tuple(numbers_tried(num_layers, best)) for best in range(num_layers)),
+            ways=tuple(tuple(numbers_tried(most, best)) for best in range(most + 1)),
             every_interval=self.criterion == "ghost",
             in_pieces=gaps > 1,
             tokens=sum(batch.input_ids.numel() for batch in batches),

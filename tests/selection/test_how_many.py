@@ -12,10 +12,12 @@ from support.spoken_text import spoken
 from ghosted_fast.errors import ArgumentError, BudgetError
 from ghosted_fast.measure.perplexity import perplexity
 from ghosted_fast.measure.speed import Run
+from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.families import num_layers
 from ghosted_fast.options import GhostOptions, PerplexityBound, RunOptions, SpeedBound
 from ghosted_fast.pipeline import ghost_model
 from ghosted_fast.selection import how_many
+from ghosted_fast.selection.criteria import CRITERIA
 from ghosted_fast.selection.how_many import (
     _largest,
     estimated_speedup,
@@ -122,6 +124,16 @@ def test_the_numbers_that_are_tried_are_known_beforehand() -> None:
     assert numbers_tried(6, 1) == [1, 2]
     assert numbers_tried(6, 3) == [1, 2, 4, 3]
     assert numbers_tried(30, 8) == [1, 2, 4, 8, 16, 12, 10, 9]
+
+
+def test_a_criterion_keeps_what_it_says() -> None:
+    """What it cannot choose is one layer more than what it can."""
+    decoder = Decoder.of(tiny_model("llama"))
+    for criterion in CRITERIA.values():
+        most = decoder.num_layers - criterion.keeps
+        criterion.check(decoder, most)
+        with pytest.raises(ArgumentError):
+            select_layers(decoder.model, [], most + 1, criterion.name)
 
 
 def test_bounds_are_kept_with_ghosts_only() -> None:

@@ -50,6 +50,7 @@ class Criterion:
             remove and of those that the model has: those of the candidates, or of the gaps that the
             chosen layers may leave.
         published: Whether it is somebody's published method.
+        keeps: How many layers it leaves at least.
         check: Raises unless it can choose so many layers of a model.
     """
 
@@ -57,6 +58,7 @@ class Criterion:
     choose: Callable[[Request], Selection]
     num_statistics: Callable[[int, int], int]
     published: bool = True
+    keeps: int = 1
     check: Callable[[Decoder, int], None] = _any
 
 
@@ -72,7 +74,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("sleb", by_sleb, _one_per_layer),
         Criterion("taylor", by_taylor, _one_per_layer),
         Criterion("angular", by_angular, _one),
-        Criterion("lorp", by_lorp, _one_per_layer, check=check_lorp),
+        Criterion("lorp", by_lorp, _one_per_layer, keeps=2, check=check_lorp),
         Criterion("prunecomp", by_prunecomp, _one_per_layer, check=check_prunecomp),
     )
 }
