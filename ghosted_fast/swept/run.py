@@ -80,7 +80,9 @@ def loaded_or_unloaded(model: str | Path | Unloaded, batches: CalibrationText, a
     if unloaded is not None and not fits(unloaded, batches.hold(), asked):
         return unloaded
     del unloaded
-    return load_model(model)[0].to(device)
+    loaded = load_model(model)[0]
+    # Some quantized models refuse to be moved, even to where they are.
+    return loaded if device.type == "cpu" else loaded.to(device)
 
 
 def left_in_files(

@@ -33,9 +33,11 @@ from ghosted_fast.models.unloaded.source import FolderSource
 from ghosted_fast.options import Count, Layers
 from ghosted_fast.selection.select import select_layers
 from ghosted_fast.surgery.folder import FolderCut
+from ghosted_fast.swept import run
 from ghosted_fast.swept.asked import Asked
 from ghosted_fast.testing import FAMILY_NAMES, random_tokens, relative_rms
 from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.calibration_text import CalibrationText
 
 RUN = gf.RunOptions(corrections=0, score_tokens=64)
 TOKENS = random_tokens(2, 20)
@@ -238,6 +240,18 @@ def test_what_cannot_be_left_in_its_files_is_loaded(tmp_path: Path) -> None:
         open_unloaded(tmp_path)
     smaller, _ = gf.ghost_model(tmp_path, text(), removed=[2], run=RUN)
     assert smaller.config.ghost["removed"] == [2]
+
+
+def test_what_cannot_be_moved_stays_where_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Quantized:
+        def to(self, _: Any) -> None:
+            raise ValueError("`.to` is not supported for 8-bit models")
+
+    model = Quantized()
+    monkeypatch.setattr(run, "left_in_files", lambda *_: None)
+    monkeypatch.setattr(run, "load_model", lambda _: (model, None))
+    asked = Asked(Count(2), "ghost", "ghost", gf.GhostOptions(), gf.RunOptions())
+    assert run.loaded_or_unloaded("folder", CalibrationText.of([]), asked) is model
 
 
 def test_states_are_kept_where_they_are_asked_for_and_gone_in_the_end(tmp_path: Path) -> None:
