@@ -49,11 +49,9 @@ class SweptModelArgs(ModelArgs):
     @property
     def place(self) -> str:
         """What computes, as `RunOptions` takes it; each process finds its own GPU by it."""
-        import torch
+        from ghosted_fast.cli._shared.loading import choose_device
 
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return str(choose_device("auto")) if self.device == "auto" else self.device
 
     def left_in_files(self) -> Unloaded | None:
         """Return the model without its weights; None if it can only be loaded."""
