@@ -30,6 +30,16 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_benchmark("bench_sweep", monkeypatch)
 
 
+def choose_others_in_memory(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the way in memory remove a layer more than the sweep."""
+    original = bench.ghost_model
+
+    def other(model: object, batches: object, remove: int, **asked: object) -> object:
+        return original(model, batches, remove + hasattr(model, "config"), **asked)
+
+    monkeypatch.setattr(bench, "ghost_model", other)
+
+
 def test_checkpoints_are_whole_and_of_their_shape(bench: ModuleType, tmp_path: Path) -> None:
     bench.make_checkpoint(tmp_path / "tiny", "tiny", 3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny", dtype="auto")
@@ -43,12 +53,7 @@ def test_checkpoints_are_whole_and_of_their_shape(bench: ModuleType, tmp_path: P
 
 def test_the_gate_stops_at_other_layers(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.check()
-    original = bench.ghost_model
-
-    def other(model: object, batches: object, remove: int, **asked: object) -> object:
-        return original(model, batches, remove + hasattr(model, "config"), **asked)
-
-    monkeypatch.setattr(bench, "ghost_model", other)
+    choose_others_in_memory(bench, monkeypatch)
     with pytest.raises(GateError, match="the way in memory"):
         bench.check()
 
@@ -118,12 +123,7 @@ def test_a_sweep_is_compared_with_the_way_in_memory(
     assert (row["work"], row["ratio"]["value"], row["seconds"]) == ("compare", 2.0, 3.0)
     assert bench.described(row).startswith("SmolLM2-135M: 3.0 s swept, 2.0x ± 0.1")
 
-    original = bench.ghost_model
-
-    def other(model: object, batches: object, remove: int, **asked: object) -> object:
-        return original(model, batches, remove + hasattr(model, "config"), **asked)
-
-    monkeypatch.setattr(bench, "ghost_model", other)
+    choose_others_in_memory(bench, monkeypatch)
     monkeypatch.setattr(bench, "check", lambda: None)
     with pytest.raises(GateError, match="chose other layers"):
         bench.main()

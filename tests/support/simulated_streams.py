@@ -37,7 +37,7 @@ class SimulatedStreams:
     Args:
         seed: Of the order.
         computes_at_once: For code that computes on the processor, at once: what is waited for is
-            then done when computing shall wait for it, and no sooner.
+            done as soon as computing waits for it, and not before.
     """
 
     device = torch.device("cpu")
