@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from docs.generate.markdown import by_machine, measured_ratio, table
 from ghosted_fast.fit.sweep.correcting import Correcting
+from ghosted_fast.fit.sweep.heats import Heats
 from ghosted_fast.fit.sweep.plan import SweepPlan, Work, plan_sweep, resident_bytes
 from ghosted_fast.fit.sweep.shape import Shape
 from ghosted_fast.improve.correction import (
@@ -14,10 +17,12 @@ from ghosted_fast.improve.correction import (
     DEFAULT_TOKENS,
     MOST_CORRECTIONS,
 )
-from ghosted_fast.options import GhostOptions
+from ghosted_fast.options import GhostOptions, RunOptions
+from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
+from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.folds import PASS_TOKENS
 
-TOKENS, LENGTH, ROWS, SCORED = 32768, 512, 8, 8192
+TOKENS, LENGTH, ROWS = 32768, 512, 8
 _ITEMSIZE = 2  # bf16
 
 
@@ -88,11 +93,17 @@ def planned(model: Model) -> tuple[int, SweepPlan, SweepPlan]:
         judged=DEFAULT_HELD_OUT_TOKENS,
         pass_tokens=PASS_TOKENS,
     )
+    ids = torch.empty(ROWS, LENGTH, dtype=torch.int64, device="meta")
+    batches, scored = [Batch(ids, ids)] * (TOKENS // ids.numel()), RunOptions().score_tokens
+    heats, one_heat = (
+        Heats.of(batches, scored, TOKENS_FOR_THE_BEST * scored, torch.device(device))
+        for device in ("cpu", "cuda")
+    )
     work = Work(
         tokens=TOKENS,
         batch_tokens=LENGTH * ROWS,
         row_tokens=LENGTH,
-        held_out_tokens=SCORED,
+        heats=heats,
         candidates=count,
         length=removed,
         statistics=count + 1,
@@ -100,8 +111,15 @@ def planned(model: Model) -> tuple[int, SweepPlan, SweepPlan]:
         correcting=correcting,
     )
     on_host, on_device = (
-        plan_sweep(shape, work, options, memory=1 << 62, on_disk=True, device_memory=memory)
-        for memory in (None, 1 << 62)
+        plan_sweep(
+            shape,
+            replace(work, heats=heats),
+            options,
+            memory=1 << 62,
+            on_disk=True,
+            device_memory=memory,
+        )
+        for memory, heats in ((None, heats), (1 << 62, one_heat))
     )
     return resident_bytes(shape, work, options), on_host, on_device
 
@@ -112,15 +130,17 @@ def shapes() -> str:
     for model in MODELS:
         resident, plan, on_gpu = planned(model)
         weights = model.shape().all_bytes
-        fit = plan.read_bytes - plan.corrections * plan.correction_bytes
-        read = (fit, plan.correction_bytes)
+        fit, on_gpu_fit = (
+            item.read_bytes - item.corrections * item.correction_bytes for item in (plan, on_gpu)
+        )
+        read = (fit, on_gpu_fit, plan.correction_bytes)
         memory = (plan.memory_bytes, on_gpu.device_bytes, on_gpu.memory_bytes)
         sizes = (weights, resident, *memory, plan.disk_bytes, *read)
         layers = f"{model.removed} of {model.num_layers}"
         rows.append([model.name, layers, *(f"{size / 1e9:.1f}" for size in sizes)])
     columns = ["shape", "layers removed", "weights, bf16", "memory, model loaded"]
     columns += ["memory, swept", "swept by a GPU: its memory", "the host's beside it"]
-    columns += ["disk for states", "read to fit", "read by a correction"]
+    columns += ["disk for states", "read to fit", "by a GPU", "read by a correction"]
     return table(columns, rows)
 
 

@@ -25,7 +25,7 @@ from ghosted_fast.timing.spans import span
 # A candidate is dropped when its loss is above the lowest by this many standard errors of the
 # difference, token by token: about one in 30,000 of those that are as good would be.
 _DROP_ABOVE = 4.0
-_FEWEST_TOKENS_TO_DROP = 256
+FEWEST_TOKENS_TO_DROP = 256
 
 
 def dense_loss(model: Any, batches: Sequence[Batch]) -> float:
@@ -153,7 +153,7 @@ def _still_good(losses: Sequence[Sequence[Tensor]], running: Sequence[int], keep
     seen = {index: torch.cat(list(losses[index])) for index in running}
     last_kept = sorted(seen.values(), key=lambda loss: float(loss.mean()))[keep - 1]
     count = len(last_kept)
-    if count < _FEWEST_TOKENS_TO_DROP:
+    if count < FEWEST_TOKENS_TO_DROP:
         return list(running)
     good = []
     for index, loss in seen.items():

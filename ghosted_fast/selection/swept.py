@@ -1,4 +1,4 @@
-"""Criteria in a sweep: layers are chosen while each of them is read once."""
+"""Criteria in a sweep: layers are chosen while the text goes up, each read once for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ghosted_fast import distributed
 from ghosted_fast.errors import ArgumentError
@@ -14,8 +15,9 @@ from ghosted_fast.facts import IntervalScore
 from ghosted_fast.fit.candidates import Race
 from ghosted_fast.fit.collect import StatisticsListener
 from ghosted_fast.fit.ghosts import fit_on_training_folds
-from ghosted_fast.fit.sweep.climb import Sweep, climb, rows_of, show_stored
-from ghosted_fast.fit.sweep.riders import Riders, Row
+from ghosted_fast.fit.sweep.climb import Sweep, climb, ride_on, rows_of, show_stored
+from ghosted_fast.fit.sweep.heats import heat_ends
+from ghosted_fast.fit.sweep.riders import Riders
 from ghosted_fast.measure.perplexity import predicted_positions, token_losses
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.ghost_linear import GhostLinear
@@ -27,7 +29,6 @@ from ghosted_fast.selection.criteria.request import Request, Selection
 from ghosted_fast.selection.select import are_alike, check_layer_count
 from ghosted_fast.statistics.interval import IntervalStatistics
 from ghosted_fast.statistics.sample import Interval
-from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.calibration_text import CalibrationText
 from ghosted_fast.text.folds import held_out_batches, held_out_places
 from ghosted_fast.timing.spans import span
@@ -97,15 +98,13 @@ def _by_ghost(request: Request, sweep: Sweep) -> Selection:
     """Score every interval with its ghost in place, see `by_ghost`.
 
     The statistics of an interval are gathered when its upper end is reached, and solved at once;
-    the held-out states behind its ghost then go up with the rest. All candidates see all tokens;
-    those that would have been dropped on the way are scored as if they had been.
+    the held-out states behind its ghost then go up with the rest, those of a few rows for all
+    candidates and of the others for those that may still be the best.
     """
     options, intervals = request.options, intervals_of(request, request.remove)
-    tokens = TOKENS_FOR_THE_BEST * request.run.score_tokens
-    rows = held_out_rows(sweep, request.text.hold(), options, tokens)
-    riders = Riders(rows, sweep.shelf, [stop for _, stop in intervals])
+    riders = riders_of(sweep, request, [stop for _, stop in intervals])
     climb(sweep, request.num_layers, joining(sweep, riders, intervals, options), riders)
-    selection = lowest(intervals, losses_at_the_top(sweep, riders, intervals))
+    selection = lowest(intervals, race_to_the_top(sweep, riders, intervals))
     return replace(selection, statistics=chosen_statistics(sweep, selection, options))
 
 
@@ -150,22 +149,27 @@ def chosen_statistics(
     return listener.statistics
 
 
-def held_out_rows(
-    sweep: Sweep, batches: Sequence[Batch], options: GhostOptions, tokens: int
-) -> list[Row]:
-    """Return the held-out sequences that candidates are scored on, and where they are.
+def riders_of(
+    sweep: Sweep, request: Request, stops: Sequence[int] = (), in_heats: bool = True
+) -> Riders:
+    """Return riders with the held-out sequences that candidates are scored on.
 
     Args:
         sweep: Of the text.
-        batches: The text.
-        options: How ghosts are fitted: which fold is held out.
-        tokens: How many tokens are wanted.
+        request: What the criterion is given.
+        stops: Where candidates will join.
+        in_heats: Whether candidates race; else all rows go up at once.
 
     Raises:
         CalibrationError: No sequence is held out.
     """
+    batches, options, scored = request.text.hold(), request.options, request.run.score_tokens
+    tokens = TOKENS_FOR_THE_BEST * scored
     found = held_out_batches(batches, options, tokens)
-    return rows_of(sweep, found, held_out_places(batches, options, tokens))
+    rows = rows_of(sweep, found, held_out_places(batches, options, tokens))
+    counts = [batch.num_tokens for batch in found]
+    ends = heat_ends(counts, scored, sweep.source.decoder.device) if in_heats else []
+    return Riders(rows, sweep.shelf, stops, ends)
 
 
 def _candidate(sweep: Sweep, pair: Interval, options: GhostOptions) -> GhostLinear:
@@ -181,32 +185,49 @@ def _candidate(sweep: Sweep, pair: Interval, options: GhostOptions) -> GhostLine
         return distributed.on_first(fit, decoder.device)
 
 
-def losses_at_the_top(
+def race_to_the_top(
     sweep: Sweep, riders: Riders, intervals: Sequence[Interval | None]
 ) -> list[float]:
-    """Return the loss of each candidate, whose states have come to the top.
+    """Return the loss of each candidate, as `score_gaps` finds it.
 
     Args:
         sweep: The sweep.
-        riders: Those who ride.
+        riders: The candidates, whose states of the first heat have come to the top.
         intervals: The candidates; None for the dense model.
     """
-    race, top = Race(len(intervals)), sweep.source.decoder.num_layers
-    predicted = [predicted_positions(row.batch.attention_mask) for row in riders.rows]
+    race = Race(len(intervals))
+    for heat in range(riders.heats):
+        if heat > 0:
+            running = [pair for index in race.running if (pair := intervals[index]) is not None]
+            ride_on(sweep, riders, heat, running)
+        for losses in _losses_at_the_top(sweep, riders, intervals, race.running, heat):
+            race.add(losses)
+    return race.scores()
+
+
+def _losses_at_the_top(
+    sweep: Sweep,
+    riders: Riders,
+    intervals: Sequence[Interval | None],
+    running: Sequence[int],
+    heat: int,
+) -> list[Tensor]:
+    """Return the losses [candidates, tokens] on each row of a heat, of those that are running."""
+    top, riders.heat = sweep.source.decoder.num_layers, heat
+    predicted = [predicted_positions(row.batch.attention_mask) for row in riders.rows_of_heat]
     found = [
         torch.zeros(len(intervals), int(where.sum()), dtype=torch.float64) for where in predicted
     ]
+    first = riders.rows_of_heat[0].number
     with sweep.source.head(), span("scoring"), torch.inference_mode():
-        for index, pair in enumerate(intervals):
-            for row, hidden in zip(riders.own, riders.states(pair, top), strict=True):
-                batch = row.batch
+        for index in running:
+            for row, hidden in riders.states(intervals[index], top):
+                batch, place = row.batch, row.number - first
                 logits = sweep.source.logits(batch, hidden)
                 loss, _ = token_losses(logits, batch.input_ids, batch.attention_mask)
-                found[row.number][index] = loss[predicted[row.number]].double().cpu()
+                found[place][index] = loss[predicted[place]].double().cpu()
     distributed.add_up(found)
-    for losses in found:
-        race.add(losses)
-    return race.scores()
+    return found
 
 
 def statistics_of(

@@ -15,7 +15,7 @@ from ghosted_fast.errors import CalibrationError
 from ghosted_fast.facts import Budget
 from ghosted_fast.fit.collect import TrainingListener
 from ghosted_fast.fit.ghosts import fit_ghost
-from ghosted_fast.fit.sweep.climb import RIDE, Sweep, climb, pass_gap, ride, show_stored
+from ghosted_fast.fit.sweep.climb import HEAT, RIDE, Sweep, climb, pass_gap, ride, show_stored
 from ghosted_fast.fit.sweep.riders import Riders
 from ghosted_fast.fit.walk import check_enough_tokens
 from ghosted_fast.models.gap import Gap
@@ -23,18 +23,17 @@ from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.models.unloaded.stand_in import stand_ins
 from ghosted_fast.options import GhostOptions, PerplexityBound, RunOptions
 from ghosted_fast.selection.criteria import CRITERIA
-from ghosted_fast.selection.criteria.ghost import TOKENS_FOR_THE_BEST
 from ghosted_fast.selection.criteria.request import Request, Selection
 from ghosted_fast.selection.how_many import most_layers
 from ghosted_fast.selection.swept import (
     check_swept,
     chosen_statistics,
-    held_out_rows,
     intervals_of,
     joining,
-    losses_at_the_top,
     lowest,
+    race_to_the_top,
     request_of,
+    riders_of,
 )
 from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.surgery.cut import removed_intervals
@@ -77,8 +76,7 @@ def most_layers_swept(
     CRITERIA[criterion].check(sweep.source.decoder, 1)
     request = request_of(sweep, text, 1, options, run)
     intervals_of(request, 1)  # refused before the climb
-    tokens = TOKENS_FOR_THE_BEST * run.score_tokens
-    riders = Riders(held_out_rows(sweep, text.hold(), options, tokens), sweep.shelf)
+    riders = riders_of(sweep, request, in_heats=criterion == "ghost")
     climb(sweep, request.num_layers, lambda _: None, riders)
     rides = _Rides(sweep, riders, request, criterion)
     (dense,) = rides.losses(0, lambda: [None])
@@ -148,9 +146,12 @@ class _Rides:
         if all(distributed.gather(str(count) in kept)):
             return [float(loss) for loss in kept[str(count)]]
         candidates = take_up()
-        found = losses_at_the_top(self.sweep, self.riders, candidates)
-        self.riders.get_off(self.request.num_layers)
-        shelf.keep({_LOSSES: kept | {str(count): found}, RIDE: None})
+        rode = [pair for pair in candidates if pair is not None]
+        # The dense model's states are all there: the head is read once for them.
+        riders = self.riders if rode else Riders(self.riders.rows, shelf)
+        found = race_to_the_top(self.sweep, riders, candidates)
+        self.riders.get_off(rode, self.request.num_layers)
+        shelf.keep({_LOSSES: kept | {str(count): found}, RIDE: None, HEAT: None})
         return found
 
     def _ride(self, stops: list[int], reached: Callable[[int], None], count: int) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from ghosted_fast.errors import ArgumentError, CalibrationError
-from ghosted_fast.fit.sweep.correcting import Correcting, held_out_tokens, tokens_of
+from ghosted_fast.fit.sweep.correcting import Correcting
+from ghosted_fast.fit.sweep.heats import Heats
 from ghosted_fast.fit.sweep.plan import SweepPlan, Work, plan_sweep
 from ghosted_fast.fit.sweep.shape import Shape
+from ghosted_fast.fit.sweep.tokens import held_out_tokens, tokens_of
 from ghosted_fast.fit.sweep.trying import Trying
 from ghosted_fast.improve.correction import (
     DEFAULT_HELD_OUT_TOKENS,
@@ -107,7 +109,12 @@ class Asked:
 
     def work(self, batches: list[Batch], shape: Shape) -> Work:
         """Return how much there is to do, for a text and a model."""
-        scored = TOKENS_FOR_THE_BEST * self.run.score_tokens
+        heats = Heats.of(
+            batches,
+            self.run.score_tokens,
+            TOKENS_FOR_THE_BEST * self.run.score_tokens,
+            self.device if self.criterion == "ghost" else None,
+        )
         chosen, gaps = None, 1
         most = shape.num_layers - CRITERIA[self.criterion].keeps
         if isinstance(self.wanted, Count):
@@ -122,15 +129,17 @@ class Asked:
                 for count in range(1, max(2, most + 1))
             )
         in_sequence = RECOVERIES[self.recovery].sequential and self.options.sequential
-        work = Work.of(batches, shape, chosen, scored, gaps, in_sequence)
+        work = Work.of(batches, shape, chosen, heats, gaps, in_sequence)
         ghosts = gaps if chosen is None else 1
         return replace(
             work,
             correcting=self._correcting(batches, shape, ghosts),
-            trying=self._trying(batches, scored, most, gaps),
+            trying=self._trying(batches, heats, most, gaps),
         )
 
-    def _trying(self, batches: Sequence[Batch], scored: int, most: int, gaps: int) -> Trying | None:
+    def _trying(
+        self, batches: Sequence[Batch], heats: Heats, most: int, gaps: int
+    ) -> Trying | None:
         """Return how the number of layers is found, None where it is given."""
         if not isinstance(self.wanted, PerplexityBound):
             return None
@@ -139,7 +148,7 @@ class Asked:
             every_interval=self.criterion == "ghost",
             in_pieces=gaps > 1,
             tokens=sum(batch.input_ids.numel() for batch in batches),
-            held_out_tokens=tokens_of(batches, scored),
+            heats=heats,
         )
 
     @property

@@ -80,7 +80,7 @@ def test_a_sweep_keeps_a_bound_as_that_of_one_process(
 
 
 @pytest.mark.parametrize(
-    ("remove", "stops"), [(2, [1, 3, 5, 6]), (PerplexityBound(1e9), [7, 9, 13])]
+    ("remove", "stops"), [(2, [1, 3, 5, 6, 8, 11]), (PerplexityBound(1e9), [7, 9, 13, 16, 19, 25])]
 )
 def test_ranks_that_were_stopped_apart_go_on_together(
     tmp_path: Path, remove: int | PerplexityBound, stops: list[int]

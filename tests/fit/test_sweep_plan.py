@@ -10,7 +10,8 @@ import torch
 from support.swept_models import ask_for_a_tied_head, saved
 
 from ghosted_fast.errors import CalibrationError
-from ghosted_fast.fit.sweep.correcting import Correcting, held_out_tokens, tokens_of
+from ghosted_fast.fit.sweep.correcting import Correcting
+from ghosted_fast.fit.sweep.heats import Heats, heat_ends
 from ghosted_fast.fit.sweep.plan import (
     PROGRAM_BYTES,
     Work,
@@ -18,6 +19,7 @@ from ghosted_fast.fit.sweep.plan import (
     resident_bytes,
 )
 from ghosted_fast.fit.sweep.shape import Shape
+from ghosted_fast.fit.sweep.tokens import held_out_tokens, tokens_of
 from ghosted_fast.fit.sweep.trying import Trying
 from ghosted_fast.models.decoder import Decoder
 from ghosted_fast.models.unloaded.opening import open_unloaded
@@ -25,7 +27,7 @@ from ghosted_fast.options import GhostOptions
 from ghosted_fast.testing import random_tokens
 from ghosted_fast.text.batches import Batch, iterate_batches
 
-OPTIONS = GhostOptions()
+OPTIONS, CPU = GhostOptions(), torch.device("cpu")
 BIG = Shape(
     hidden_size=4096,
     num_layers=32,
@@ -41,7 +43,7 @@ WORK = Work(
     tokens=32768,
     batch_tokens=4096,
     row_tokens=512,
-    held_out_tokens=8192,
+    heats=Heats((8192,)),
     candidates=25,
     length=8,
     statistics=26,
@@ -139,7 +141,7 @@ def test_the_next_layer_waits_where_two_do_not_fit() -> None:
 
 
 def test_states_that_are_kept_between_gaps_are_counted() -> None:
-    one = replace(WORK, candidates=0, held_out_tokens=0, statistics=3)
+    one = replace(WORK, candidates=0, heats=Heats((0,)), statistics=3)
     three = replace(one, in_sequence=3)
     state = 32768 * 4096 * 2
     assert resident_bytes(BIG, three, OPTIONS) - resident_bytes(BIG, one, OPTIONS) == 2 * state
@@ -181,8 +183,8 @@ def test_corrections_are_counted() -> None:
 
 def test_numbers_that_are_tried_are_counted() -> None:
     ways = ((1,), (1, 2), (1, 2, 4, 3), (1, 2, 4, 8, 6, 7))
-    trying = Trying(ways, every_interval=True, in_pieces=False, tokens=32768, held_out_tokens=8192)
-    chosen = replace(WORK, candidates=0, held_out_tokens=0, statistics=1)
+    trying = Trying(ways, every_interval=True, in_pieces=False, tokens=32768, heats=WORK.heats)
+    chosen = replace(WORK, candidates=0, heats=Heats((0,)), statistics=1)
     work = replace(chosen, trying=trying)
     plain, plan = (plan_sweep(BIG, item, OPTIONS, 7 * 10**9) for item in (chosen, work))
     state, square = 4096 * 2, 4096 * 4096
@@ -206,7 +208,7 @@ def test_numbers_that_are_tried_are_counted() -> None:
 
 
 def test_layers_between_gaps_are_read_again() -> None:
-    one = replace(WORK, candidates=0, held_out_tokens=0, statistics=3)
+    one = replace(WORK, candidates=0, heats=Heats((0,)), statistics=3)
     plans = [plan_sweep(BIG, replace(one, in_sequence=gaps), OPTIONS, 7 * 10**9) for gaps in (1, 3)]
     assert plans[1].read_bytes - plans[0].read_bytes == (32 - 3) * BIG.layer_bytes
 
@@ -215,7 +217,7 @@ def test_a_solve_of_a_correction_is_counted() -> None:
     """In a model of small layers and few words it is what takes the most."""
     small = replace(BIG, layer_bytes=1, layer_parameters=1, vocabulary=10, beside=(1, 1))
     correcting = Correcting(steps=1, ghosts=1, layers=1, tokens=8, judged=8, pass_tokens=8)
-    few = {"tokens": 8, "batch_tokens": 8, "row_tokens": 8, "held_out_tokens": 8, "candidates": 0}
+    few = {"tokens": 8, "batch_tokens": 8, "row_tokens": 8, "candidates": 0}
     work = replace(WORK, **few, statistics=0, correcting=correcting)
     square, two_folds = 8 * 4096 * 4096, GhostOptions(folds=2)
     with_it = plan_sweep(small, work, two_folds, 7 * 10**9)
@@ -240,13 +242,46 @@ def test_tokens_of_steps_and_of_judges() -> None:
 def test_work_is_counted() -> None:
     batches = list(iterate_batches([random_tokens(4, 48), random_tokens(2, 64)]))
     shape = replace(BIG, num_layers=6)
-    chosen = Work.of(batches, shape, 2, 100)
+    heats = Heats((64, 64))
+    chosen = Work.of(batches, shape, 2, heats)
     assert (chosen.tokens, chosen.batch_tokens, chosen.row_tokens) == (320, 192, 64)
-    # Two sequences hold 100 tokens, of 53 on the average; each is taken to be as long as any.
-    assert (chosen.candidates, chosen.statistics, chosen.held_out_tokens) == (5, 6, 2 * 64)
+    assert (chosen.candidates, chosen.statistics, chosen.heats) == (5, 6, heats)
     assert chosen.in_sequence == 1
-    assert Work.of(batches, shape, 2, 100, 3, in_sequence=True).in_sequence == 1
-    assert Work.of(batches, shape, None, 100, 3, in_sequence=True).in_sequence == 3
-    given = Work.of(batches, shape, None, 100, gaps=3)
+    assert Work.of(batches, shape, 2, heats, 3, in_sequence=True).in_sequence == 1
+    assert Work.of(batches, shape, None, heats, 3, in_sequence=True).in_sequence == 3
+    given = Work.of(batches, shape, None, heats, gaps=3)
     assert given.in_sequence == 1
-    assert (given.candidates, given.statistics, given.held_out_tokens) == (0, 3, 0)
+    assert (given.candidates, given.statistics) == (0, 3)
+
+
+def test_heats_are_counted() -> None:
+    one, three = WORK, replace(WORK, heats=Heats((512, 1536, 6144)))
+    plans = [plan_sweep(BIG, work, OPTIONS, 7 * 10**9) for work in (one, three)]
+    # Each reads the 24 layers above the lowest gap and the head again.
+    assert plans[1].read_bytes - plans[0].read_bytes == 2 * (24 * BIG.layer_bytes + BIG.beside[1])
+    assert plans[1].disk_bytes == plans[0].disk_bytes
+    assert plans[1].memory_bytes == plans[0].memory_bytes
+    # 25 candidates, about 6 and 2 of them.
+    spared = 25 * 8192 - (25 * 512 + 6 * 1536 + 2 * 6144)
+    each = 2.0 * BIG.layer_parameters * 24 / 2 + 2.0 * 128256 * 4096
+    assert plans[0].operations - plans[1].operations == pytest.approx(spared * each)
+    ways = ((1,), (1, 2))
+    trying = Trying(ways, every_interval=True, in_pieces=False, tokens=32768, heats=three.heats)
+    chosen = replace(WORK, candidates=0, trying=trying)
+    plan = plan_sweep(BIG, chosen, OPTIONS, 7 * 10**9)
+    without = plan_sweep(BIG, replace(chosen, trying=None), OPTIONS, 7 * 10**9)
+    kept = 3 * (31 + 30) * BIG.layer_bytes + 3 * 2 * BIG.beside[1]
+    assert plan.read_bytes - without.read_bytes == kept
+
+
+def test_heats_of_a_text() -> None:
+    batches = [Batch(*2 * [torch.empty(8, 512, dtype=torch.int64, device="meta")])] * 8
+    assert Heats.of(batches, 2048, 8192, CPU) == Heats((512, 2048, 5632))
+    assert Heats.of(batches, 2048, 8192, None) == Heats((8192,))
+    assert Heats.of(batches, 64, 256, CPU) == Heats((512,))
+    assert Heats.of(batches, 128, 1024, CPU) == Heats((512, 512))
+    assert Heats.of(batches, 2048, 8192, torch.device("cuda")) == Heats((8192,))
+    assert Heats.of([], 2048, 8192, CPU) == Heats((0,))
+    # Sequences of 200 tokens: two of them have 256 that are predicted.
+    assert heat_ends([200] * 20, 1000, CPU) == [2, 6, 20]
+    assert heat_ends([0, 1, 300], 1000, CPU) == [3]

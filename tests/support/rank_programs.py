@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,7 +40,7 @@ from ghosted_fast.testing import random_tokens, tiny_model
 from ghosted_fast.text import folds
 from ghosted_fast.text.batches import Batch
 from support.healed_models import visible
-from support.swept_models import Killed
+from support.swept_models import Killed, small_heats
 
 
 def be_a_rank(
@@ -127,7 +128,9 @@ def swept(
 ) -> tuple[list[int], list[float], list[Tensor]]:
     """Return what a sweep through a folder chooses, with all scores, and its ghost."""
     run = RunOptions(corrections=corrections, score_tokens=200, state=states)
-    cut, report = ghost_model(open_unloaded(dense), text(9), 2, run=run)
+    with pytest.MonkeyPatch.context() as patched:
+        small_heats(patched, drop_above=1.0)
+        cut, report = ghost_model(open_unloaded(dense), text(9), 2, run=run)
     pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
     ghosts = [piece.tensor for piece in pieces if isinstance(piece, HeldTensor)]
     return report.removed, [item.score for item in report.scores], ghosts
@@ -163,7 +166,7 @@ def stopped_apart(
     """
     found, keep, rank = [], FolderShelf.keep, distributed.index()
     for stop in stops:
-        run = RunOptions(corrections=0, score_tokens=32, state=states / str(stop))
+        run = RunOptions(corrections=0, score_tokens=70, state=states / str(stop))
         left = stop
 
         def keep_or_stop(shelf: FolderShelf, facts: dict[str, Any]) -> None:
@@ -175,7 +178,7 @@ def stopped_apart(
                 raise Killed
 
         with suppress(Killed), patch.object(FolderShelf, "keep", keep_or_stop):
-            ghost_model(open_unloaded(dense), texts, remove, run=run)
+            swept_ghosts(dense, texts, remove, run)
         assert left == 0, "the sweep has ended before"
         found.append(swept_ghosts(dense, texts, remove, run))
     return found
@@ -185,8 +188,10 @@ def swept_ghosts(
     dense: Path, texts: list[Any], remove: int | PerplexityBound, run: RunOptions | None = None
 ) -> tuple[list[int], list[Tensor]]:
     """Return the layers and ghosts that a sweep finds."""
-    run = run or RunOptions(corrections=0, score_tokens=32)
-    cut, report = ghost_model(open_unloaded(dense), texts, remove, run=run)
+    run = run or RunOptions(corrections=0, score_tokens=70)
+    with pytest.MonkeyPatch.context() as patched:
+        small_heats(patched, drop_above=1e9)
+        cut, report = ghost_model(open_unloaded(dense), texts, remove, run=run)
     pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
     return report.removed, [p.tensor for p in pieces if isinstance(p, HeldTensor)]
 

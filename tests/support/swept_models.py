@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ghosted_fast.fit import candidates
+from ghosted_fast.fit.sweep import heats
 from ghosted_fast.fit.sweep.climb import Sweep, SweptText
 from ghosted_fast.fit.sweep.shelf import MemoryShelf, Shelf
-from ghosted_fast.models.unloaded.files import HeldTensor
+from ghosted_fast.models.unloaded.files import HeldTensor, StoredTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
 from ghosted_fast.testing import random_tokens, tiny_model
@@ -99,3 +101,29 @@ def sweep_of(folder: Path, batches: list[Any], shelf: Shelf | None = None) -> Sw
     source = FolderSource(open_unloaded(folder))
     held = list(iterate_batches(batches))
     return Sweep(source, SweptText.of(held, source.decoder.device), shelf or MemoryShelf())
+
+
+def read_by_layer(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Return where the layers that are read, and the bytes of all that is read, are noted."""
+    layers: list[int] = []
+    sizes: list[int] = []
+    read, read_layer = StoredTensor.read, FolderSource._read_layer
+
+    def noted(tensor: StoredTensor) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return read(tensor)
+
+    def noted_layer(source: FolderSource, index: int) -> Any:
+        layers.append(index)
+        return read_layer(source, index)
+
+    monkeypatch.setattr(StoredTensor, "read", noted)
+    monkeypatch.setattr(FolderSource, "_read_layer", noted_layer)
+    return layers, sizes
+
+
+def small_heats(monkeypatch: pytest.MonkeyPatch, drop_above: float) -> None:
+    """Let candidates be dropped behind 15 tokens, by so many standard errors."""
+    for module in (candidates, heats):
+        monkeypatch.setattr(module, "FEWEST_TOKENS_TO_DROP", 15)
+    monkeypatch.setattr(candidates, "_DROP_ABOVE", drop_above)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.spoken_text import spoken_with_gaps
-from support.swept_models import Killed, killed_at_write, saved
+from support.swept_models import Killed, killed_at_write, read_by_layer, saved
 from transformers import AutoModelForCausalLM
 
 import ghosted_fast as gf
@@ -21,9 +21,7 @@ from ghosted_fast.fit.sweep.plan import SweepPlan
 from ghosted_fast.fit.sweep.riders import Riders
 from ghosted_fast.fit.sweep.shape import Shape
 from ghosted_fast.fit.sweep.shelf import FolderShelf
-from ghosted_fast.models.unloaded.files import StoredTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
-from ghosted_fast.models.unloaded.source import FolderSource
 from ghosted_fast.selection import swept_how_many
 from ghosted_fast.selection.how_many import most_layers_within, numbers_tried
 from ghosted_fast.surgery.cut import removed_intervals
@@ -143,25 +141,6 @@ def test_ghosts_are_corrected_behind_a_bound(tmp_path: Path) -> None:
     assert (mine.before, mine.after) == pytest.approx((theirs.before, theirs.after), rel=1e-5)
 
 
-def read_by_layer(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """Return where the layers that are read, and the bytes of all that is read, are noted."""
-    layers: list[int] = []
-    sizes: list[int] = []
-    read, read_layer = StoredTensor.read, FolderSource._read_layer
-
-    def noted(tensor: StoredTensor) -> torch.Tensor:
-        sizes.append(tensor.nbytes)
-        return read(tensor)
-
-    def noted_layer(source: FolderSource, index: int) -> Any:
-        layers.append(index)
-        return read_layer(source, index)
-
-    monkeypatch.setattr(StoredTensor, "read", noted)
-    monkeypatch.setattr(FolderSource, "_read_layer", noted_layer)
-    return layers, sizes
-
-
 def plan_of(
     folder: Path, text: list[Any], wanted: gf.PerplexityBound, criterion: str, run: gf.RunOptions
 ) -> SweepPlan:
@@ -273,7 +252,7 @@ def test_what_was_found_out_is_not_found_out_again(
     folder, text, bounds = given
     asked = {"remove": bounds[criterion], "criterion": criterion}
     run = replace(RUN, state=tmp_path / "state")
-    advance, losses = Riders.advance, swept_how_many.losses_at_the_top
+    advance, losses = Riders.advance, swept_how_many.race_to_the_top
     judged: list[int] = []
 
     def stopped(riders: Riders, layer: Any, index: int) -> None:
@@ -285,7 +264,7 @@ def test_what_was_found_out_is_not_found_out_again(
         judged.append(len(given[2]))
         return losses(*given)
 
-    monkeypatch.setattr(swept_how_many, "losses_at_the_top", noted)
+    monkeypatch.setattr(swept_how_many, "race_to_the_top", noted)
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(Riders, "advance", stopped)
         gf.ghost_model(open_unloaded(folder), text, run=run, **asked)

@@ -18,12 +18,13 @@ from ghosted_fast.fit.sweep.shelf import Shelf, boundary_name
 from ghosted_fast.fit.walk import Listener, Turn, finish, show
 from ghosted_fast.models.gap import Gap
 from ghosted_fast.models.unloaded.source import Calls, LayerSource
+from ghosted_fast.statistics.sample import Interval
 from ghosted_fast.text.batches import Batch, iterate_batches
 from ghosted_fast.text.progress import progress_bar
 from ghosted_fast.timing.spans import span
 
-# What a shelf keeps the facts of a ride under.
-RIDE = "ride"
+# What a shelf keeps the facts of a ride under, and of the heat behind it that is on its way.
+RIDE, HEAT = "ride", "heat"
 
 
 @dataclass(eq=False)
@@ -166,32 +167,76 @@ def ride(
         name: What this ride is called among those of the sweep.
     """
     shelf, top = sweep.shelf, sweep.source.decoder.num_layers
-    riders.stops, riders.riding = sorted(stops), []
+    riders.stops, riders.riding, riders.heat = sorted(stops), [], 0
     first = riders.stops[0]
     begun = shelf.facts.get(RIDE)
     joined = begun and [begun["name"], begun["riding"]]
     goes_on = _same_on_all_ranks(joined) and begun is not None and begun["name"] == name
     if begun is not None:
-        riders.riding = [(start, stop) for start, stop in begun["riding"]]
+        riding = [(start, stop) for start, stop in begun["riding"]]
         if goes_on:
-            first = int(begun["boundary"])
+            first, riders.riding = int(begun["boundary"]), riding
         else:
-            riders.get_off(int(begun["boundary"]))
-            shelf.keep({RIDE: None})
+            riders.get_off(riding, top)
+            shelf.keep({RIDE: None, HEAT: None})
+    if not goes_on:
+        with torch.inference_mode():
+            reached(first)
+    _take_up(sweep, riders, first, reached, name, {"key": RIDE, "name": name})
+
+
+def ride_on(sweep: Sweep, riders: Riders, heat: int, running: Sequence[Interval]) -> None:
+    """Take candidates to the top with the rows of another heat, past those that went before.
+
+    The layers from the lowest of their gaps' ends on are read once more. A run that was stopped
+    goes on at the last boundary that was done, each rank at its own.
+
+    Args:
+        sweep: The sweep.
+        riders: Whose candidates have all joined.
+        heat: The heat, from 1 on.
+        running: The candidates that are still in the race.
+    """
+    riders.heat, riders.stops = heat, sorted(stop for _, stop in running)
+    begun = sweep.shelf.facts.get(HEAT)
+    if not running or (begun is not None and begun["heat"] > heat):
+        return
+
+    def reached(boundary: int) -> None:
+        riders.riding += [pair for pair in running if pair[1] == boundary]
+
+    if begun is not None and begun["heat"] == heat:
+        first = int(begun["boundary"])
+        riders.riding = [pair for pair in running if pair[1] <= first]
+    else:
+        first, riders.riding = riders.stops[0], []
+        reached(first)
+    name = f"heat {heat + 1} of {riders.heats}"
+    _take_up(sweep, riders, first, reached, name, {"key": HEAT, "heat": heat})
+
+
+def _take_up(
+    sweep: Sweep,
+    riders: Riders,
+    first: int,
+    reached: Callable[[int], None],
+    name: str,
+    facts: dict[str, Any],
+) -> None:
+    """Take riders from a boundary to the top past the text, see `ride`."""
+    top = sweep.source.decoder.num_layers
     weights = _weights(sweep, top, riders, with_text=False)
     with (
         progress_bar(name, sweep.progress, of=sum(weights), share=True) as bar,
         torch.inference_mode(),
     ):
-        if not goes_on:
-            reached(first)
         bar.update(sum(weights[:first]))
         for index in range(first, top):
             then = index + 1 if index + 1 < top else None
             _through(sweep, index, then, riders, with_text=False)
             reached(index + 1)
-            here = {"name": name, "boundary": index + 1, "riding": riders.riding}
-            shelf.keep({RIDE: here})
+            here = {**facts, "boundary": index + 1, "riding": riders.riding}
+            sweep.shelf.keep({facts["key"]: here})
             bar.update(weights[index])
 
 
@@ -277,8 +322,9 @@ def _weights(sweep: Sweep, top: int, riders: Riders | None, with_text: bool = Tr
     own = sweep.text.own_tokens if with_text else 0
     if riders is None:
         return [own] * top
-    held_out = sum(row.batch.input_ids.numel() for row in riders.own)
-    return [own + held_out * sum(stop <= index for stop in riders.stops) for index in range(top)]
+    return [
+        own + riders.tokens * sum(stop <= index for stop in riders.stops) for index in range(top)
+    ]
 
 
 def show_stored(sweep: Sweep, listeners: Sequence[Listener], x_name: str | None = None) -> None:

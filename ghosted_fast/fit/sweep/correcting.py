@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from ghosted_fast.options import GhostOptions
-from ghosted_fast.text.batches import Batch
-from ghosted_fast.text.folds import is_held_out
 
 if TYPE_CHECKING:
     from ghosted_fast.fit.sweep.shape import Shape
@@ -98,32 +92,3 @@ class Correcting:
         sums = 6.0 * square * self.tokens * self.ghosts
         solves = 20.0 * square * shape.hidden_size * self.ghosts
         return layers + logits + sums + solves
-
-
-def tokens_of(batches: Sequence[Batch], tokens: int) -> int:
-    """Return how many tokens sequences take, padding included, that hold so many attended ones.
-
-    Args:
-        batches: The text; one without memory is taken to have no padding.
-        tokens: Attended tokens.
-    """
-    counts = _attended(batches)
-    longest = max((batch.input_ids.shape[1] for batch in batches), default=0)
-    wanted = math.ceil(tokens * len(counts) / max(1, sum(counts)))
-    return min(len(counts), wanted) * longest
-
-
-def held_out_tokens(batches: Sequence[Batch]) -> int:
-    """Return how many attended tokens of a text can be held out, see `tokens_of`."""
-    counts, options = _attended(batches), GhostOptions()
-    return sum(count for number, count in enumerate(counts) if is_held_out(number, options))
-
-
-def _attended(batches: Sequence[Batch]) -> list[int]:
-    """Return how many attended tokens each sequence has."""
-    found: list[int] = []
-    for batch in batches:
-        rows, length = batch.input_ids.shape
-        whole = batch.attention_mask.is_meta
-        found += [length] * rows if whole else batch.attention_mask.sum(1).tolist()
-    return found

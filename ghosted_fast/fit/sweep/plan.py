@@ -11,7 +11,8 @@ import torch
 
 from ghosted_fast.errors import CalibrationError
 from ghosted_fast.fit.below import most_kept
-from ghosted_fast.fit.sweep.correcting import Correcting, tokens_of
+from ghosted_fast.fit.sweep.correcting import Correcting
+from ghosted_fast.fit.sweep.heats import Heats
 from ghosted_fast.fit.sweep.shape import Shape
 from ghosted_fast.fit.sweep.trying import LISTS_BELOW, Trying, lists_of
 from ghosted_fast.models.unloaded.transfers import AHEAD, page_locked_bytes
@@ -43,7 +44,7 @@ class Work:
         tokens: Tokens of the text, padding included.
         batch_tokens: Those of its largest batch.
         row_tokens: Those of its longest sequence.
-        held_out_tokens: Tokens that candidates are scored on, padding included.
+        heats: Of the candidates that race.
         candidates: How many there are.
         length: Layers of each.
         statistics: How many intervals' statistics are gathered.
@@ -56,7 +57,7 @@ class Work:
     tokens: int
     batch_tokens: int
     row_tokens: int
-    held_out_tokens: int
+    heats: Heats
     candidates: int
     length: int
     statistics: int
@@ -71,7 +72,7 @@ class Work:
         batches: Sequence[Batch],
         shape: Shape,
         chosen: int | None,
-        scored: int,
+        heats: Heats,
         gaps: int = 0,
         in_sequence: bool = False,
     ) -> Work:
@@ -82,7 +83,7 @@ class Work:
             shape: That of the model.
             chosen: How many layers the criterion "ghost" chooses; None for given layers, or another
                 criterion.
-            scored: Held-out tokens that candidates are scored on.
+            heats: Of the candidates that race.
             gaps: How many gaps are fitted where `chosen` is None.
             in_sequence: Whether those are fitted one after the other.
         """
@@ -92,7 +93,7 @@ class Work:
             tokens=sum(sizes),
             batch_tokens=max(sizes),
             row_tokens=max((batch.input_ids.shape[1] for batch in batches), default=0),
-            held_out_tokens=tokens_of(batches, scored) if count else 0,
+            heats=heats,
             candidates=count,
             length=chosen or 0,
             statistics=count + 1 if count else gaps,
@@ -159,6 +160,8 @@ def plan_sweep(
     read = shape.all_bytes - shape.beside[0] + sum(shape.beside)
     if work.in_sequence > 1:  # the layers between the gaps are read again
         read += (shape.num_layers - work.in_sequence) * shape.read_layer_bytes
+    if work.candidates:
+        read += work.heats.read_again(shape, shape.num_layers - work.length)
     if work.trying is not None:
         read += work.trying.read_bytes(shape)
     steps = each = 0
@@ -219,7 +222,7 @@ def _stored_bytes(shape: Shape, work: Work, in_memory: bool) -> int:
     state = shape.hidden_size * shape.itemsize
     stored = work.tokens * state * work.boundaries
     if work.candidates:
-        stored += work.held_out_tokens * state * lists_of(work.candidates, in_memory)
+        stored += work.heats.tokens * state * lists_of(work.candidates, in_memory)
     beside = LISTS_BELOW * work.tokens * state if work.in_sequence > 1 else 0
     if work.trying is not None:
         beside = max(beside, work.trying.stored_bytes(shape, in_memory))
@@ -275,12 +278,13 @@ def _solve_bytes(shape: Shape) -> int:
 
 def _operations(shape: Shape, work: Work) -> float:
     """Return how many multiplications and additions a sweep does, about."""
-    riding = work.held_out_tokens * work.candidates * (shape.num_layers - work.length) / 2
+    judged = work.heats.judged(work.candidates)
+    riding = judged * (shape.num_layers - work.length) / 2
     layers = 2.0 * shape.layer_parameters * (work.tokens * shape.num_layers + riding)
     square = float(shape.hidden_size) ** 2
     sums = 4.0 * square * work.tokens * work.statistics
     solves = 20.0 * square * shape.hidden_size * work.statistics
-    head = 2.0 * shape.vocabulary * shape.hidden_size * work.held_out_tokens * work.candidates
+    head = 2.0 * shape.vocabulary * shape.hidden_size * judged
     found = layers + sums + solves + head
     if work.correcting is not None:
         found += work.correcting.steps * work.correcting.operations(shape)

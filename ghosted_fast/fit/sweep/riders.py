@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,18 +35,45 @@ class Row:
 class Riders:
     """Candidates that go up beside the text: held-out states behind the ghosts of their gaps.
 
+    They go up in heats: behind a ghost the states of all rows wait, and in each heat those of some
+    rows go on, for the candidates that are still in the race.
+
     Args:
         rows: All held-out sequences.
         shelf: Where the states are kept.
         stops: Where candidates will join, for the estimate of what there is to do.
+        heats: How many of the rows have gone up behind each heat; by default all in one.
+
+    Attributes:
+        heats: How many there are.
+        heat: Which of them is on its way.
+        riding: The candidates that are.
     """
 
-    def __init__(self, rows: Sequence[Row], shelf: Shelf, stops: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        shelf: Shelf,
+        stops: Iterable[int] = (),
+        heats: Sequence[int] = (),
+    ) -> None:
         self.rows, self._shelf, self.stops = rows, shelf, sorted(stops)
         # One without tokens has nothing to be judged by.
         self.own = [row for row in rows if row.place is not None and row.batch.num_tokens]
+        self._ends = list(heats) or [len(rows)]
+        self.heats, self.heat = len(self._ends), 0
         self.calls: list[Calls] = []
         self.riding: list[Interval] = []
+
+    @property
+    def rows_of_heat(self) -> list[Row]:
+        """The rows of all ranks that go up in the heat."""
+        return [row for row in self.rows if self._heat_of(row) == self.heat]
+
+    @property
+    def tokens(self) -> int:
+        """This rank's tokens of the heat, padding included, of one candidate."""
+        return sum(row.batch.input_ids.numel() for _, row in self._places())
 
     def join(self, gap: Gap, x_name: str | None = None) -> None:
         """Let a candidate begin where its gap ends, or its last gap.
@@ -58,7 +86,8 @@ class Riders:
         for row in self.own:
             x = self._row(x_name or boundary_name(gap.start), row)
             enter = gap.on(row.batch)[2]
-            self._shelf.add(_rider_name(pair, gap.stop), x if enter is None else enter(x))
+            name = _rider_name(pair, self._heat_of(row), gap.stop)
+            self._shelf.add(name, x if enter is None else enter(x))
         self.riding.append(pair)
 
     def advance(self, layer: nn.Module | None, index: int) -> None:
@@ -67,31 +96,47 @@ class Riders:
         Their states below it are forgotten.
         """
         for pair in self.riding:
-            here, there = (_rider_name(pair, boundary) for boundary in (index, index + 1))
-            for place in range(len(self.own)):
-                x = self._shelf.get(here, place)
+            here, there = (_rider_name(pair, self.heat, index + up) for up in (0, 1))
+            for number, (place, _) in enumerate(self._places()):
+                x = self._shelf.get(here, number)
                 call = self.calls[place][index]
                 self._shelf.add(there, x if layer is None or call is None else call.run(layer, x))
             self._shelf.drop(here)
 
-    def get_off(self, boundary: int) -> None:
-        """Forget all candidates, which have reached a boundary."""
-        for pair in self.riding:
-            self._shelf.drop(_rider_name(pair, boundary))
+    def get_off(self, pairs: Iterable[Interval], top: int) -> None:
+        """Forget candidates, wherever they are.
+
+        Args:
+            pairs: The candidates.
+            top: The highest boundary.
+        """
+        for pair in pairs:
+            for heat in range(self.heats):
+                for boundary in range(pair[1], top + 1):
+                    self._shelf.drop(_rider_name(pair, heat, boundary))
         self.riding = []
 
-    def states(self, pair: Interval | None, boundary: int) -> Iterator[Tensor]:
-        """Yield a candidate's states at a boundary, for each of this rank's rows.
+    def states(self, pair: Interval | None, boundary: int) -> Iterator[tuple[Row, Tensor]]:
+        """Yield a candidate's states at a boundary, for each of this rank's rows of the heat.
 
         Args:
             pair: The candidate; None for the dense model.
             boundary: Where all are.
         """
-        for place, row in enumerate(self.own):
+        for number, (_, row) in enumerate(self._places()):
             if pair is None:
-                yield self._row(boundary_name(boundary), row)
+                yield row, self._row(boundary_name(boundary), row)
             else:
-                yield self._shelf.get(_rider_name(pair, boundary), place)
+                yield row, self._shelf.get(_rider_name(pair, self.heat, boundary), number)
+
+    def _places(self) -> list[tuple[int, Row]]:
+        """Return this rank's rows of the heat, each with its place among all that it has."""
+        return [
+            (place, row) for place, row in enumerate(self.own) if self._heat_of(row) == self.heat
+        ]
+
+    def _heat_of(self, row: Row) -> int:
+        return bisect_right(self._ends, row.number)
 
     def _row(self, name: str, row: Row) -> Tensor:
         """Return the states of a sequence in a list of the text's."""
@@ -99,5 +144,5 @@ class Riders:
         return self._shelf.get(name, row.place)[row.row : row.row + 1]
 
 
-def _rider_name(pair: Interval, boundary: int) -> str:
-    return f"rider-{pair[0]:04d}-{pair[1]:04d}-{boundary:04d}"
+def _rider_name(pair: Interval, heat: int, boundary: int) -> str:
+    return f"rider-{pair[0]:04d}-{pair[1]:04d}-{heat}-{boundary:04d}"

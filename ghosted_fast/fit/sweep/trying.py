@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ghosted_fast.fit.sweep.heats import Heats
+
 if TYPE_CHECKING:
     from ghosted_fast.fit.sweep.shape import Shape
 
@@ -33,14 +35,14 @@ class Trying:
             is, in one piece or several.
         in_pieces: Whether that choice may leave several gaps.
         tokens: Tokens of the text, padding included.
-        held_out_tokens: Those that candidates are scored on, padding included.
+        heats: Of the candidates that race, or of the one choice.
     """
 
     ways: tuple[tuple[int, ...], ...]
     every_interval: bool
     in_pieces: bool
     tokens: int
-    held_out_tokens: int
+    heats: Heats
 
     @property
     def most(self) -> int:
@@ -50,7 +52,7 @@ class Trying:
     def stored_bytes(self, shape: Shape, in_memory: bool) -> int:
         """Return the bytes of states on the shelf beside the text's."""
         state = shape.hidden_size * shape.itemsize
-        found = self.held_out_tokens * state * lists_of(self._candidates(shape, 1), in_memory)
+        found = self.heats.tokens * state * lists_of(self._candidates(shape, 1), in_memory)
         if self.in_pieces:
             found += LISTS_BELOW * self.tokens * state
         return found
@@ -59,7 +61,9 @@ class Trying:
         """Return what is read of the checkpoint after the text and the dense head, at most."""
 
         def read(count: int) -> float:
-            return (shape.num_layers - count) * shape.read_layer_bytes + shape.beside[1]
+            kept = shape.num_layers - count
+            first = kept * shape.read_layer_bytes + shape.beside[1]
+            return first + self.heats.read_again(shape, kept)
 
         return int(self._most_of_all_ways(read))
 
@@ -70,13 +74,14 @@ class Trying:
         def done(count: int) -> float:
             candidates, kept = self._candidates(shape, count), shape.num_layers - count
             gaps = min(count, kept + 1) if self.in_pieces else 1
-            riding = self.held_out_tokens * candidates * kept / (2 if self.every_interval else 1)
+            judged = self.heats.judged(candidates)
+            riding = judged * kept / (2 if self.every_interval else 1)
             if gaps > 1:
                 riding += self.tokens * kept
             fits = candidates * gaps
             sums = 4.0 * square * self.tokens * fits
             solves = 20.0 * square * shape.hidden_size * fits
-            head = 2.0 * shape.vocabulary * shape.hidden_size * self.held_out_tokens * candidates
+            head = 2.0 * shape.vocabulary * shape.hidden_size * judged
             return 2.0 * shape.layer_parameters * riding + sums + solves + head
 
         return self._most_of_all_ways(done)

@@ -1,0 +1,103 @@
+"""Heats of a race in a sweep: all candidates go up with a few rows, and fewer with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from ghosted_fast import distributed
+from ghosted_fast.fit.candidates import FEWEST_TOKENS_TO_DROP
+from ghosted_fast.fit.sweep.tokens import attended, tokens_of
+from ghosted_fast.text.batches import Batch
+
+if TYPE_CHECKING:
+    from ghosted_fast.fit.sweep.shape import Shape
+
+# Of the candidates that go up in one heat, so many go up in the next, about: on SmolLM2 without 2,
+# 5 and 9 layers, of 29, 26 and 22 candidates 15, 5 and 4 were left behind one sequence, and 4, 2
+# and 3 behind four.
+_STAY = 1 / 4
+
+
+def heat_ends(tokens: Sequence[int], score_tokens: int, device: torch.device) -> list[int]:
+    """Return how many rows have gone up behind each heat.
+
+    The first has just enough tokens for a candidate to be dropped by, in a process group of each
+    rank; the second all that other criteria use. Each heat reads layers once more: a GPU computes
+    faster than layers are read, so that all go up in one there.
+
+    Args:
+        tokens: Of each row.
+        score_tokens: Tokens that candidates are scored on by other criteria.
+        device: What computes.
+    """
+    limits = [FEWEST_TOKENS_TO_DROP * distributed.count(), score_tokens]
+    ends: list[int] = []
+    seen = 0
+    for row, count in enumerate(tokens[:-1], start=1):
+        seen += max(count - 1, 0)  # a row's first token is not predicted
+        while device.type == "cpu" and limits and seen >= limits[0]:
+            if ends[-1:] != [row]:
+                ends.append(row)
+            limits.pop(0)
+    return [*ends, len(tokens)]
+
+
+@dataclass(frozen=True)
+class Heats:
+    """How much the heats of a race have to do.
+
+    Attributes:
+        parts: Held-out tokens of each, padding included.
+    """
+
+    parts: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        batches: Sequence[Batch],
+        score_tokens: int,
+        tokens: int,
+        device: torch.device | None,
+    ) -> Heats:
+        """Return those of a text.
+
+        Args:
+            batches: The text.
+            score_tokens: As for `heat_ends`.
+            tokens: Held-out tokens that candidates are scored on.
+            device: What computes; None where there is no race.
+        """
+        counts, padded = attended(batches), tokens_of(batches, tokens)
+        longest = max((batch.input_ids.shape[1] for batch in batches), default=0)
+        rows = padded // max(1, longest)
+        if device is None or not rows:
+            return cls((padded,))
+        ends = heat_ends([sum(counts) // len(counts)] * rows, score_tokens, device)
+        return cls(tuple(longest * (end - begin) for begin, end in pairwise([0, *ends])))
+
+    @property
+    def tokens(self) -> int:
+        """Those of all heats."""
+        return sum(self.parts)
+
+    def judged(self, candidates: int) -> int:
+        """Return how many tokens go up in all, behind the ghosts of so many candidates, about."""
+        left = [max(1, round(candidates * _STAY**heat)) for heat in range(len(self.parts))]
+        return sum(
+            part * min(candidates, some) for part, some in zip(self.parts, left, strict=True)
+        )
+
+    def read_again(self, shape: Shape, layers: int) -> int:
+        """Return what heats behind the first read of the checkpoint, at most.
+
+        Args:
+            shape: The model's sizes.
+            layers: How many there are above the lowest candidate's gap.
+        """
+        return (len(self.parts) - 1) * (layers * shape.read_layer_bytes + shape.beside[1])
