@@ -96,7 +96,7 @@ def planned(model: Model) -> tuple[int, SweepPlan, SweepPlan]:
     ids = torch.empty(ROWS, LENGTH, dtype=torch.int64, device="meta")
     batches, scored = [Batch(ids, ids)] * (TOKENS // ids.numel()), RunOptions().score_tokens
     heats, one_heat = (
-        Heats.of(batches, scored, TOKENS_FOR_THE_BEST * scored, torch.device(device))
+        Heats.of(batches, TOKENS_FOR_THE_BEST * scored, torch.device(device))
         for device in ("cpu", "cuda")
     )
     work = Work(

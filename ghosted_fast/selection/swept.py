@@ -163,12 +163,12 @@ def riders_of(
     Raises:
         CalibrationError: No sequence is held out.
     """
-    batches, options, scored = request.text.hold(), request.options, request.run.score_tokens
-    tokens = TOKENS_FOR_THE_BEST * scored
+    batches, options = request.text.hold(), request.options
+    tokens = TOKENS_FOR_THE_BEST * request.run.score_tokens
     found = held_out_batches(batches, options, tokens)
     rows = rows_of(sweep, found, held_out_places(batches, options, tokens))
     counts = [batch.num_tokens for batch in found]
-    ends = heat_ends(counts, scored, sweep.source.decoder.device) if in_heats else []
+    ends = heat_ends(counts, sweep.source.decoder.device) if in_heats else []
     return Riders(rows, sweep.shelf, stops, ends)
 
 

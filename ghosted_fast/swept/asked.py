@@ -109,12 +109,8 @@ class Asked:
 
     def work(self, batches: list[Batch], shape: Shape) -> Work:
         """Return how much there is to do, for a text and a model."""
-        heats = Heats.of(
-            batches,
-            self.run.score_tokens,
-            TOKENS_FOR_THE_BEST * self.run.score_tokens,
-            self.device if self.criterion == "ghost" else None,
-        )
+        scored = TOKENS_FOR_THE_BEST * self.run.score_tokens
+        heats = Heats.of(batches, scored, self.device if self.criterion == "ghost" else None)
         chosen, gaps = None, 1
         most = shape.num_layers - CRITERIA[self.criterion].keeps
         if isinstance(self.wanted, Count):

@@ -261,8 +261,8 @@ def test_heats_are_counted() -> None:
     assert plans[1].read_bytes - plans[0].read_bytes == 2 * (24 * BIG.layer_bytes + BIG.beside[1])
     assert plans[1].disk_bytes == plans[0].disk_bytes
     assert plans[1].memory_bytes == plans[0].memory_bytes
-    # 25 candidates, about 6 and 2 of them.
-    spared = 25 * 8192 - (25 * 512 + 6 * 1536 + 2 * 6144)
+    # 25 candidates, about 6 and 3 of them.
+    spared = 25 * 8192 - (25 * 512 + 6 * 1536 + 3 * 6144)
     each = 2.0 * BIG.layer_parameters * 24 / 2 + 2.0 * 128256 * 4096
     assert plans[0].operations - plans[1].operations == pytest.approx(spared * each)
     ways = ((1,), (1, 2))
@@ -276,12 +276,13 @@ def test_heats_are_counted() -> None:
 
 def test_heats_of_a_text() -> None:
     batches = [Batch(*2 * [torch.empty(8, 512, dtype=torch.int64, device="meta")])] * 8
-    assert Heats.of(batches, 2048, 8192, CPU) == Heats((512, 2048, 5632))
-    assert Heats.of(batches, 2048, 8192, None) == Heats((8192,))
-    assert Heats.of(batches, 64, 256, CPU) == Heats((512,))
-    assert Heats.of(batches, 128, 1024, CPU) == Heats((512, 512))
-    assert Heats.of(batches, 2048, 8192, torch.device("cuda")) == Heats((8192,))
-    assert Heats.of([], 2048, 8192, CPU) == Heats((0,))
-    # Sequences of 200 tokens: two of them have 256 that are predicted.
-    assert heat_ends([200] * 20, 1000, CPU) == [2, 6, 20]
-    assert heat_ends([0, 1, 300], 1000, CPU) == [3]
+    assert Heats.of(batches, 8192, CPU) == Heats((512, 512, 1024, 2048, 4096))
+    assert Heats.of(batches, 8192, None) == Heats((8192,))
+    assert Heats.of(batches, 256, CPU) == Heats((512,))
+    assert Heats.of(batches, 1024, CPU) == Heats((512, 512))
+    assert Heats.of(batches, 6144, CPU) == Heats((512, 512, 1024, 2048, 2048))
+    assert Heats.of(batches, 8192, torch.device("cuda")) == Heats((8192,))
+    assert Heats.of([], 8192, CPU) == Heats((0,))
+    # Two sequences of 200 tokens have 256 that are predicted.
+    assert heat_ends([200] * 17, CPU) == [2, 4, 8, 17]
+    assert heat_ends([0, 1, 300], CPU) == [3]

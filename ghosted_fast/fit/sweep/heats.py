@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,34 +17,33 @@ from ghosted_fast.text.batches import Batch
 if TYPE_CHECKING:
     from ghosted_fast.fit.sweep.shape import Shape
 
-# Of the candidates that go up in one heat, so many go up in the next, about: on SmolLM2 without 2,
-# 5 and 9 layers, of 29, 26 and 22 candidates 15, 5 and 4 were left behind one sequence, and 4, 2
-# and 3 behind four.
-_STAY = 1 / 4
+# Of the candidates that go up in the first heat, and in each later one, so many go up in the next,
+# about. On SmolLM2 without 2, 5 and 9 layers, of 29, 26 and 22 candidates 15, 5 and 4 were left
+# behind one sequence, 12, 3 and 3 behind two, 4, 2 and 3 behind four, 3, 1 and 3 behind eight.
+_STAY = 1 / 4, 1 / 2
 
 
-def heat_ends(tokens: Sequence[int], score_tokens: int, device: torch.device) -> list[int]:
+def heat_ends(tokens: Sequence[int], device: torch.device) -> list[int]:
     """Return how many rows have gone up behind each heat.
 
     The first has just enough tokens for a candidate to be dropped by, in a process group of each
-    rank; the second all that other criteria use. Each heat reads layers once more: a GPU computes
-    faster than layers are read, so that all go up in one there.
+    rank; behind each later one they are twice as many (Jamieson and Talwalkar, arXiv 1502.07943).
+    Each heat reads layers once more: a GPU computes faster than layers are read, so that all go up
+    in one there.
 
     Args:
         tokens: Of each row.
-        score_tokens: Tokens that candidates are scored on by other criteria.
         device: What computes.
     """
-    limits = [FEWEST_TOKENS_TO_DROP * distributed.count(), score_tokens]
-    ends: list[int] = []
-    seen = 0
-    for row, count in enumerate(tokens[:-1], start=1):
-        seen += max(count - 1, 0)  # a row's first token is not predicted
-        while device.type == "cpu" and limits and seen >= limits[0]:
-            if ends[-1:] != [row]:
-                ends.append(row)
-            limits.pop(0)
-    return [*ends, len(tokens)]
+    fewest, rows = FEWEST_TOKENS_TO_DROP * distributed.count(), len(tokens)
+    # A row's first token is not predicted.
+    seen = accumulate(max(count - 1, 0) for count in tokens)
+    end = next((row for row, count in enumerate(seen, start=1) if count >= fewest), rows)
+    ends = []
+    while device.type == "cpu" and 3 * end <= 2 * rows:  # the last is no small one
+        ends.append(end)
+        end *= 2
+    return [*ends, rows]
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,11 @@ class Heats:
     parts: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls,
-        batches: Sequence[Batch],
-        score_tokens: int,
-        tokens: int,
-        device: torch.device | None,
-    ) -> Heats:
+    def of(cls, batches: Sequence[Batch], tokens: int, device: torch.device | None) -> Heats:
         """Return those of a text.
 
         Args:
             batches: The text.
-            score_tokens: As for `heat_ends`.
             tokens: Held-out tokens that candidates are scored on.
             device: What computes; None where there is no race.
         """
@@ -78,7 +70,7 @@ class Heats:
         rows = padded // max(1, longest)
         if device is None or not rows:
             return cls((padded,))
-        ends = heat_ends([sum(counts) // len(counts)] * rows, score_tokens, device)
+        ends = heat_ends([sum(counts) // len(counts)] * rows, device)
         return cls(tuple(longest * (end - begin) for begin, end in pairwise([0, *ends])))
 
     @property
@@ -88,10 +80,11 @@ class Heats:
 
     def judged(self, candidates: int) -> int:
         """Return how many tokens go up in all, behind the ghosts of so many candidates, about."""
-        left = [max(1, round(candidates * _STAY**heat)) for heat in range(len(self.parts))]
-        return sum(
-            part * min(candidates, some) for part, some in zip(self.parts, left, strict=True)
-        )
+        first, later = _STAY
+        found = candidates * self.parts[0]
+        for heat, part in enumerate(self.parts[1:]):
+            found += part * max(1, round(candidates * first * later**heat))
+        return found
 
     def read_again(self, shape: Shape, layers: int) -> int:
         """Return what heats behind the first read of the checkpoint, at most.
