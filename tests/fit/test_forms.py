@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,6 +61,40 @@ def test_the_form_that_fits_is_taken_and_its_ghost_is_that_of_its_name(
         assert mine.has_first_state == same.has_first_state
         assert relative_rms(mine.weight, matrix.double()) < 1e-3
         assert relative_rms(worse.weight, matrix.double()) > 0.1
+
+
+@pytest.mark.parametrize("truth", ["normed", "raw"])
+def test_the_held_out_fold_decides(truth: Features) -> None:
+    """Its change is linear in one form, that of the three folds that are learned from in the other.
+
+    So the errors of these, and of all tokens, would choose the other form.
+    """
+    options = GhostOptions(features="auto", first_state="off")
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(D, D, generator=generator)
+    item = new_statistics((1, 2), options, D, EPS)
+    for number in range(4):
+        held_out = (torch.arange(8) % options.folds == options.folds - 1)[:, None, None]
+        normed = torch.randn(8, 24, D, generator=generator)
+        normed /= (normed.square().mean(-1, keepdim=True) + EPS).sqrt()
+        spread = torch.where(held_out, 0.3, 0.4)  # enough that the forms differ, and not too much
+        x = normed * (spread * torch.randn(8, 24, 1, generator=generator)).exp()
+        features = torch.where(held_out == (truth == "normed"), normed, x)
+        batch = Batch(torch.zeros(8, 24, dtype=torch.long), torch.ones(8, 24, dtype=torch.long))
+        sample = Sample((1, 2), x, x + features @ matrix.mT, batch, number, 8 * number)
+        update_statistics(item, sample, options)
+    shares = []
+    for form, features in zip(item.forms(), ("normed", "raw"), strict=True):
+        ghost = fit_on_training_folds(form, replace(options, features=features))  # type: ignore[arg-type]
+        sums = *form.split(), form.gram.total()
+        shares.append([part.error_share(ghost.weight.mT) for part in sums])
+    (train, held, whole), (other_train, other_held, other_whole) = (
+        shares if truth == "normed" else shares[::-1]
+    )
+    assert held < other_held and train > 2 * other_train and whole > 2 * other_whole
+    expected = EPS if truth == "normed" else None
+    assert fit_on_training_folds(item, options).norm_eps == expected
+    assert fit_ghost(item, options)[0].norm_eps == expected
 
 
 def test_an_error_is_told_of_either_form_and_memory_is_twice_the_sums() -> None:
