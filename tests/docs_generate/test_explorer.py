@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,8 +15,9 @@ from support.html_balance import Balance
 
 from docs.generate.explorer import explore_page
 from docs.generate.results import RESULTS
+from ghosted_fast.facts import named_layers
 
-Row = tuple[str, str, str, str, str]
+Row = tuple[str, ...]
 
 
 class Rows(HTMLParser):
@@ -25,27 +27,36 @@ class Rows(HTMLParser):
         super().__init__()
         self.rows: list[dict[str, str]] = []
         self.cells: list[list[str]] = []
+        self.bars: list[float] = []
         self.options: dict[str, list[str]] = {}
         self._select = ""
+        self._in_row = False
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         found = dict(attrs)
         if tag == "tr" and "data-model" in found:
             self.rows.append(found)
             self.cells.append([])
+            self._in_row = True
+        elif tag == "i":
+            self.bars.append(float(found["style"].removeprefix("width: ").rstrip("%")))
         elif tag == "select":
             self._select = found["name"]
             self.options[self._select] = []
         elif tag == "option":
             self.options[self._select].append(found["value"])
 
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "tr":
+            self._in_row = False
+
     def handle_data(self, data: str) -> None:
-        if self.cells and data.strip():
+        if self._in_row and data.strip():
             self.cells[-1].append(data.strip())
 
 
 def expected() -> list[Row]:
-    """Return model, size, text, pair and relative perplexity of every row, from the results."""
+    """Return model, size, text and what the cells say of every row, from the results."""
     found = []
     for folder in ("smollm2", "gemma3"):
         path = RESULTS / "recovery" / folder / "results.json"
@@ -55,8 +66,11 @@ def expected() -> list[Row]:
                 if row["perplexity"] is not None:
                     ratio = row["perplexity"][text]["value"] / dense["value"]
                     pair = f"{row['criterion']} + {row['recovery']}"
-                    size, shown = str(row["remove"]), f"{ratio:.2f}"
-                    found.append((grid["about"]["model"], size, text, pair, shown))
+                    model, size = grid["about"]["model"], str(row["remove"])
+                    small = f"{model} without {named_layers(row['removed'])}, {text}"
+                    seconds = sum(row["seconds"][part] for part in ("select", "recover"))
+                    cost = f"{seconds:,.0f}", f"{row['peak_memory'] / 1e9:.1f} GB"
+                    found.append((model, size, text, pair, small, f"{ratio:.2f}x", *cost))
     return found
 
 
@@ -64,7 +78,7 @@ def test_every_row_is_there_and_can_be_filtered_for() -> None:
     page = Rows()
     page.feed(explore_page())
     shown = [
-        (row["data-model"], row["data-size"], row["data-text"], cells[0], cells[2].rstrip("x"))
+        (row["data-model"], row["data-size"], row["data-text"], *cells)
         for row, cells in zip(page.rows, page.cells, strict=True)
     ]
     assert sorted(shown) == sorted(expected()) and len(shown) > 300
@@ -72,6 +86,19 @@ def test_every_row_is_there_and_can_be_filtered_for() -> None:
         assert set(page.options[name]) == {"", *(row[place] for row in expected())}
     ours = {cells[0] for row, cells in zip(page.rows, page.cells, strict=True) if "class" in row}
     assert "ghost + ghost + corrections" in ours and "streamline + ghost-paper" not in ours
+
+
+def test_the_best_stand_first_and_bars_are_as_long_as_what_is_lost() -> None:
+    page = Rows()
+    page.feed(explore_page())
+    groups: dict[Row, list[float]] = {}
+    for row, cells, bar in zip(page.rows, page.cells, page.bars, strict=True):
+        value = float(cells[2].rstrip("x"))
+        groups.setdefault((row["data-model"], row["data-size"], row["data-text"]), []).append(value)
+        # Full at 4x; the perplexity is shown to 0.01, the bar to one hundredth of its length.
+        assert bar == pytest.approx(100 * min(math.log(value) / math.log(4.0), 1.0), abs=0.9)
+    assert len(groups) > 10
+    assert all(values == sorted(values) for values in groups.values())
 
 
 def test_it_is_whole_and_needs_nothing_else() -> None:
