@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,12 +18,12 @@ from ghosted_fast.measure.perplexity import perplexity
 from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.options import GhostOptions, RunOptions
 from ghosted_fast.pipeline import ghost_model
-from ghosted_fast.selection.corrected import CORRECTIONS
+from ghosted_fast.selection.corrected import CORRECTIONS, corrected_losses
 from ghosted_fast.selection.criteria import ghost, search
 from ghosted_fast.selection.select import select_layers
 from ghosted_fast.surgery.cut import remove_layers
 from ghosted_fast.testing import random_tokens, tiny_model
-from ghosted_fast.text.batches import iterate_batches
+from ghosted_fast.text.batches import Batch, iterate_batches
 from ghosted_fast.text.folds import held_out_batches, training_batches
 
 OPTIONS = GhostOptions()
@@ -34,6 +35,13 @@ def tokens(batches: int = 8) -> list[torch.Tensor]:
 
 def run(again: int) -> RunOptions:
     return RunOptions(corrections=0, score_tokens=100, corrected_candidates=again)
+
+
+def same_tokens(batches: Sequence[Batch], expected: Sequence[Batch]) -> bool:
+    return len(batches) == len(expected) and all(
+        torch.equal(one.input_ids, other.input_ids)
+        for one, other in zip(batches, expected, strict=True)
+    )
 
 
 def test_the_best_are_judged_as_a_corrected_model_is() -> None:
@@ -88,8 +96,17 @@ def test_another_candidate_can_win(criterion: str, monkeypatch: pytest.MonkeyPat
         assert torch.equal(mine.weight, theirs.weight)
 
 
-def test_the_search_looks_at_its_finalists_again() -> None:
+def test_the_search_looks_at_its_finalists_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
+    looks: list[tuple[Any, Any, dict[tuple[int, ...], float]]] = []
+
+    def noted(decoder: Any, training: Any, held_out: Any, candidates: Any, *rest: Any) -> Any:
+        losses = corrected_losses(decoder, training, held_out, candidates, *rest)
+        layers = [tuple(n for gap in one for n in range(gap.start, gap.stop)) for one in candidates]
+        looks.append((training, held_out, dict(zip(layers, losses, strict=True))))
+        return losses
+
+    monkeypatch.setattr(search, "corrected_losses", noted)
     plain, found = (
         select_layers(model, tokens(), 2, "ghost-search", run=run(again)) for again in (0, 3)
     )
@@ -100,6 +117,12 @@ def test_the_search_looks_at_its_finalists_again() -> None:
     assert {(*item.removed, item.score) for item in found.sets[:3]} == {
         (*item.removed, item.score) for item in plain.sets[:3]
     }
+    ((training, held_out, losses),) = looks
+    assert {tuple(item.removed): item.corrected for item in found.sets[:3]} == losses
+    batches = list(iterate_batches(tokens()))
+    expected = training_batches(batches, OPTIONS)[: len(training)]
+    assert len(training) > 3 and same_tokens(training, expected)
+    assert same_tokens(held_out, held_out_batches(batches, OPTIONS, 100))
 
 
 def test_one_candidate_needs_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
