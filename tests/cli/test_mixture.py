@@ -18,6 +18,7 @@ from ghosted_fast.cli._shared.input_args import LearnedTextArgs
 from ghosted_fast.cli._shared.values import parse_mixture
 from ghosted_fast.cli.app import app
 from ghosted_fast.models.loading import load_model
+from ghosted_fast.text import generation
 from ghosted_fast.text.generation import generate_texts
 from ghosted_fast.text.loading import token_batches
 from ghosted_fast.text.mixture import Texts, mix_texts
@@ -164,6 +165,29 @@ def test_it_is_written_at_several_temperatures(model_folder: Path) -> None:
         own = generate_texts(model, tokenizer, 256, temperatures=given or (1.0,), seed=3)
         assert torch.equal(found[given], torch.cat(token_batches(tokenizer, own, 256, 32)))
     assert not torch.equal(found[None], found[0.5, 2.0])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("asked", "given"), [("0.5, 2,1.25", (0.5, 2.0, 1.25)), (None, None)])
+def test_the_temperatures_of_the_command_line_are_those_it_is_written_at(
+    model_folder: Path,
+    texts: Path,
+    asked: str | None,
+    given: tuple[float, ...] | None,
+    mixed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        seen.append(options.get("temperatures"))
+        return generate_texts(*args, **options)
+
+    monkeypatch.setattr(generation, "generate_texts", noted)
+    command = ["select", "--model", model_folder, "--remove", 1, "--criterion", "shortgpt", *SMALL]
+    command += ["--calibration", "self", *(["--calibration", texts] if mixed else [])]
+    run(*command, *(["--temperatures", asked] if asked else []))
+    assert seen == [given]
 
 
 @pytest.mark.slow
