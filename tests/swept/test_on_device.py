@@ -218,6 +218,48 @@ def test_a_shelf_keeps_on_the_host_what_a_device_computes(tmp_path: Path, kind: 
         assert shelf.facts == {} and not list((tmp_path / "s").glob("*"))
 
 
+def test_a_shelf_puts_down_in_order_and_no_sooner_than_it_must() -> None:
+    """What was added last is on its way until another comes, or its own list is asked for."""
+
+    class Noted(MemoryShelf):
+        def add(self, name: str, states: torch.Tensor) -> None:
+            done.append((name, int(states)))
+            super().add(name, states)
+
+        def drop(self, name: str) -> None:
+            done.append((name, None))
+            super().drop(name)
+
+    done: list[tuple[str, int | None]] = []
+    shelf = DeviceShelf(Noted(), StateCopies(SimulatedStreams(computes_at_once=True)))
+
+    def added(name: str, number: int) -> list[tuple[str, int | None]]:
+        shelf.add(name, torch.tensor(float(number)))
+        return told()
+
+    def told() -> list[tuple[str, int | None]]:
+        taken = done.copy()
+        done.clear()
+        return taken
+
+    assert added("a", 1) == []
+    assert added("a", 2) == [("a", 1)]
+    assert added("b", 3) == [("a", 2)]
+    assert shelf.get("a", 1) == 2 and told() == [], "nobody asked for b"
+    assert shelf.get("b", 0) == 3 and told() == [("b", 3)]
+    assert added("b", 4) == []
+    shelf.drop("a")
+    assert told() == [("a", None)]
+    shelf.drop("b")
+    assert told() == [("b", 4), ("b", None)], "it is not put down behind its list's end"
+    assert added("b", 5) == []
+    shelf.keep({})
+    assert told() == [("b", 5)] and shelf.get("b", 0) == 5
+    assert added("c", 6) == []
+    shelf.forget()
+    assert added("c", 7) == [] and shelf.get("c", 0) == 7, "6 was forgotten"
+
+
 def given_device(monkeypatch: pytest.MonkeyPatch, device: int, host: int) -> None:
     """Have a CUDA device with some free memory, beside a host with some."""
     free = {"cuda": device, "cpu": host}
