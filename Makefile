@@ -77,7 +77,7 @@ test: setup .venv/.nvcc .venv/.arm .venv-deployment/.installed
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(addprefix --ignore=,$(DEPLOYMENT_TESTS))
 	.venv-deployment/bin/python -m pytest -n auto --dist loadgroup $(DEPLOYMENT_TESTS)
 
-# For daily work: less than a minute on two cores.
+# For daily work.
 test-quick: setup
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m 'not slow and not real_model and not gpu'
 
