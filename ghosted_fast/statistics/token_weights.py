@@ -50,9 +50,9 @@ def token_weights(
         energy = energy.clamp_min(energy_floor)  # NaN stays
     unit = torch.ones_like(energy)
     if norm_eps is not None:
-        # In fp64 the weights are off by their own rounding alone: the kernel for CUDA then sees
-        # which power of two a row's scale is meant to be, and multiplies once, not three times.
-        unit = mean_square(x, torch.float64 if x.is_cuda else torch.float32) + norm_eps
+        # In fp64 the weights are off by their own rounding alone: the kernels then see which power
+        # of two a row's scale is meant to be, and multiply once, not three times.
+        unit = mean_square(x, torch.float64) + norm_eps
     # A row that is not finite keeps a plain weight, so that the accumulator sees and reports it.
     usable = torch.isfinite(energy) & torch.isfinite(unit) & (energy > 0) & (unit > 0)
     exponent = torch.where(usable, -0.5 * (energy.log2() + unit.log2()), 0.0).round()

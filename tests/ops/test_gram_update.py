@@ -124,6 +124,37 @@ def test_each_output_alone(backend: str, wanted: str) -> None:
     assert torch.equal(alone[wanted], sums[wanted])
 
 
+def weights_of_normed_rows(x: Tensor, powers: Tensor) -> Tensor:
+    """As `token_weights` makes them: powers of four times the rows' mean squares."""
+    return (powers.double() * (x.double().square().mean(1) + 1e-5)).float()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_usual_weights_of_normed_rows_leave_bf16_as_it_is(backend: str, dtype: torch.dtype) -> None:
+    """G has the bits of plain rows that are multiplied with the powers of two themselves."""
+    x = torch.randn(600, 100).to(dtype)
+    x[:, 7] *= 500.0  # holds most of the mean square: its bits decide about those of the others
+    y, powers = torch.randn(600, 100).to(dtype), 4.0 ** torch.randint(-3, 4, (600,)).float()
+    weight, sums = weights_of_normed_rows(x, powers), make_sums(100, 100)
+    gram_update(x, y, weight, norm_eps=1e-5, delta=True, backend=backend, **sums)
+    assert_close(sums, exact_sums(x, y, weight, 1e-5, True))
+    if backend != "reference":  # which takes the weights as they are
+        normed, plain = torch.zeros(2, 100, 100, dtype=FP64)
+        gram_update(x, None, weight, norm_eps=1e-5, backend=backend, gram=normed)
+        gram_update(x, None, powers, backend=backend, gram=plain)
+        assert torch.equal(normed, plain)
+
+
+@pytest.mark.parametrize("moved", [0.0, 2e-7, 5e-7])
+def test_a_weight_is_moved_no_further_than_its_rounding(backend: str, moved: float) -> None:
+    """Of one token all of G is off as its weight is: here the bound of 1e-7 is the tightest."""
+    x, sums = torch.randn(1, 16).to(BF16), make_sums(16, 16)
+    usual = weights_of_normed_rows(x, torch.ones(1)).double()
+    weight = (usual * (1.0 + moved)).float()
+    gram_update(x, x, weight, norm_eps=1e-5, backend=backend, **sums)
+    assert_close(sums, exact_sums(x, x, weight, 1e-5))
+
+
 def test_moments_without_y_are_the_feature_sums(backend: str) -> None:
     x = torch.randn(30, 20)
     moments = torch.zeros(3, 20, dtype=FP64)

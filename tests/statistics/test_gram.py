@@ -10,6 +10,7 @@ from ghosted_fast.errors import ArgumentError, NonFiniteError
 from ghosted_fast.statistics.gram import (
     GramAccumulator,
     NormalEquations,
+    mean_square,
     mirror_lower,
     statistics_bytes,
 )
@@ -188,3 +189,23 @@ def test_a_batch_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, weighted: b
         gram.update(x, y, torch.ones(T) if weighted else None)
     assert waits.count == 1
     assert gram.num_tokens == T and float(gram.total().weight_sum) == T
+
+
+@pytest.mark.parametrize("shape", [(70, 4096), (2, 35, 64), (0, 8), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_mean_squares_are_exact_but_for_their_rounding(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact_squares = rows.double().square().mean(-1)
+    found, wide = mean_square(rows), mean_square(rows.requires_grad_(), torch.float64)
+    assert found.dtype == torch.float32 and wide.dtype == torch.float64
+    assert torch.allclose(found.double(), exact_squares, rtol=2**-24, atol=0.0)
+    assert torch.allclose(wide, exact_squares, rtol=1e-14, atol=0.0)
+    assert not wide.requires_grad
+
+
+def test_the_mean_square_of_a_row_that_is_not_finite_is_not_finite() -> None:
+    rows = torch.ones(3, 8)
+    rows[1, 2], rows[2, 5] = torch.inf, torch.nan
+    assert mean_square(rows).isfinite().tolist() == [True, False, False]

@@ -20,7 +20,7 @@ struct Tokens {
   int64_t* index = nullptr;          // row of x and y
   float* feature_scale = nullptr;    // sqrt(w), or sqrt(w) / rms, times 2^feature_shift
   float* target_scale = nullptr;     // sqrt(w) times 2^target_shift
-  double* weight = nullptr;          // w
+  double* weight = nullptr;          // w, as scale_tokens takes it
   double* feature_weight = nullptr;  // w, or w / rms
   int feature_shift = 0;
   int target_shift = 0;
@@ -40,6 +40,15 @@ inline const char* row_of(const Rows& rows, int64_t token) {
 inline bool is_power_of_two(double value) {
   int exponent;
   return std::frexp(value, &exponent) == 0.5;
+}
+
+// The power of two that a scale is meant to be whose weight was rounded to fp32; else the scale.
+inline double snapped(double scale) {
+  constexpr double kRounding = 1.01 / (1 << 25);  // half of the weight's: a scale is its root
+  int exponent;
+  const double fraction = std::frexp(scale, &exponent);
+  const double power = std::ldexp(1.0, fraction > 0.75 ? exponent : exponent - 1);
+  return std::fabs(scale - power) <= kRounding * power ? power : scale;
 }
 
 inline int safe_shift(double largest) {
@@ -88,7 +97,7 @@ inline GramStatus measure_tokens(const GramArgs& args, const Tokens& tokens, int
           }
           inverse_rms[i] = 1.0;
           if (args.normed && x_largest[i] <= 3.4e38f) {
-            const double squares = sum_of_squares(x, args.x.dtype, args.hidden_size);
+            const double squares = exact_sum_of_squares(x, args.x.dtype, args.hidden_size);
             const double size = static_cast<double>(args.hidden_size);
             inverse_rms[i] = 1.0 / std::sqrt(squares / size + args.norm_eps);
           }
@@ -105,6 +114,9 @@ inline GramStatus measure_tokens(const GramArgs& args, const Tokens& tokens, int
 
 // The scales of the tokens, and the sizes of their largest products. What was 1 / rms in
 // `feature_weight` becomes the weight of the features.
+//
+// The usual weights of normed rows are powers of four times their mean squares, so that bf16 stays
+// bf16. They are taken as such in all sums: moved no further than their rounding has moved them.
 inline void scale_tokens(const GramArgs& args, const float* x_largest, const float* y_largest,
                          Tokens& tokens, double* sizes) {
   const double* inverse_rms = tokens.feature_weight;
@@ -122,8 +134,13 @@ inline void scale_tokens(const GramArgs& args, const float* x_largest, const flo
   tokens.feature_shift = safe_shift(feature_largest);
   tokens.target_shift = safe_shift(target_largest);
   for (int64_t i = 0; i < tokens.count; ++i) {
-    const double root = std::sqrt(tokens.weight[i]);
-    const double feature = root * inverse_rms[i];
+    double root = std::sqrt(tokens.weight[i]), feature = root * inverse_rms[i];
+    if (args.normed) {
+      const double moved = snapped(feature) / feature;
+      root *= moved;
+      feature = snapped(feature);
+      tokens.weight[i] *= moved * moved;
+    }
     tokens.feature_scales_are_exact &= is_power_of_two(feature);
     tokens.target_scales_are_exact &= is_power_of_two(root);
     tokens.feature_scale[i] = static_cast<float>(std::ldexp(feature, tokens.feature_shift));

@@ -63,21 +63,37 @@ inline double typed_sum_of_squares(const void* row, int64_t count) {
   return sum;
 }
 
+// In fp64 throughout: exact but for its last bits, whatever the range of the row.
+template <Dtype kType>
+inline double typed_exact_squares(const void* row, int64_t count) {
+  typedef float HalfF __attribute__((vector_size(kDoubleLanes * 4)));
+  const StorageOf<kType>* values = static_cast<const StorageOf<kType>*>(row);
+  VecD sums[2] = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const VecF v = load_as_float<kType>(values + i, count - i);
+    HalfF halves[2];
+    std::memcpy(halves, &v, sizeof(halves));
+    for (int half = 0; half < 2; ++half) {
+      const VecD wide = __builtin_convertvector(halves[half], VecD);
+      sums[half] += wide * wide;
+    }
+  }
+  double sum = 0.0;
+  for (int lane = 0; lane < kDoubleLanes; ++lane) sum += sums[0][lane] + sums[1][lane];
+  return sum;
+}
+
+inline double exact_sum_of_squares(const void* row, Dtype dtype, int64_t count) {
+  return with_dtype(
+      dtype, [&](auto tag) { return typed_exact_squares<decltype(tag)::kDtype>(row, count); });
+}
+
 inline double sum_of_squares(const void* row, Dtype dtype, int64_t count) {
   const double sum = with_dtype(
       dtype, [&](auto tag) { return typed_sum_of_squares<decltype(tag)::kDtype>(row, count); });
-  // Squares that may have left the range of fp32 on the way: once more, in fp64.
-  if (dtype == Dtype::kFloat16 || (sum > 1e-25 && sum < 1e35)) return sum;
-  double exact = 0.0;
-  float part[kLanes];
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const char* from = static_cast<const char*>(row) + i * bytes_of(dtype);
-    row_to_float(from, dtype, min64(kLanes, count - i), kLanes, part);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      exact += static_cast<double>(part[lane]) * part[lane];
-    }
-  }
-  return exact;
+  // Squares that may have left the range of fp32 on the way: once more.
+  const bool is_safe = dtype == Dtype::kFloat16 || (sum > 1e-25 && sum < 1e35);
+  return is_safe ? sum : exact_sum_of_squares(row, dtype, count);
 }
 
 }  // namespace
