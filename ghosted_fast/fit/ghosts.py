@@ -19,7 +19,13 @@ from ghosted_fast.models.ghost_linear import GhostLinear
 from ghosted_fast.options import GhostOptions
 from ghosted_fast.statistics.gram import GramAccumulator, NormalEquations
 from ghosted_fast.statistics.interval import FirstTokens, IntervalStatistics
-from ghosted_fast.statistics.solve import GhostSolution, solve_ghost, solve_on_split
+from ghosted_fast.statistics.solve import (
+    GhostSolution,
+    damping_on_split,
+    outputs_at,
+    solve_ghost,
+    solve_on_split,
+)
 from ghosted_fast.statistics.token_weights import token_weights
 from ghosted_fast.text.batches import Batch
 from ghosted_fast.text.progress import progress_bar
@@ -42,18 +48,10 @@ class FittedGhost:
     first_state: Tensor | None
     norm_eps: float | None
 
-    @property
-    def has_first_state(self) -> bool:
-        """Whether the first attended token gets a constant state."""
-        return self.first_state is not None
-
     def apply(self, x: Tensor) -> Tensor:
         """Return the linear map's output for rows x [n, d], in fp64; no row counts as first."""
         x = x.double()
-        features = x
-        if self.norm_eps is not None:
-            features = x / (x.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()
-        y = x + features @ self.weight.mT
+        y = x + _features(x, self.norm_eps) @ self.weight.mT
         return y if self.bias is None else y + self.bias
 
     def module_of(self, decoder: Decoder) -> GhostLinear:
@@ -97,7 +95,7 @@ def fit_ghost(
     if first is not None and first.count:
         if (
             options.first_state == "on"
-            or fit_on_training_folds(statistics, options).has_first_state
+            or _with_first_tokens(statistics, *statistics.split(), options) is None
         ):
             first_state = first.mean()
         else:
@@ -211,34 +209,52 @@ def fit_on_training_folds(statistics: IntervalStatistics, options: GhostOptions)
 def _fit_form(statistics: IntervalStatistics, options: GhostOptions) -> FittedGhost:
     """Fit the ghost of one form of features on all folds but the last."""
     train, held_out = statistics.split()
-    first, eps = statistics.first, statistics.gram.norm_eps
+    first, damping = statistics.first, options.damping
     first_state = None
     if first is not None and first.count:
-        first_state = first.mean()
+        found = None
         if options.first_state == "auto":
-            solution, bias, _ = solve_on_split(
-                train + _first_sums(statistics, first, options),
-                held_out,
-                options.damping,
-                options.bias,
-            )
-            mapped = FittedGhost(solution.mT.contiguous(), bias, None, eps)
-            if not _constant_is_better(first, statistics.gram.folds - 1, mapped):
-                return mapped
-    solution, bias, _ = solve_on_split(train, held_out, options.damping, options.bias)
-    return FittedGhost(solution.mT.contiguous(), bias, first_state, eps)
+            found = _with_first_tokens(statistics, train, held_out, options)
+        if found is None:
+            first_state = first.mean()
+        else:
+            train, damping = found
+    solution, bias, _ = solve_on_split(train, held_out, damping, options.bias)
+    return FittedGhost(solution.mT.contiguous(), bias, first_state, statistics.gram.norm_eps)
 
 
-def _constant_is_better(first: FirstTokens, held_out_fold: int, ghost: FittedGhost) -> bool:
+def _with_first_tokens(
+    statistics: IntervalStatistics,
+    train: NormalEquations,
+    held_out: NormalEquations,
+    options: GhostOptions,
+) -> tuple[NormalEquations, float] | None:
+    """Return the training folds' sums with the first tokens in, and the damping to solve them with.
+
+    None where a constant state is better for the held-out first tokens, see
+    `fit_on_training_folds`. The map is only solved for these.
+    """
+    first, eps = statistics.first, statistics.gram.norm_eps
+    assert first is not None
+    train = train + _first_sums(statistics, first, options)
+    damping = damping_on_split(train, held_out, options.damping, options.bias)
     x, y, folds = first.rows()
-    judged = folds == held_out_fold
+    judged = folds == statistics.gram.folds - 1
     known = ~judged
     if not (judged.any() and known.any()):
         judged = known = torch.ones_like(judged)
     x, target = x[judged].double(), y[judged].double()
-    error_of_map = (target - ghost.apply(x)).square().sum()
+    mapped = x + outputs_at(train, damping, options.bias, _features(x, eps))
+    error_of_map = (target - mapped).square().sum()
     error_of_constant = (target - y[known].double().mean(0)).square().sum()
-    return bool(error_of_constant < error_of_map)
+    return None if bool(error_of_constant < error_of_map) else (train, damping)
+
+
+def _features(x: Tensor, norm_eps: float | None) -> Tensor:
+    """Return the rows that a ghost's operator multiplies, of states x [n, d] fp64."""
+    if norm_eps is None:
+        return x
+    return x / (x.square().mean(-1, keepdim=True) + norm_eps).sqrt()
 
 
 def _first_sums(

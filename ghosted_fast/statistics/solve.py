@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -126,13 +126,52 @@ def solve_on_split(
     Returns:
         M^T [d, d] fp64, the bias [d] fp64 or None, and the damping used.
     """
-    if damping == "auto":
-        relative = _MIDDLE
-        if held_out.num_tokens:
-            relative = _lowest(partial(_changes, train, held_out, bias))
-        damping = relative * mean_diagonal(train)
+    damping = damping_on_split(train, held_out, damping, bias)
     solution, offset, facts = solve_equations(train, damping, bias)
     return solution, offset, facts["damping"]
+
+
+def damping_on_split(
+    train: NormalEquations, held_out: NormalEquations, damping: Damping, bias: bool
+) -> float:
+    """Return the absolute damping that `solve_on_split` solves with."""
+    if damping != "auto":
+        return damping
+    relative = _MIDDLE
+    if held_out.num_tokens:
+        relative = _lowest(partial(_changes, train, held_out, bias))
+    return relative * mean_diagonal(train)
+
+
+def outputs_at(equations: NormalEquations, damping: float, bias: bool, features: Tensor) -> Tensor:
+    """Return what the solution gives for a few rows, M f + b, without solving for all of M.
+
+    One column is solved for each row in place of one for each output:
+    M f = C^T (G + damping I)^-1 f.
+
+    Args:
+        equations: The equations.
+        damping: Absolute, raised where it must be, as in `solve_equations`.
+        bias: Whether there is a bias.
+        features: f [n, d] fp64.
+
+    Returns:
+        [n, outputs] fp64.
+
+    Raises:
+        SolveError: No damping made the system solvable.
+    """
+    cross, mean = equations.cross, None
+    if bias:
+        mean = equations.delta_sum / equations.weight_sum
+        cross = cross - torch.outer(equations.feature_sum, mean)
+        features = features - equations.feature_sum / equations.weight_sum
+    columns = replace(
+        equations, cross=features.mT.contiguous(), delta_sum=features.new_zeros(len(features))
+    )
+    solution, _, _ = solve_equations(columns, damping, bias)
+    found = solution.mT @ cross
+    return found if mean is None else found + mean
 
 
 def solve_equations(

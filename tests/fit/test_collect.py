@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -105,21 +107,34 @@ def sink_statistics(jump: bool) -> tuple[FittedGhost, FittedGhost]:
 
 def test_first_state_is_found_where_it_is_needed() -> None:
     judged, fitted = sink_statistics(jump=True)
-    assert judged.has_first_state and fitted.has_first_state
+    assert judged.first_state is not None and fitted.first_state is not None
     assert fitted.first_state is not None and fitted.first_state.norm() > 1000
 
 
-def test_first_tokens_join_the_fit_where_a_map_serves_them() -> None:
+@pytest.mark.parametrize("options", [GhostOptions(), GhostOptions(bias=True, features="raw")])
+def test_first_tokens_join_the_fit_where_a_map_serves_them(options: GhostOptions) -> None:
+    """It is the map of the training folds with them in, on the first tokens of the last fold."""
     model = tiny_model("llama")
     tokens = [random_tokens(8, 24, seed) for seed in range(8)]
-    options = GhostOptions()
-    item = collect_statistics(model, tokens, [(2, 3)], options)[0]
-    apart = item.gram.num_tokens
-    fitted, solution = fit_ghost(item, options)
-    if fitted.has_first_state:
-        assert solution.num_tokens == apart == 8 * 8 * 23
-    else:
+    for interval in [(0, 1), (2, 3), (3, 5), (4, 6)]:
+        item = collect_statistics(model, tokens, [interval], options)[0]
+        together = replace(options, first_state="off")
+        (whole,) = collect_statistics(model, tokens, [interval], together)
+        mapped = fit_on_training_folds(whole, together)
+        assert item.first is not None
+        x, y, folds = item.first.rows()
+        last = folds == options.folds - 1
+        constant = y[~last].double().mean(0)
+        errors = [
+            float((y[last].double() - guess).square().sum())
+            for guess in (mapped.apply(x[last]), constant)
+        ]
+        judged = fit_on_training_folds(item, options)
+        fitted, solution = fit_ghost(item, options)
+        assert errors[0] < errors[1], "no token of a tiny model has a huge activation"
+        assert judged.first_state is None and fitted.first_state is None
         assert solution.num_tokens == 8 * 8 * 24
+        assert relative_rms(judged.weight, mapped.weight) <= 1e-6
 
 
 def test_module_computes_what_was_fitted() -> None:

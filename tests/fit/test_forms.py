@@ -58,7 +58,7 @@ def test_the_form_that_fits_is_taken_and_its_ghost_is_that_of_its_name(
     for mine, same, worse in zip(found, named, other, strict=True):
         assert mine.norm_eps == same.norm_eps == (EPS if truth == "normed" else None)
         assert torch.equal(mine.weight, same.weight)
-        assert mine.has_first_state == same.has_first_state
+        assert (mine.first_state is None) == (same.first_state is None)
         assert relative_rms(mine.weight, matrix.double()) < 1e-3
         assert relative_rms(worse.weight, matrix.double()) > 0.1
 

@@ -205,3 +205,29 @@ def test_refusals() -> None:
     for damping in (-1.0, float("nan"), "large"):
         with pytest.raises(ArgumentError, match="damping >= 0"):
             solve_ghost(accumulate(x, y), damping=damping)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("damping", [1e-3, 50.0])
+def test_outputs_at_a_few_rows_are_those_of_the_whole_map(bias: bool, damping: float) -> None:
+    x, y = data(300, 0.1)
+    equations = accumulate(x, y).total()
+    weight, offset, _ = solve.solve_equations(equations, damping, bias)
+    rows = data(5, 0.0, seed=3)[0].double()
+    expected = rows @ weight if offset is None else rows @ weight + offset
+    found = solve.outputs_at(equations, damping, bias, rows)
+    assert found.shape == (5, D)
+    assert relative_rms(found, expected) <= 1e-11
+    assert (offset is None) != bias
+
+
+def test_outputs_are_those_of_a_damping_that_had_to_be_raised() -> None:
+    x, y = data(300, 0.1)
+    x[:, 3] = x[:, 4]
+    equations = accumulate(x, y).total()
+    weight, _, facts = solve.solve_equations(equations, 0.0, bias=False)
+    assert facts["damping"] > 0.0
+    rows = data(4, 0.0, seed=3)[0].double()
+    rows[:, 3] = rows[:, 4]
+    found = solve.outputs_at(equations, 0.0, False, rows)
+    assert relative_rms(found, rows @ weight) <= 1e-6
