@@ -299,7 +299,7 @@ def described(row: dict[str, Any]) -> str:
     """Return a row in words."""
     if row["work"] == "compare":
         ratio = ratio_text(Estimate(**row["ratio"]))
-        return f"{row['shape']}: {row['seconds']:.1f} s swept, {ratio} of the time in memory"
+        return f"{row['shape']}: {row['seconds']:.1f} s swept, over the time in memory: {ratio}"
     peak, allowed, weights = (
         row[name] / 1e9 for name in ("peak_bytes", "limit_bytes", "weight_bytes")
     )

@@ -169,7 +169,7 @@ def _measured_shape(found: list[dict[str, Any]]) -> str:
         return (
             f"{first['shape']} in bf16, {first['tokens']:,} tokens, {first['remove']} layers "
             f"chosen and their ghost fitted, no corrections: {first['seconds']:.0f} s swept, "
-            f"{measured_ratio(first['ratio'])} of the time in memory; {first['threads']} threads, "
+            f"over the time in memory: {measured_ratio(first['ratio'])}; {first['threads']} threads, "
             f"{first['date'][:10]}.\n"
         )
     bare = next((row["seconds"] for row in found if row["work"] == "bare"), None)

@@ -60,5 +60,5 @@ def test_a_sweep_beside_the_way_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     compared = row("compare", "SmolLM2-135M", ratio=ratio, seconds=61.0, remove=5)
     text = measured(tmp_path, monkeypatch, row("bare"), compared)
     assert "SmolLM2-135M in bf16, 32,768 tokens, 5 layers" in text
-    assert "61 s swept, 0.90x ± 0.02 of the time in memory; 2 threads, 2026-01-02." in text
+    assert "61 s swept, over the time in memory: 0.90x ± 0.02; 2 threads, 2026-01-02." in text
     assert text.count("Llama of the") == 1
