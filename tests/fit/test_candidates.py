@@ -126,11 +126,11 @@ def test_clearly_worse_candidates_are_dropped_and_still_ranked(
         return resume(model, batch, stop, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(candidates, "resume", counted)
-    monkeypatch.setattr(candidates, "_FEWEST_TOKENS_TO_DROP", 10**9)
+    monkeypatch.setattr(candidates, "FEWEST_TOKENS_TO_DROP", 10**9)
     whole = score_intervals(model, held_out, intervals, ghosts)
     assert len(resumed) == len(held_out) * len(intervals)
     resumed.clear()
-    monkeypatch.setattr(candidates, "_FEWEST_TOKENS_TO_DROP", 256)
+    monkeypatch.setattr(candidates, "FEWEST_TOKENS_TO_DROP", 256)
     raced = score_intervals(model, held_out, intervals, ghosts)
     # 252 tokens of four batches do not suffice for a verdict, 315 of five do.
     assert resumed.count(2) == resumed.count(4) == 5
