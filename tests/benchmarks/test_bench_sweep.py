@@ -121,7 +121,9 @@ def test_a_sweep_is_compared_with_the_way_in_memory(
     (row,) = map(json.loads, output.read_text().splitlines())
     assert seen == ["loaded", "swept"]
     assert (row["work"], row["ratio"]["value"], row["seconds"]) == ("compare", 2.0, 3.0)
-    assert bench.described(row).startswith("SmolLM2-135M: 3.0 s swept, over the time in memory: 2.0x ± 0.1")
+    assert bench.described(row).startswith(
+        "SmolLM2-135M: 3.0 s swept, over the time in memory: 2.0x ± 0.1"
+    )
 
     choose_others_in_memory(bench, monkeypatch)
     monkeypatch.setattr(bench, "check", lambda: None)
