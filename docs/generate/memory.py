@@ -169,8 +169,8 @@ def _measured_shape(found: list[dict[str, Any]]) -> str:
         return (
             f"{first['shape']} in bf16, {first['tokens']:,} tokens, {first['remove']} layers "
             f"chosen and their ghost fitted, no corrections: {first['seconds']:.0f} s swept, "
-            f"over the time in memory: {measured_ratio(first['ratio'])}; {first['threads']} threads, "
-            f"{first['date'][:10]}.\n"
+            f"over the time in memory: {measured_ratio(first['ratio'])}; "
+            f"{first['threads']} threads, {first['date'][:10]}.\n"
         )
     bare = next((row["seconds"] for row in found if row["work"] == "bare"), None)
     rows = []
