@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -179,14 +179,22 @@ class SweptComparison(Comparison):
         return facts, tensors[len(self.moved.parameters) :] or None
 
     def _passes(self, rows: Iterable[Row]) -> list[Pass]:
-        """Return the passes of this rank's among some sequences."""
-        own = [row for row in rows if row.place is not None]
-        left = iter(own)
+        """Return the passes of this rank's among some sequences.
+
+        A pass holds sequences of one batch of the text, which is one rank's: any number of ranks
+        computes the same passes.
+        """
+        # One without tokens has nothing to learn from, or to be judged by.
+        own = [row for row in rows if row.place is not None and row.batch.num_tokens]
+        passes: list[Pass] = []
         with self._source.embedding():
-            return [
-                Pass(batch, list(islice(left, len(batch.input_ids))), self._source.embed(batch)[1])
-                for batch in in_passes(row.batch for row in own)
-            ]
+            for _, batch_rows in groupby(own, lambda row: row.place):
+                left = list(batch_rows)
+                for batch in in_passes([row.batch for row in left]):
+                    count, calls = len(batch.input_ids), self._source.embed(batch)[1]
+                    passes.append(Pass(batch, left[:count], calls))
+                    left = left[count:]
+        return passes
 
     def _dense(self, boundary: int, item: Pass) -> Tensor:
         """Return the dense model's states of a pass at a boundary that is on the shelf."""
