@@ -95,7 +95,7 @@ def planned(model: Model) -> tuple[int, SweepPlan, SweepPlan]:
     )
     ids = torch.empty(ROWS, LENGTH, dtype=torch.int64, device="meta")
     batches, scored = [Batch(ids, ids)] * (TOKENS // ids.numel()), RunOptions().score_tokens
-    heats, one_heat = (
+    on_processor, on_gpu = (
         Heats.of(batches, TOKENS_FOR_THE_BEST * scored, torch.device(device))
         for device in ("cpu", "cuda")
     )
@@ -103,7 +103,7 @@ def planned(model: Model) -> tuple[int, SweepPlan, SweepPlan]:
         tokens=TOKENS,
         batch_tokens=LENGTH * ROWS,
         row_tokens=LENGTH,
-        heats=heats,
+        heats=on_processor,
         candidates=count,
         length=removed,
         statistics=count + 1,
@@ -119,7 +119,7 @@ def planned(model: Model) -> tuple[int, SweepPlan, SweepPlan]:
             on_disk=True,
             device_memory=memory,
         )
-        for memory, heats in ((None, heats), (1 << 62, one_heat))
+        for memory, heats in ((None, on_processor), (1 << 62, on_gpu))
     )
     return resident_bytes(shape, work, options), on_host, on_device
 

@@ -28,7 +28,6 @@ from ghosted_fast.grid import run_grid
 from ghosted_fast.improve.healing import heal
 from ghosted_fast.models.families import decoder_layers
 from ghosted_fast.models.ghost_linear import GhostLinear
-from ghosted_fast.models.unloaded.files import HeldTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.models.unloaded.sharded import unshard_weights
 from ghosted_fast.options import GhostOptions, HealOptions, PerplexityBound, RunOptions
@@ -40,7 +39,7 @@ from ghosted_fast.testing import random_tokens, tiny_model
 from ghosted_fast.text import folds
 from ghosted_fast.text.batches import Batch
 from support.healed_models import visible
-from support.swept_models import Killed, small_heats
+from support.swept_models import Killed, ghosts_of, small_heats
 
 
 def be_a_rank(
@@ -131,9 +130,7 @@ def swept(
     with pytest.MonkeyPatch.context() as patched:
         small_heats(patched, drop_above=1.0)
         cut, report = ghost_model(open_unloaded(dense), text(9), 2, run=run)
-    pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
-    ghosts = [piece.tensor for piece in pieces if isinstance(piece, HeldTensor)]
-    return report.removed, [item.score for item in report.scores], ghosts
+    return report.removed, [item.score for item in report.scores], ghosts_of(cut)
 
 
 def bounded(
@@ -145,8 +142,7 @@ def bounded(
     cut, report = ghost_model(open_unloaded(dense), texts, remove, criterion=criterion, run=run)
     assert report.budget is not None
     tried = [(trial.remove, trial.value) for trial in report.budget.tried]
-    pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
-    return report.removed, tried, [p.tensor for p in pieces if isinstance(p, HeldTensor)]
+    return report.removed, tried, ghosts_of(cut)
 
 
 def stopped_apart(
@@ -192,8 +188,7 @@ def swept_ghosts(
     with pytest.MonkeyPatch.context() as patched:
         small_heats(patched, drop_above=1e9)
         cut, report = ghost_model(open_unloaded(dense), texts, remove, run=run)
-    pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
-    return report.removed, [p.tensor for p in pieces if isinstance(p, HeldTensor)]
+    return report.removed, ghosts_of(cut)
 
 
 def healing(folder: Path) -> tuple[dict[str, Tensor], list[float], bool]:

@@ -19,6 +19,7 @@ from ghosted_fast.fit.sweep.shelf import MemoryShelf, Shelf
 from ghosted_fast.models.unloaded.files import HeldTensor, StoredTensor
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.models.unloaded.source import FolderSource
+from ghosted_fast.surgery.folder import FolderCut
 from ghosted_fast.testing import random_tokens, tiny_model
 from ghosted_fast.text.batches import iterate_batches
 from support.tiny_text import tiny_tokenizer
@@ -101,6 +102,12 @@ def sweep_of(folder: Path, batches: list[Any], shelf: Shelf | None = None) -> Sw
     source = FolderSource(open_unloaded(folder))
     held = list(iterate_batches(batches))
     return Sweep(source, SweptText.of(held, source.decoder.device), shelf or MemoryShelf())
+
+
+def ghosts_of(cut: FolderCut) -> list[torch.Tensor]:
+    """Return the weights of a folder's ghosts."""
+    pieces = [piece for shard in cut.shards.values() for piece in shard.values()]
+    return [piece.tensor for piece in pieces if isinstance(piece, HeldTensor)]
 
 
 def read_by_layer(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.spoken_text import spoken_with_gaps
-from support.swept_models import killed_at_write, read_by_layer, saved, small_heats
+from support.swept_models import ghosts_of, killed_at_write, read_by_layer, saved, small_heats
 
 import ghosted_fast as gf
+from ghosted_fast.fit.sweep.climb import HEAT
 from ghosted_fast.fit.sweep.riders import Riders
 from ghosted_fast.models.unloaded.opening import open_unloaded
 from ghosted_fast.options import Count
@@ -89,12 +92,14 @@ def test_a_run_that_is_stopped_in_a_heat_ends_with_the_same_bits(
         killed += len(met)
         record = tmp_path / "state" / "sweep.json"
         if record.exists():
-            heats.add('"heat"' in record.read_text())
+            heats.add(bool(json.loads(record.read_text())["facts"].get(HEAT)))
     assert killed > 10
     assert heats == {False, True}
     (mine, found), (plain, expected) = ghosted(run), ghosted(RUN)
     assert found.scores == expected.scores
     assert mine.removed == plain.removed
+    (ghost,), (other,) = ghosts_of(mine), ghosts_of(plain)
+    assert torch.equal(ghost, other)
 
 
 @pytest.mark.parametrize("remove", [1, BOUND])

@@ -136,9 +136,9 @@ inline void scale_tokens(const GramArgs& args, const float* x_largest, const flo
   for (int64_t i = 0; i < tokens.count; ++i) {
     double root = std::sqrt(tokens.weight[i]), feature = root * inverse_rms[i];
     if (args.normed) {
-      const double moved = snapped(feature) / feature;
+      const double usual = snapped(feature), moved = usual / feature;
       root *= moved;
-      feature = snapped(feature);
+      feature = usual;
       tokens.weight[i] *= moved * moved;
     }
     tokens.feature_scales_are_exact &= is_power_of_two(feature);

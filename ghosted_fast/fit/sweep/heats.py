@@ -28,8 +28,8 @@ def heat_ends(tokens: Sequence[int], device: torch.device) -> list[int]:
 
     The first has just enough tokens for a candidate to be dropped by, in a process group of each
     rank; behind each later one they are twice as many (Jamieson and Talwalkar, arXiv 1502.07943).
-    Each heat reads layers once more: a GPU computes faster than layers are read, so that all go up
-    in one there.
+    Each heat reads layers once more: on a GPU, where that is expected to take longer than what it
+    spares, all go up in one.
 
     Args:
         tokens: Of each row.

@@ -42,7 +42,7 @@ class Riders:
         rows: All held-out sequences.
         shelf: Where the states are kept.
         stops: Where candidates will join, for the estimate of what there is to do.
-        heats: How many of the rows have gone up behind each heat; by default all in one.
+        ends: How many of the rows have gone up behind each heat; by default all in one.
 
     Attributes:
         heats: How many there are.
@@ -55,12 +55,12 @@ class Riders:
         rows: Sequence[Row],
         shelf: Shelf,
         stops: Iterable[int] = (),
-        heats: Sequence[int] = (),
+        ends: Sequence[int] = (),
     ) -> None:
         self.rows, self._shelf, self.stops = rows, shelf, sorted(stops)
         # One without tokens has nothing to be judged by.
         self.own = [row for row in rows if row.place is not None and row.batch.num_tokens]
-        self._ends = list(heats) or [len(rows)]
+        self._ends = list(ends) or [len(rows)]
         self.heats, self.heat = len(self._ends), 0
         self.calls: list[Calls] = []
         self.riding: list[Interval] = []
@@ -95,9 +95,10 @@ class Riders:
 
         Their states below it are forgotten.
         """
+        places = [place for place, _ in self._places()]
         for pair in self.riding:
             here, there = (_rider_name(pair, self.heat, index + up) for up in (0, 1))
-            for number, (place, _) in enumerate(self._places()):
+            for number, place in enumerate(places):
                 x = self._shelf.get(here, number)
                 call = self.calls[place][index]
                 self._shelf.add(there, x if layer is None or call is None else call.run(layer, x))
