@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.spoken_text import spoken_with_gaps
-from support.swept_models import saved, sweep_of
+from support.swept_models import Killed, saved, sweep_of
 
 import ghosted_fast as gf
 from ghosted_fast.fit.collect import TrainingListener, collect_statistics
@@ -89,3 +90,26 @@ def test_losses_are_those_of_the_models_on_four_times_the_tokens(
         assert trial.value == pytest.approx(math.expm1(expected - dense), rel=1e-4, abs=1e-5)
     assert report.removed == list(range(*pair))
     assert {(item.start, item.stop): item.score for item in report.scores} == losses
+
+
+def test_scores_that_were_kept_are_those_of_their_candidates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped when all numbers were tried: each score of the choice is one that was kept."""
+    text = spoken_with_gaps(saved(tmp_path / "dense", "llama"))
+    bound = gf.PerplexityBound(1.1)
+    plain = gf.RunOptions(corrections=0, score_tokens=32)
+    run = replace(plain, state=tmp_path / "state")
+
+    def stopped(*_: Any) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(swept_how_many, "chosen_statistics", stopped)
+        gf.ghost_model(open_unloaded(tmp_path / "dense"), text, bound, run=run)
+    with monkeypatch.context() as patch:
+        patch.setattr(swept_how_many, "race_to_the_top", stopped)  # nothing is found anew
+        _, found = gf.ghost_model(open_unloaded(tmp_path / "dense"), text, bound, run=run)
+    _, expected = gf.ghost_model(open_unloaded(tmp_path / "dense"), text, bound, run=plain)
+    assert len({item.score for item in found.scores}) > 2
+    assert found.scores == expected.scores and found.budget == expected.budget
